@@ -1,0 +1,194 @@
+"""TileConfig (how a kernel computes), Variant (one source, one artifact) and the Space that says which are legal.
+
+A space belongs to one template. The template's knobs live in its TileConfig class, their legality and the numbers that
+the template prints live in its Space; the builder, the tuner and the CLI know no knob by name.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import ClassVar, Protocol, cast
+
+from jagtile.generator.spec import KernelSpec
+from jagtile.runtime.errors import IllegalConfigError
+
+Knob = int | str | bool
+
+
+@dataclass(frozen=True, order=True)
+class TileConfig:
+    """Base of all tile configs. Each field is a knob with a small finite domain; ``short`` metadata names it.
+
+    ``name`` is canonical and can be parsed back: ``persistent_m128_n128_s2``.
+    """
+
+    algorithm: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """Canonical name: the algorithm and every knob, in field order."""
+        knobs = (f"{f.metadata['short']}{_text(getattr(self, f.name))}" for f in fields(self))
+        return "_".join((self.algorithm, *knobs))
+
+    def to_dict(self) -> dict[str, Knob]:
+        """The config as plain JSON values, the algorithm included."""
+        return {"algorithm": self.algorithm, **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+
+def _text(value: Knob) -> str:
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+class Space(Protocol):
+    """The tile configs of one template for one target."""
+
+    target: str
+    algorithm: str
+    template: str  # path below templates/
+    config_type: type[TileConfig]
+
+    def serves(self, spec: KernelSpec) -> str | None:
+        """None where the template can compute the spec, else the reason why it can't."""
+        ...
+
+    def knobs(self, spec: KernelSpec) -> Mapping[str, tuple[Knob, ...]]:
+        """The finite domain of every field of ``config_type``, most promising values first."""
+        ...
+
+    def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
+        """None where the config is legal for the spec, else the rule it breaks with its arithmetic."""
+        ...
+
+    def default(self, spec: KernelSpec) -> TileConfig:
+        """The safe config where nothing is recorded."""
+        ...
+
+    def context(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, object]:
+        """Every derived number or name the template prints, beside ``spec``, ``config`` and ``symbol``."""
+        ...
+
+    def launch(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, int]:
+        """What the launcher must know (threads, shared memory, block sizes); stored in the artifact's metadata."""
+        ...
+
+    def compile_flags(self, spec: KernelSpec, config: TileConfig) -> tuple[str, ...]:
+        """Flags beyond the target's own, e.g. instruction-set flags; part of the artifact's key."""
+        ...
+
+    def predicted_registers(self, spec: KernelSpec, config: TileConfig) -> int:
+        """Registers a thread, by arithmetic (0 where the target has no such limit)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Variant:
+    """(target, spec, config): one rendered source, one artifact."""
+
+    target: str
+    spec: KernelSpec
+    config: TileConfig
+
+    @property
+    def name(self) -> str:
+        """Readable and unique, e.g. ``sm_90a/fwd_bf16_d128_causal/persistent_m128_n128_s2``."""
+        return f"{self.target}/{self.spec.name}/{self.config.name}"
+
+    @property
+    def symbol(self) -> str:
+        """The C symbol of the kernel."""
+        return f"jagtile_{self.spec.name}_{self.config.name}"
+
+    @cached_property
+    def space(self) -> Space:
+        """The space that the config belongs to."""
+        return space_for(self.target, self.config.algorithm)
+
+    def check(self) -> None:
+        """Raise IllegalConfigError, with the reason, unless the space serves the spec and allows the config."""
+        reason = self.space.serves(self.spec) or self.space.rejection(self.spec, self.config)
+        if reason:
+            raise IllegalConfigError(f"{self.name}: {reason}")
+
+    @staticmethod
+    def parse(name: str) -> Variant:
+        """The variant of a canonical ``target/spec/config`` name."""
+        try:
+            target, spec, config = name.split("/")
+        except ValueError:
+            raise ValueError(f"variant {name!r} is not target/spec/config") from None
+        return Variant(target, KernelSpec.parse(spec), parse_config(target, config))
+
+
+def spaces() -> tuple[Space, ...]:
+    """All spaces, in order of preference within a target."""
+    from jagtile.generator.spaces import ALL
+
+    return ALL
+
+
+def targets() -> tuple[str, ...]:
+    """The targets that have at least one space."""
+    return tuple(dict.fromkeys(space.target for space in spaces()))
+
+
+def space_for(target: str, algorithm: str) -> Space:
+    """The space of one algorithm on one target; ValueError lists what exists."""
+    for space in spaces():
+        if (space.target, space.algorithm) == (target, algorithm):
+            return space
+    known = ", ".join(f"{space.target}/{space.algorithm}" for space in spaces())
+    raise ValueError(f"no algorithm {algorithm!r} for target {target!r}; known: {known}")
+
+
+def spaces_of(target: str, spec: KernelSpec) -> tuple[Space, ...]:
+    """The spaces of a target whose template can compute the spec."""
+    return tuple(space for space in spaces() if space.target == target and space.serves(spec) is None)
+
+
+def config_from_dict(target: str, values: Mapping[str, object]) -> TileConfig:
+    """The config of a ``to_dict`` mapping; ValueError names an unknown, missing or ill-typed knob."""
+    space = space_for(target, str(values.get("algorithm")))
+    wanted = {f.name: type_name for f in fields(space.config_type) for type_name in (str(f.type),)}
+    given = {name: value for name, value in values.items() if name != "algorithm"}
+    if wanted.keys() != given.keys():
+        unlike = ", ".join(sorted(wanted.keys() ^ given.keys()))
+        raise ValueError(f"{target}/{space.algorithm} has the knobs {', '.join(wanted)}; missing or unknown: {unlike}")
+    for name, value in given.items():
+        if type(value).__name__ != wanted[name]:
+            raise ValueError(f"{target}/{space.algorithm}: {name} must be {wanted[name]}, got {value!r}")
+    return space.config_type(**cast("dict[str, Knob]", given))
+
+
+def parse_config(target: str, name: str) -> TileConfig:
+    """The config of a canonical config name."""
+    algorithm, _, rest = name.partition("_")
+    space = space_for(target, algorithm)
+    values: dict[str, Knob] = {}
+    parts = rest.split("_") if rest else []
+    all_fields = fields(space.config_type)
+    if len(parts) == len(all_fields):
+        for field, part in zip(all_fields, parts, strict=True):
+            short = str(field.metadata["short"])
+            if not part.startswith(short):
+                break
+            text = part[len(short) :]
+            values[field.name] = text if field.type == "str" else bool(int(text)) if field.type == "bool" else int(text)
+    if len(values) != len(all_fields):
+        form = "_".join((algorithm, *(f"{f.metadata['short']}<{f.name}>" for f in all_fields)))
+        raise ValueError(f"config {name!r} is not of the form {form}")
+    return space.config_type(**values)
+
+
+def all_configs(space: Space, spec: KernelSpec) -> Iterator[TileConfig]:
+    """Every point of the space's grid, legal or not."""
+    knobs = space.knobs(spec)
+    for values in itertools.product(*knobs.values()):
+        yield space.config_type(**dict(zip(knobs, values, strict=True)))
+
+
+def legal_configs(space: Space, spec: KernelSpec) -> list[TileConfig]:
+    """Every legal point of the space's grid."""
+    return [config for config in all_configs(space, spec) if space.rejection(spec, config) is None]

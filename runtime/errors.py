@@ -1,0 +1,39 @@
+"""Every error and warning that jagtile raises on purpose. Messages name the thing, what it was and what helps."""
+
+from __future__ import annotations
+
+
+class JagtileError(RuntimeError):
+    """Base of all run-time failures of jagtile."""
+
+
+class CompilerNotFoundError(JagtileError):
+    """No compiler for a target: the message lists every place tried and the command that helps."""
+
+
+class BuildError(JagtileError):
+    """The compiler refused a rendered source: the message carries its output and where the source lies."""
+
+
+class RejectedVariantError(JagtileError):
+    """The compiler accepted a variant that must not be used (spills, serialised wgmma, ...): says which rule."""
+
+
+class CorruptArtifactError(JagtileError):
+    """An artifact, record or choices file failed verification and could not be repaired."""
+
+
+class NoKernelError(JagtileError):
+    """No artifact exists for the case at hand and none can be built: the message says the ways out."""
+
+
+class IllegalConfigError(ValueError):
+    """A TileConfig breaks a rule of its space: the message gives the arithmetic."""
+
+
+class UnsupportedError(NotImplementedError):
+    """A valid request that jagtile does not serve (yet): the message says what is served."""
+
+
+class JagtileWarning(UserWarning):
+    """Something was repaired or a slower way was taken; never silent, said once."""

@@ -1,0 +1,36 @@
+"""What a loaded kernel can do, whatever its target."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from jagtile.runtime.artifact import ArtifactMeta
+
+
+class ForwardKernel(Protocol):
+    """A loaded forward kernel of one variant.
+
+    Shapes: q (total_q, H, D), k (total_k, H_kv, D), v (total_k, H_kv, D_v), out (total_q, H, D_v), all of the spec's
+    dtype, last stride 1; H a multiple of H_kv. cu_seqlens_q and cu_seqlens_k: (B+1,) int32 or int64 on the same device.
+    lse: float32 (H, total_q), natural log, -inf for a row that sees no key; or None.
+    The arguments have been checked; the launch is asynchronous on the current stream (CUDA) or complete at return (CPU).
+    """
+
+    meta: ArtifactMeta
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        scale: float,
+        bottom_right: bool,
+    ) -> None:
+        """Compute attention of every sequence into ``out`` (and ``lse``)."""
+        ...

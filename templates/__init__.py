@@ -1,0 +1,1 @@
+"""Jinja sources, one folder a target, and the plain device headers beside them."""
