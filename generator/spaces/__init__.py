@@ -1,0 +1,7 @@
+"""Every space, in order of preference within a target."""
+
+from __future__ import annotations
+
+from jagtile.generator.tile import Space
+
+ALL: tuple[Space, ...] = ()
