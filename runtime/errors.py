@@ -31,6 +31,10 @@ class IllegalConfigError(ValueError):
     """A TileConfig breaks a rule of its space: the message gives the arithmetic."""
 
 
+class SettingError(ValueError):
+    """An environment variable or an override of a setting holds what it can't: says what it may hold."""
+
+
 class UnsupportedError(NotImplementedError):
     """A valid request that jagtile does not serve (yet): the message says what is served."""
 

@@ -1,0 +1,160 @@
+"""Every JAGTILE_* variable: typed, read from the environment at each access; an empty value counts as unset.
+
+Reading a setting touches no disk and imports nothing heavy. ``settings.override`` replaces values for a while, for
+tests and for callers that know better than the environment; it holds for the whole process, threads included.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
+
+from jagtile.runtime.errors import SettingError
+
+T = TypeVar("T")
+Value = Path | str | int | bool | None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One variable as ``jagtile doctor`` shows it."""
+
+    name: str  # attribute of ``settings``
+    variable: str
+    value: Value
+    default: str
+    doc: str
+    origin: Literal["override", "environment", "default"]
+
+
+class Variable(Generic[T]):
+    """Descriptor of one environment variable; reading it parses the environment anew."""
+
+    def __init__(
+        self, variable: str, parse: Callable[[str], T], default: Callable[[], T], shown: str, doc: str
+    ) -> None:
+        self.variable = variable
+        self.doc = doc
+        self.shown_default = shown
+        self._parse = parse
+        self._default = default
+
+    def __set_name__(self, owner: type[Settings], name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Settings, owner: type[Settings]) -> T:
+        return self.read(instance)[0]
+
+    def read(self, instance: Settings) -> tuple[T, Literal["override", "environment", "default"]]:
+        """The value in force and where it comes from. SettingError where the environment's text makes no sense."""
+        if self.name in instance.overrides:
+            return instance.overrides[self.name], "override"  # type: ignore[return-value]
+        text = os.environ.get(self.variable, "").strip()
+        if not text:
+            return self._default(), "default"
+        try:
+            return self._parse(text), "environment"
+        except ValueError as error:
+            raise SettingError(f"{self.variable} is {text!r}: {error}") from None
+
+
+def _switch(text: str) -> bool:
+    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if text.lower() not in words:
+        raise ValueError(f"it must be one of {', '.join(words)}")
+    return words[text.lower()]
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError("it must be a whole number of at least 1")
+    return int(text)
+
+
+def _folder(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def _user_cache() -> Path:
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("jagtile", appauthor=False))
+
+
+def _usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _nothing() -> str | None:
+    return None
+
+
+class Settings:
+    """The settings in force. Use the one instance, ``settings``."""
+
+    cache_dir = Variable(
+        "JAGTILE_CACHE_DIR",
+        _folder,
+        _user_cache,
+        "the user's cache folder, e.g. ~/.cache/jagtile",
+        "Where built kernels, the user's tuning records and choices are kept.",
+    )
+    nvcc = Variable[str | None](
+        "JAGTILE_NVCC",
+        str,
+        _nothing,
+        "found: pip or conda toolkit, PATH, /usr/local/cuda",
+        "Path of the CUDA compiler, before every other place.",
+    )
+    jit = Variable(
+        "JAGTILE_JIT",
+        _switch,
+        lambda: True,
+        "1",
+        "Whether the run time may build a kernel that it does not find (1) or must raise NoKernelError (0).",
+    )
+    jobs = Variable(
+        "JAGTILE_JOBS",
+        _count,
+        _usable_cpus,
+        "the number of CPUs this process may use",
+        "How many compilers run side by side.",
+    )
+
+    def __init__(self) -> None:
+        self.overrides: dict[str, Value] = {}
+
+    @contextmanager
+    def override(self, **values: Value) -> Iterator[None]:
+        """Use other values inside a ``with`` block, e.g. ``settings.override(cache_dir=tmp_path, jit=False)``."""
+        unknown = values.keys() - self._variables().keys()
+        if unknown:
+            known = ", ".join(self._variables())
+            raise SettingError(f"no setting is called {', '.join(sorted(unknown))}; there are {known}")
+        before = self.overrides
+        self.overrides = {**before, **values}
+        try:
+            yield
+        finally:
+            self.overrides = before
+
+    def describe(self) -> tuple[Setting, ...]:
+        """Every variable with its value, default and purpose. SettingError where one holds nonsense."""
+        described = []
+        for name, variable in self._variables().items():
+            value, origin = variable.read(self)
+            described.append(
+                Setting(name, variable.variable, value, variable.shown_default, variable.doc, origin),
+            )
+        return tuple(described)
+
+    @classmethod
+    def _variables(cls) -> dict[str, Variable[Value]]:
+        return {name: member for name, member in vars(cls).items() if isinstance(member, Variable)}
+
+
+settings = Settings()
