@@ -1,0 +1,87 @@
+"""Regimes: total over every problem, monotone, and right for the named workloads."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jagtile.generator.spec import KernelSpec
+from jagtile.generator.workloads import named, representative
+from jagtile.runtime.problem import REGIMES, Problem, regime, regime_index
+
+SPEC = KernelSpec("fwd", "bf16", 64, 64, False)
+counts = st.integers(0, 1 << 40)
+
+
+def of(workload, hints: bool) -> str:
+    max_q, max_k = (max(workload.seqlens_q), max(workload.seqlens_k)) if hints else (None, None)
+    return regime(
+        Problem(
+            SPEC,
+            workload.batch,
+            workload.total_q,
+            workload.total_k,
+            workload.num_heads,
+            workload.num_heads_kv,
+            max_q,
+            max_k,
+        )
+    )
+
+
+@pytest.mark.parametrize("hints", [False, True])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("one-token-d64", "short"),
+        ("recsys-d64", "short"),
+        ("vit-d64", "medium"),
+        ("sft-d128-gqa-causal", "medium"),
+        ("u1k-d128", "long"),
+        ("u4k-d128", "long"),
+        ("u16k-d128", "long"),
+        ("cross-d64", "cross"),
+        ("mixed-d128-gqa-causal", "cross"),
+        ("decode-d128-gqa", "decode"),
+    ],
+)
+def test_the_named_workloads_fall_where_they_should(name, expected, hints):
+    assert of(named()[name], hints) == expected
+
+
+def test_a_few_very_long_sequences_are_seen_through_max_seqlen():
+    skewed = named()["skew-d128"]
+    assert of(skewed, hints=False) == "medium"
+    assert of(skewed, hints=True) == "long"
+
+
+@pytest.mark.parametrize("target", ["cpu", "sm_90a"])
+@pytest.mark.parametrize("name", REGIMES)
+def test_what_the_tuner_times_for_a_regime_belongs_to_it(name, target):
+    for workload in representative(SPEC, name, target):
+        assert of(workload, hints=False) == name
+
+
+@given(batch=counts, total_q=counts, total_k=counts, max_q=counts, max_k=counts)
+def test_every_problem_has_a_regime(batch, total_q, total_k, max_q, max_k):
+    assert 0 <= regime_index(batch, total_q, total_k, max_q, max_k) < len(REGIMES)
+
+
+@given(batch=st.integers(1, 5000), mean=st.integers(0, 40_000), longer=st.integers(0, 40_000), hint=counts, more=counts)
+def test_longer_sequences_never_give_a_shorter_regime(batch, mean, longer, hint, more):
+    def order(length: int, longest: int) -> int:
+        return regime_index(batch, batch * length, batch * length, longest, longest)
+
+    assert order(mean, hint) <= order(mean + longer, hint + more)
+    assert order(mean + longer, hint + more) <= REGIMES.index("long")
+
+
+@given(batch=st.integers(1, 5000), keys=st.integers(129, 40_000), queries=st.integers(1, 40_000))
+def test_more_queries_against_the_same_keys_never_return_to_decode(batch, keys, queries):
+    names = [REGIMES[regime_index(batch, batch * q, batch * keys)] for q in range(1, queries, max(1, queries // 50))]
+    assert names == sorted(names, key=lambda name: name != "decode")
+
+
+def test_an_empty_batch_is_short():
+    assert regime(Problem(SPEC, 0, 0, 0, 1, 1)) == "short"
