@@ -1,0 +1,112 @@
+"""(spec, regime, device) -> variant, a pure function of the recorded choices, with the answer of every look-up step.
+
+Order: the user's choices for this device, the shipped ones for it, the nearest relative's (the user's before the
+shipped), the space's safe default. A regime without an entry takes the spec's default entry, never another regime's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from jagtile.generator.spec import KernelSpec
+from jagtile.generator.tile import Variant, config_from_dict, spaces, spaces_of
+from jagtile.runtime.device import DeviceId, relatives
+from jagtile.runtime.errors import IllegalConfigError, UnsupportedError
+from jagtile.runtime.problem import Problem, regime
+
+if TYPE_CHECKING:
+    from jagtile.tuning_db.schema import ChoiceEntry, Choices, DeviceFacts
+
+Origin = Literal["user", "shipped"]
+ORIGINS: tuple[Origin, ...] = ("user", "shipped")
+
+
+class ChoiceSource(Protocol):
+    """What dispatch reads; ``jagtile.tuning_db.store.Database`` is one."""
+
+    def choices(self, origin: Origin, slug: str) -> Choices | None: ...
+
+    def devices(self, origin: Origin) -> Sequence[DeviceFacts]: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One look-up and its answer."""
+
+    place: str  # e.g. "user choices for sm90-132sm"
+    answer: str  # "taken: ...", "nothing recorded", "skipped: ..."
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The variant to run and how it was found."""
+
+    variant: Variant
+    regime: str
+    source: str  # "user", "shipped", "relative:<slug>" or "default"
+    steps: tuple[Step, ...]
+
+
+def choose(problem: Problem, device: DeviceId, database: ChoiceSource) -> Decision:
+    """The variant for a problem on a device. UnsupportedError where no space of the device's target serves the spec."""
+    return choose_for_regime(problem.spec, regime(problem), device, database)
+
+
+def choose_for_regime(spec: KernelSpec, regime: str, device: DeviceId, database: ChoiceSource) -> Decision:
+    """As ``choose``, for a regime by name."""
+    default = default_variant(spec, device.target)
+    steps: list[Step] = []
+    for source, place, choices in _places(device, database):
+        entry = None if choices is None else choices.specs.get(f"{device.target}/{spec.name}")
+        if entry is None:
+            steps.append(Step(place, "nothing recorded" if choices is None else f"no entry for {spec.name}"))
+            continue
+        for name, config in _candidates(entry, regime):
+            variant, why_not = _variant(device.target, spec, config)
+            if variant is not None:
+                steps.append(Step(place, f"taken: {name}, {variant.config.name}"))
+                return Decision(variant, regime, source, tuple(steps))
+            steps.append(Step(place, f"skipped: {name}: {why_not}"))
+    steps.append(Step(f"default of {device.target}/{default.space.algorithm}", f"taken: {default.config.name}"))
+    return Decision(default, regime, "default", tuple(steps))
+
+
+def default_variant(spec: KernelSpec, target: str) -> Variant:
+    """The safe variant of a spec: the default of the first space that serves it. UnsupportedError with all reasons."""
+    serving = spaces_of(target, spec)
+    if serving:
+        return Variant(target, spec, serving[0].default(spec))
+    reasons = [f"{space.algorithm}: {space.serves(spec)}" for space in spaces() if space.target == target]
+    raise UnsupportedError(
+        f"no kernel for {spec.name} on target {target}: {'; '.join(reasons) or 'the target has no templates'}"
+    )
+
+
+def _places(device: DeviceId, database: ChoiceSource) -> Iterator[tuple[str, str, Choices | None]]:
+    for origin in ORIGINS:
+        name = "user" if origin == "user" else "shipped"
+        yield name, f"{name} choices for {device.slug}", database.choices(origin, device.slug)
+    known = {facts.slug: facts for origin in reversed(ORIGINS) for facts in database.devices(origin)}
+    for relative in relatives(device, known.values()):
+        for origin in ORIGINS:
+            choices = database.choices(origin, relative.slug)
+            if choices is not None:
+                yield f"relative:{relative.slug}", f"{origin} choices for the relative {relative.slug}", choices
+
+
+def _candidates(entry: ChoiceEntry, regime: str) -> Iterator[tuple[str, Mapping[str, object]]]:
+    if regime in entry.regimes:
+        yield f"regime {regime}", entry.regimes[regime]
+    yield "the spec's default entry", entry.default
+
+
+def _variant(target: str, spec: KernelSpec, config: Mapping[str, object]) -> tuple[Variant | None, str]:
+    """The recorded config as a legal variant, or None and the reason why it is none (any more)."""
+    try:
+        variant = Variant(target, spec, config_from_dict(target, config))
+        variant.check()
+    except (IllegalConfigError, ValueError) as error:
+        return None, str(error)
+    return variant, ""

@@ -1,0 +1,125 @@
+"""Variant -> loaded kernel: from memory, else from the artifact cache, else built. One table, one owner, one lock."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable
+
+import torch
+
+from jagtile.generator.tile import Variant
+from jagtile.runtime.artifact import Artifact
+from jagtile.runtime.errors import CompilerNotFoundError, NoKernelError
+from jagtile.runtime.kernel import ForwardKernel
+from jagtile.runtime.settings import settings
+
+log = logging.getLogger("jagtile")
+
+
+def load(artifact: Artifact, device: torch.device) -> ForwardKernel:
+    """A launchable kernel of an artifact on a device."""
+    if artifact.meta.target == "cpu":
+        from jagtile.runtime import cpu
+
+        return cpu.load(artifact)
+    from jagtile.runtime import cuda
+
+    return cuda.load(artifact, device)
+
+
+def cached(variant: Variant) -> Artifact | None:
+    """The variant's artifact where the cache holds it. CompilerNotFoundError: the compiler's version is in the key."""
+    from jagtile.generator.build import artifact_key
+    from jagtile.runtime.store import ArtifactStore
+
+    return ArtifactStore().get(artifact_key(variant))
+
+
+class KernelTable:
+    """The kernels loaded in this process, by variant and device."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._kernels: dict[tuple[Variant, torch.device], ForwardKernel] = {}
+
+    def kernel_for(self, variant: Variant, device: torch.device) -> ForwardKernel:
+        """The loaded kernel of a variant, built if need be.
+
+        Raises NoKernelError where it may not be built or loaded now, CompilerNotFoundError, BuildError or
+        RejectedVariantError where building it fails.
+        """
+        kernel = self._kernels.get((variant, device))
+        if kernel is not None:
+            return kernel
+        with self._lock:
+            kernel = self._kernels.get((variant, device))
+            if kernel is None:
+                _refuse_during_capture(variant, device)
+                kernel = self._kernels[variant, device] = load(_artifact(variant), device)
+            return kernel
+
+    def holds(self, variant: Variant, device: torch.device) -> bool:
+        """Whether the kernel is loaded."""
+        return (variant, device) in self._kernels
+
+    def build_missing(self, variants: Iterable[Variant], device: torch.device) -> None:
+        """Build side by side those variants that are neither loaded nor cached; failures show when they are loaded."""
+        missing = [variant for variant in variants if not self.holds(variant, device)]
+        if len(missing) > 1 and settings.jit:
+            from jagtile.generator.build import build
+
+            build(missing)
+
+    def clear(self) -> None:
+        """Forget every loaded kernel."""
+        with self._lock:
+            self._kernels.clear()
+
+
+def _artifact(variant: Variant) -> Artifact:
+    if not settings.jit:
+        return _artifact_without_building(variant)
+    artifact = cached(variant)
+    if artifact is None:
+        from jagtile.generator.build import build_one
+
+        log.warning("building %s for its first use; jagtile.warmup does so ahead of time", variant.name)
+        artifact = build_one(variant)
+    return artifact
+
+
+def _artifact_without_building(variant: Variant) -> Artifact:
+    try:
+        artifact = cached(variant)
+        why = f"it is not in the cache {settings.cache_dir}"
+    except CompilerNotFoundError as error:
+        artifact, why = None, f"the cache can't be asked for it without a compiler: {error}"
+    if artifact is None:
+        raise NoKernelError(
+            f"{variant.name} can't be loaded: {why}, and JAGTILE_JIT=0 forbids building it now. Ways out: set "
+            f"JAGTILE_JIT=1; or build it beforehand, with jagtile.warmup(...) or `jagtile build {variant.name}`; or "
+            f"let JAGTILE_CACHE_DIR name a cache that holds it"
+        )
+    return artifact
+
+
+def _refuse_during_capture(variant: Variant, device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise NoKernelError(
+            f"{variant.name} is not loaded on {device} and can't be while a CUDA graph is captured: "
+            f"call jagtile.warmup(...), or run the same call once, before the capture"
+        )
+
+
+_table = KernelTable()
+
+
+def kernel_table() -> KernelTable:
+    """The process's one table."""
+    return _table
+
+
+def kernel_for(variant: Variant, device: torch.device) -> ForwardKernel:
+    """``KernelTable.kernel_for`` of the process's table."""
+    return _table.kernel_for(variant, device)
