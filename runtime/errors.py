@@ -23,6 +23,10 @@ class CorruptArtifactError(JagtileError):
     """An artifact, record or choices file failed verification and could not be repaired."""
 
 
+class DatabaseError(JagtileError):
+    """Tuning records or choices can't be written: the message names the file and what helps."""
+
+
 class NoKernelError(JagtileError):
     """No artifact exists for the case at hand and none can be built: the message says the ways out."""
 

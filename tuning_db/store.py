@@ -1,0 +1,208 @@
+"""Records and choices on disk: the user's overlay over what is shipped.
+
+<user cache>/tuning/<slug>/choices.json and records/<writer>.jsonl, one file a writer, merged at reading, no locks;
+<tuning_db>/<slug>/choices.json and records.jsonl. A line or file that can't be read is never an error: it is skipped or
+set aside with a JagtileWarning that names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import uuid
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import msgspec
+
+from jagtile.runtime.errors import DatabaseError, JagtileWarning
+from jagtile.runtime.settings import settings
+from jagtile.tuning_db.schema import SCHEMA, Choices, DeviceFacts, TuningRecord
+
+Origin = Literal["user", "shipped"]
+
+_SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SHIPPED = Path(__file__).resolve().parent
+
+
+class RecordWriter:
+    """Appends records to one file, a line each, on disk when ``append`` returns. A context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise _not_writable(path, error) from error
+        size = os.fstat(self._fd).st_size
+        if size and os.pread(self._fd, 1, size - 1) != b"\n":
+            os.write(self._fd, b"\n")  # a writer was killed half-way: its line must not swallow ours
+
+    def append(self, record: TuningRecord) -> None:
+        """Write one record. A single write of a file opened for appending: concurrent writers do not mix."""
+        line = msgspec.json.encode(record) + b"\n"
+        if os.write(self._fd, line) != len(line):
+            raise DatabaseError(f"{self.path}: a record could only be written in part; is the disk full?")
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        """Close the file; a file that nothing was written to is removed."""
+        empty = os.fstat(self._fd).st_size == 0
+        os.close(self._fd)
+        if empty:
+            self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Database:
+    """The user's records and choices over the shipped ones. Holds no state: every call reads the files anew."""
+
+    def __init__(self, user_root: Path | None = None, shipped_root: Path | None = None) -> None:
+        self._user_root = user_root
+        self._shipped_root = shipped_root or _SHIPPED
+
+    @property
+    def user_root(self) -> Path:
+        """Where the user's folders per device are."""
+        return self._user_root or settings.cache_dir / "tuning"
+
+    @property
+    def shipped_root(self) -> Path:
+        """Where the shipped folders per device are."""
+        return self._shipped_root
+
+    def folder(self, origin: Origin, slug: str) -> Path:
+        """The folder of one device. ValueError for a slug that is no plain file name."""
+        if _SLUG.fullmatch(slug) is None:
+            raise ValueError(f"device slug {slug!r} must be of letters, digits, '.', '_' and '-'")
+        return (self.user_root if origin == "user" else self.shipped_root) / slug
+
+    def choices(self, origin: Origin, slug: str) -> Choices | None:
+        """The choices for a device, or None where there are none or the file is corrupt (the user's is set aside)."""
+        path = self.folder(origin, slug) / "choices.json"
+        try:
+            choices = msgspec.json.decode(path.read_bytes(), type=Choices)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, msgspec.DecodeError) as error:
+            _set_aside(path, str(error), rename=origin == "user")
+            return None
+        if choices.schema != SCHEMA:
+            _warn(f"{path} has schema {choices.schema}, this jagtile reads schema {SCHEMA}; it is ignored")
+            return None
+        return choices
+
+    def devices(self, origin: Origin) -> list[DeviceFacts]:
+        """The devices that have choices, by slug."""
+        found = (self.choices(origin, slug) for slug in self._slugs(origin))
+        return [choices.device for choices in found if choices is not None]
+
+    def records(self, **filters: str) -> list[TuningRecord]:
+        """Every readable record, shipped ones first, in order of writing within a file and of date among all.
+
+        ``filters`` are field values that a record must have, e.g. ``device="sm90-132sm", spec="fwd_bf16_d128"``.
+        """
+        unknown = filters.keys() - set(TuningRecord.__struct_fields__)
+        if unknown:
+            raise ValueError(f"a record has no field {', '.join(sorted(unknown))}")
+        found = []
+        for origin in ("shipped", "user"):
+            slugs = [filters["device"]] if "device" in filters else self._slugs(origin)
+            for slug in slugs:
+                for path in self._record_files(origin, slug):
+                    found += [r for r in _read(path) if all(getattr(r, key) == val for key, val in filters.items())]
+        return sorted(found, key=lambda record: record.date)
+
+    def writer(self, slug: str, ship: bool) -> RecordWriter:
+        """A writer of records for a device. DatabaseError, before anything is measured, where it can't be."""
+        if ship:
+            return RecordWriter(self.folder("shipped", slug) / "records.jsonl")
+        name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
+        return RecordWriter(self.folder("user", slug) / "records" / name)
+
+    def write_choices(self, choices: Choices, ship: bool) -> Path:
+        """Replace the choices of a device atomically; keys sorted and indented, so that a retune is a readable diff."""
+        path = self.folder("shipped" if ship else "user", choices.device.slug) / "choices.json"
+        text = msgspec.json.format(msgspec.json.encode(choices, order="sorted"), indent=2) + b"\n"
+        staged = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with staged.open("wb") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            staged.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                staged.unlink(missing_ok=True)
+            raise _not_writable(path, error) from error
+        return path
+
+    def _slugs(self, origin: Origin) -> list[str]:
+        root = self.user_root if origin == "user" else self.shipped_root
+        try:
+            entries = sorted(path.name for path in root.iterdir() if path.is_dir())
+        except OSError:
+            return []
+        return [name for name in entries if _SLUG.fullmatch(name)]
+
+    def _record_files(self, origin: Origin, slug: str) -> list[Path]:
+        folder = self.folder(origin, slug)
+        return [folder / "records.jsonl"] if origin == "shipped" else sorted((folder / "records").glob("*.jsonl"))
+
+
+def _read(path: Path) -> Iterator[TuningRecord]:
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        _warn(f"{path} can't be read and is ignored: {error}")
+        return
+    decoder = msgspec.json.Decoder(TuningRecord)
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = decoder.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            _warn(f"{path}, line {number} is no tuning record and is skipped: {error}")
+            continue
+        if record.schema == SCHEMA:
+            yield record
+        else:
+            _warn(f"{path}, line {number} has schema {record.schema}, this jagtile reads {SCHEMA}; it is skipped")
+
+
+def _set_aside(path: Path, why: str, rename: bool) -> None:
+    aside = path.with_name(f"{path.name}.bad-{uuid.uuid4().hex[:8]}")
+    if rename:
+        with contextlib.suppress(OSError):
+            path.rename(aside)
+            _warn(f"{path} is corrupt ({why}); it was set aside as {aside.name} and is ignored")
+            return
+    _warn(f"{path} is corrupt ({why}) and is ignored")
+
+
+def _not_writable(path: Path, error: OSError) -> DatabaseError:
+    return DatabaseError(
+        f"tuning results can't be written to {path}: {error.strerror or error}; let JAGTILE_CACHE_DIR name a folder that "
+        f"can be written to (tuning_db/ must be, where results are to be shipped)"
+    )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, JagtileWarning, stacklevel=3)
