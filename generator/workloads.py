@@ -210,6 +210,26 @@ def random_workload(
     )
 
 
+def checks(spec: KernelSpec) -> tuple[Workload, ...]:
+    """Small nasty workloads that a kernel of the spec must get right before it is timed; always the same ones."""
+    edges = (0, 1, 63, 64, 65, 0, 129, 300, 1)
+    alike = Workload("edges", edges, edges, 4, 2, spec.head_dim, spec.head_dim_v, spec.causal)
+    cross = replace(alike, name="edges, cross", seqlens_k=edges[::-1], causal_alignment="bottom_right")
+    rng = random.Random(20)
+    drawn = (
+        random_workload(
+            rng,
+            head_dim=spec.head_dim,
+            head_dim_v=spec.head_dim_v,
+            is_causal=spec.causal,
+            cross=own_keys,
+            max_seqlen=600,
+        )
+        for own_keys in (False, True)
+    )
+    return (alike, cross, *drawn)
+
+
 _GPU_REPRESENTATIVES = {
     "short": "recsys-d64",
     "medium": "vit-d64",

@@ -199,8 +199,8 @@ def _set_aside(path: Path, why: str, rename: bool) -> None:
 
 def _not_writable(path: Path, error: OSError) -> DatabaseError:
     return DatabaseError(
-        f"tuning results can't be written to {path}: {error.strerror or error}; let JAGTILE_CACHE_DIR name a folder that "
-        f"can be written to (tuning_db/ must be, where results are to be shipped)"
+        f"tuning results can't be written to {path}: {error.strerror or error}; let JAGTILE_CACHE_DIR name a folder "
+        f"that can be written to (to ship results, tuning_db/ itself must be)"
     )
 
 

@@ -1,0 +1,112 @@
+"""Timers of launches: CUDA graphs of several launches between events on a GPU, the host's clock on a CPU.
+
+``launch(i)`` launches on the i-th of ``sets`` rotating sets of inputs; a sampler runs a fixed number of launches and
+returns microseconds a launch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+Launch = Callable[[int], None]
+Sampler = Callable[[], float]
+
+_MAX_LAUNCHES = 256  # of one sample
+_FALLBACK_CACHE_BYTES = 32 << 20
+_MAX_CPU_CACHE_BYTES = 64 << 20  # a cache shared by a hundred cores would take seconds to rotate through
+
+
+class Timer(Protocol):
+    """Makes samplers for one device."""
+
+    cache_bytes: int  # of the last-level cache, that rotating inputs must exceed
+
+    def sampler(self, launch: Launch, sets: int, sample_ms: float) -> Sampler:
+        """Warm up, then a sampler of about ``sample_ms`` milliseconds that rotates through ``sets`` inputs."""
+        ...
+
+
+def timer_for(device: torch.device) -> Timer:
+    """The timer of a device."""
+    return GraphTimer(device) if device.type == "cuda" else HostTimer()
+
+
+class GraphTimer:
+    """Replays a CUDA graph of several launches, so that the host's cost is left out."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cache_bytes = int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+    def sampler(self, launch: Launch, sets: int, sample_ms: float) -> Sampler:
+        for index in range(sets):  # each set once before the capture: the launcher keeps a work list for each
+            launch(index)
+        torch.cuda.synchronize(self.device)
+        begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        begin.record()
+        for index in range(3):
+            launch(index)
+        end.record()
+        end.synchronize()
+        launches = _launches(begin.elapsed_time(end) / 3, sets, sample_ms)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for index in range(launches):
+                launch(index)
+        graph.replay()
+        torch.cuda.synchronize(self.device)
+
+        def sample() -> float:
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            return float(begin.elapsed_time(end)) * 1e3 / launches
+
+        return sample
+
+
+class HostTimer:
+    """perf_counter around launches that are complete at return."""
+
+    def __init__(self) -> None:
+        self.cache_bytes = min(_last_level_cache(), _MAX_CPU_CACHE_BYTES)
+
+    def sampler(self, launch: Launch, sets: int, sample_ms: float) -> Sampler:
+        launch(0)
+        begin = time.perf_counter()
+        launch(1)
+        launches = _launches((time.perf_counter() - begin) * 1e3, sets, sample_ms)
+
+        def sample() -> float:
+            begin = time.perf_counter()
+            for index in range(launches):
+                launch(index)
+            return (time.perf_counter() - begin) * 1e6 / launches
+
+        return sample
+
+
+def _launches(launch_ms: float, sets: int, sample_ms: float) -> int:
+    """Launches of one sample: about ``sample_ms``, in whole rotations where a rotation is short enough."""
+    wanted = min(_MAX_LAUNCHES, max(1, math.ceil(sample_ms / max(launch_ms, 1e-3))))
+    return wanted if wanted < sets else min(_MAX_LAUNCHES, math.ceil(wanted / sets) * sets)
+
+
+def _last_level_cache() -> int:
+    """Bytes of the CPU's last-level cache as Linux tells it."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        try:
+            text = path.read_text().strip()
+            sizes.append(int(text.rstrip("KM")) << {"K": 10, "M": 20}.get(text[-1], 0))
+        except (OSError, ValueError):
+            continue
+    return max(sizes, default=_FALLBACK_CACHE_BYTES)
