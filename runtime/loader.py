@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
 from jagtile.generator.tile import Variant
-from jagtile.runtime.artifact import Artifact
 from jagtile.runtime.errors import CompilerNotFoundError, NoKernelError
-from jagtile.runtime.kernel import ForwardKernel
 from jagtile.runtime.settings import settings
+
+if TYPE_CHECKING:  # at run time these would make `import jagtile` import msgspec
+    from jagtile.runtime.artifact import Artifact
+    from jagtile.runtime.kernel import ForwardKernel
 
 log = logging.getLogger("jagtile")
 

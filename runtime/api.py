@@ -1,0 +1,158 @@
+"""Packed attention as users call it, and ``warmup``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+import torch
+
+from jagtile.generator.spec import KernelSpec
+from jagtile.runtime.checks import (
+    bottom_right,
+    check_batch,
+    check_flag,
+    softmax_scale,
+)
+from jagtile.runtime.errors import UnsupportedError
+from jagtile.runtime.ops import forward_for
+from jagtile.runtime.problem import DTYPE_NAMES, REGIMES
+from jagtile.runtime.routes import prepare
+
+CausalAlignment = Literal["top_left", "bottom_right"]
+
+
+@overload
+def varlen_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    *,
+    is_causal: bool = ...,
+    causal_alignment: CausalAlignment = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+) -> torch.Tensor: ...
+@overload
+def varlen_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    *,
+    is_causal: bool = ...,
+    causal_alignment: CausalAlignment = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def varlen_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    is_causal: bool = False,
+    causal_alignment: CausalAlignment = "top_left",
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention within each sequence of a packed jagged batch. Forward only.
+
+    Args:
+        q: (total_q, H, D), float32, bfloat16 or float16; any strides whose last is 1.
+        k: (total_k, H_kv, D), likewise; H is a multiple of H_kv (GQA, MQA).
+        v: (total_k, H_kv, D_v), likewise; D and D_v are at most 256.
+        cu_seqlens_q: (B+1,) int32 or int64 on q's device: sequence b holds rows cu_seqlens_q[b] to cu_seqlens_q[b+1].
+        cu_seqlens_k: likewise for k and v. Lengths may be zero and need not equal those of q.
+        max_seqlen_q: the longest query length, where it is known. Only a hint for choosing the kernel: a wrong one
+            costs time, never correctness.
+        max_seqlen_k: likewise for the keys.
+        is_causal: whether a query sees only the keys up to its own position.
+        causal_alignment: "top_left": query i of a sequence sees keys 0..i; "bottom_right": its last query sees all
+            keys, as in FlashAttention. They differ where query and key lengths do.
+        scale: of the scores; None is 1/sqrt(D).
+        return_lse: whether to return the log-sum-exp of each row's scaled scores as well.
+
+    Returns:
+        out (total_q, H, D_v), contiguous, in q's dtype; with ``return_lse`` also lse, float32 (H, total_q), natural
+        logarithm. A row that sees no key gives 0 and -inf. Rows from cu_seqlens_q[-1] on belong to no sequence: on the
+        CPU they too give 0 and -inf, on CUDA their values are unspecified.
+
+    The host never waits for the device: on CUDA the offsets' values are taken on trust. On the CPU they are checked.
+
+    Raises:
+        TypeError, ValueError: a bad argument; the message names it, what it was and what is accepted.
+        UnsupportedError: (a NotImplementedError) a dtype, device or head_dim that is not served, or grad is required.
+        NoKernelError, CompilerNotFoundError, BuildError: no kernel can be had; the message says the ways out.
+    """
+    check_batch(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    check_flag("is_causal", is_causal)
+    check_flag("return_lse", return_lse)
+    outputs = forward_for(q)(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        is_causal,
+        bottom_right(causal_alignment),
+        softmax_scale(scale, q.shape[2]),
+        return_lse,
+    )
+    return (outputs[0], outputs[1]) if return_lse else outputs[0]
+
+
+def warmup(
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    head_dim_v: int | None = None,
+    is_causal: bool = False,
+    device: torch.device | str | None = None,
+    regimes: Sequence[str] | None = None,
+) -> tuple[str, ...]:
+    """Build and load, ahead of time, every kernel that calls of one kind may take.
+
+    Call it before serving, before capturing a CUDA graph and before torch.compile. It reads the tuning choices anew,
+    so that it also makes a process see what was tuned since its first call.
+
+    Args:
+        head_dim: D of q and k.
+        dtype: torch.float32, torch.bfloat16 or torch.float16.
+        head_dim_v: D_v; None is D.
+        is_causal: as in the calls to come.
+        device: where they will run; None is the current CUDA device, the CPU where there is none.
+        regimes: some of "short", "medium", "long", "cross", "decode"; None is all.
+
+    Returns:
+        The names of the variants, each once. Errors as ``varlen_attention``.
+    """
+    check_flag("is_causal", is_causal)
+    if dtype not in DTYPE_NAMES:
+        raise UnsupportedError(f"dtype {dtype} is not served; served: {', '.join(map(str, DTYPE_NAMES))}")
+    names = REGIMES if regimes is None else tuple(regimes)
+    unknown = [name for name in names if name not in REGIMES]
+    if unknown:
+        raise ValueError(f"regimes holds {', '.join(map(repr, unknown))}; regimes are {', '.join(REGIMES)}")
+    spec = KernelSpec("fwd", DTYPE_NAMES[dtype], head_dim, head_dim if head_dim_v is None else head_dim_v, is_causal)
+    return tuple(variant.name for variant in prepare(spec, names, _device(device)))
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    """A device with an index where it is a CUDA one."""
+    found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    if found.type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+    return torch.device(found.type)

@@ -1,0 +1,197 @@
+"""Nested tensors of the jagged layout: ``sdpa`` on them.
+
+What is private to torch is read in one place, ``pack`` and ``wrap``. An NJT (B, H, j, D) keeps its values as
+(H, total, D), whatever their strides; the transposed view (total, H, D) of them is what the kernels take, uncopied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, cast
+
+import torch
+from torch.nested._internal.nested_tensor import NestedTensor
+
+from jagtile.runtime.api import CausalAlignment
+from jagtile.runtime.checks import bottom_right, check_flag, check_operands, refuse_grad, softmax_scale
+from jagtile.runtime.errors import UnsupportedError
+from jagtile.runtime.ops import forward_for
+
+Sdpa = Callable[..., torch.Tensor]
+
+_NAMES = ("query", "key", "value")
+
+
+class Packed(NamedTuple):
+    """The packed views of three NJTs. max_seqlen: what torch had cached, else None."""
+
+    q: torch.Tensor  # (total_q, H, D)
+    k: torch.Tensor  # (total_k, H_kv, D)
+    v: torch.Tensor  # (total_k, H_kv, D_v)
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+
+
+def sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    causal_alignment: CausalAlignment = "top_left",
+) -> torch.Tensor:
+    """``F.scaled_dot_product_attention`` on nested tensors of the jagged layout. Forward only.
+
+    Args:
+        query: NJT (B, H, j, D), float32, bfloat16 or float16 (under autocast: any but float64 is cast, as torch does).
+        key: NJT (B, H_kv, j', D). Its lengths need not be those of query, and any may be zero.
+        value: NJT (B, H_kv, j', D_v) with the lengths of key. Where it has not the same offsets tensor as key, the CPU
+            compares the two; on CUDA what the host knows is compared here and the values by an assertion on the device.
+        attn_mask: not accepted, as in torch.
+        dropout_p: only 0.
+        is_causal: whether a query sees only the keys up to its own position.
+        scale: of the scores; None is 1/sqrt(D).
+        enable_gqa: must be True where query has more heads than key and value (a multiple of theirs).
+        causal_alignment: as in ``varlen_attention``; "top_left" is what torch documents.
+
+    Returns:
+        NJT (B, H, j, D_v) with query's offsets object (so that it can be added to query) and query's cached lengths.
+        Its values are a contiguous (total, H, D_v) buffer: ``out.transpose(1, 2)`` is contiguous. Values beyond the
+        last offset belong to no sequence: zero on the CPU, unspecified on CUDA.
+
+    A 4-D NJT that is ragged on dimension 1, (B, j, H, D), gets torch's own meaning: dense attention over H.
+
+    Raises:
+        ValueError, TypeError: a bad argument.
+        UnsupportedError: (a NotImplementedError, hence a RuntimeError) a valid request that is not served: grad,
+            dropout, holes (``lengths``), other dtypes, devices, head dims or numbers of dimensions.
+        NoKernelError, CompilerNotFoundError, BuildError: no kernel can be had; the message says the ways out.
+    """
+    if _ragged_batch_like(query, key, value):
+        return torch_sdpa()(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    packed = pack(query, key, value, enable_gqa=enable_gqa)
+    if attn_mask is not None:
+        raise ValueError(f"attn_mask must be None for nested tensors, got {type(attn_mask).__name__}")
+    if not isinstance(dropout_p, (float, int)):
+        raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
+    if dropout_p != 0:
+        raise UnsupportedError(f"dropout_p is {dropout_p}; served: 0")
+    check_flag("is_causal", is_causal)
+    outputs = forward_for(packed.q)(
+        *packed,
+        is_causal,
+        bottom_right(causal_alignment),
+        softmax_scale(scale, packed.q.shape[2]),
+        False,
+    )
+    return wrap(outputs[0], cast(NestedTensor, query))
+
+
+def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_gqa: bool) -> Packed:
+    """Check three NJTs (B, H, j, D) and take their packed views, cast as autocast asks. Errors as ``sdpa``."""
+    for name, tensor in zip(_NAMES, (query, key, value), strict=True):
+        _check_njt(name, tensor)
+    check_flag("enable_gqa", enable_gqa)
+    query, key, value = cast(NestedTensor, query), cast(NestedTensor, key), cast(NestedTensor, value)
+    _check_raggedness(query, key, value)
+    if torch.is_grad_enabled():
+        with torch._C.DisableTorchFunctionSubclass():  # else each look at requires_grad costs a Python dispatch
+            for name, tensor in zip(_NAMES, (query, key, value), strict=True):
+                if tensor.requires_grad:
+                    refuse_grad(name)
+    cast_to = _autocast_dtype(query._values.device.type)
+    q, k, v = (_packed_values(tensor, cast_to) for tensor in (query, key, value))
+    check_operands(q, k, v, _NAMES)
+    if q.shape[1] != k.shape[1] and not enable_gqa:
+        raise ValueError(
+            f"query has {q.shape[1]} heads, key and value {k.shape[1]}: pass enable_gqa=True to share key and value "
+            f"heads among query heads"
+        )
+    return Packed(q, k, v, _cu_seqlens(query), _cu_seqlens(key), query._maybe_max_seqlen, key._maybe_max_seqlen)
+
+
+def wrap(out: torch.Tensor, query: NestedTensor) -> torch.Tensor:
+    """A packed result (total_q, H, D_v) as the NJT (B, H, j, D_v) with query's raggedness and cached lengths."""
+    return NestedTensor(out.transpose(0, 1), query._offsets, _ragged_idx=2, _metadata_cache=query._metadata_cache)
+
+
+def _ragged_batch_like(*tensors: object) -> bool:
+    """Whether all are NJTs of at least four dimensions, ragged on dimension 1."""
+    return all(isinstance(t, NestedTensor) and t._ragged_idx == 1 and t._values.dim() >= 3 for t in tensors)
+
+
+def _check_njt(name: str, tensor: object) -> None:
+    if not isinstance(tensor, NestedTensor):
+        kind = f"a {tensor.layout} tensor" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise ValueError(f"{name} must be a nested tensor of the jagged layout (B, H, j, D), got {kind}")
+    if tensor._values.dim() != 3 or tensor._ragged_idx != 2:
+        raise UnsupportedError(
+            f"{name} has {tensor._values.dim() + 1} dimensions and is ragged on dimension {tensor._ragged_idx}; "
+            f"served: (B, H, j, D), ragged on dimension 2, e.g. x.view(B, -1, H, D).transpose(1, 2)"
+        )
+    if tensor._lengths is not None:
+        raise UnsupportedError(
+            f"{name} has holes (lengths beside offsets); served: nested tensors without, which .contiguous() before "
+            f"the transpose makes"
+        )
+
+
+def _check_raggedness(query: NestedTensor, key: NestedTensor, value: NestedTensor) -> None:
+    """One batch size, and key and value of the same lengths, without reading device memory."""
+    batch = query._offsets.shape[0] - 1
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor._offsets.shape[0] - 1 != batch:
+            raise ValueError(f"{name} has {tensor._offsets.shape[0] - 1} sequences, query {batch}: they must be equal")
+    if key._offsets is value._offsets:
+        return
+    known = (
+        ("tokens", key._values.shape[1], value._values.shape[1]),
+        ("as their longest length", key._maybe_max_seqlen, value._maybe_max_seqlen),
+        ("as their shortest length", key._maybe_min_seqlen, value._maybe_min_seqlen),
+    )
+    for what, of_key, of_value in known:
+        if of_key is not None and of_value is not None and of_key != of_value:
+            raise ValueError(f"value has {of_value} {what}, key {of_key}: their sequences must have the same lengths")
+    if key._offsets.device != value._offsets.device:
+        raise ValueError(
+            f"value is on {value._offsets.device}, key on {key._offsets.device}: all must be on one device"
+        )
+    if key._offsets.is_cpu:
+        if not torch.equal(key._offsets.long(), value._offsets.long()):
+            raise ValueError("value has other offsets than key: their sequences must have the same lengths")
+    else:
+        torch._assert_async((key._offsets == value._offsets).all(), "key and value differ in their offsets")
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def _packed_values(tensor: NestedTensor, cast_to: torch.dtype | None) -> torch.Tensor:
+    """The values as (total, H, D); copied only for autocast or where the last stride is not 1."""
+    values = tensor._values.transpose(0, 1)
+    if cast_to is not None and values.is_floating_point() and values.dtype != torch.float64:
+        values = values.to(cast_to)
+    return values if values.stride(2) == 1 else values.contiguous()
+
+
+def _cu_seqlens(tensor: NestedTensor) -> torch.Tensor:
+    offsets = tensor._offsets
+    if offsets.dtype != torch.int64 and offsets.dtype != torch.int32:
+        offsets = offsets.long()
+    return offsets.contiguous()
+
+
+def torch_sdpa() -> Sdpa:
+    """torch's own implementation for NJTs."""
+    from torch.nested._internal.sdpa import jagged_scaled_dot_product_attention
+
+    return cast(Sdpa, jagged_scaled_dot_product_attention)
