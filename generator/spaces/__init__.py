@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jagtile.generator.spaces.sm90_forward import Sm90ForwardSpace
 from jagtile.generator.tile import Space
 
-ALL: tuple[Space, ...] = ()
+ALL: tuple[Space, ...] = (Sm90ForwardSpace(),)

@@ -1,0 +1,178 @@
+"""Tile configs of templates/cuda/sm90/forward.cu.j2: the persistent, warp-specialised Hopper forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, cast
+
+from jagtile.generator.spec import KernelSpec
+from jagtile.generator.tile import Knob, TileConfig
+
+SMEM_BYTES = 227 * 1024  # what one CTA may have
+SMEM_BYTES_PER_SM = 228 * 1024  # of which each resident CTA takes 1 KB more than it asks for
+CONTROL_BYTES = 1024  # tile slots and barriers
+ELEMENT = {"bf16": "bf16", "fp16": "f16"}
+# (producer, consumer) registers a thread after reallocation, by (math warpgroups, CTAs an SM): setmaxnreg takes
+# multiples of 8, and the sum over warpgroups must not exceed what the launch allocates.
+REGISTERS = {(1, 1): (56, 256), (1, 2): (40, 216), (2, 1): (24, 240), (3, 1): (32, 160)}
+# Accumulator registers that ptxas 13.0 still schedules without serialising wgmma (C7512), measured by compiling.
+ACCUMULATOR_LIMIT = {(1, 1): 208, (1, 2): 160, (2, 1): 208, (3, 1): 132}
+
+
+@dataclass(frozen=True, order=True)
+class Sm90ForwardConfig(TileConfig):
+    """Knobs of the persistent Hopper forward."""
+
+    algorithm: ClassVar[str] = "persistent"
+    block_m: int = field(metadata={"short": "m"})  # query rows a CTA: 64 a math warpgroup
+    block_n: int = field(metadata={"short": "n"})  # keys a step
+    num_stages: int = field(metadata={"short": "s"})  # K and V buffers each
+    q_stages: int = field(metadata={"short": "q"})  # Q buffers: with 2 a tile's epilogue overlaps the next one's start
+    overlap: bool = field(metadata={"short": "o"})  # softmax of block j runs beside the PV product of block j+1
+    ctas_per_sm: int = field(metadata={"short": "c"})
+
+    @property
+    def warpgroups(self) -> int:
+        """Math warpgroups."""
+        return self.block_m // 64
+
+
+@dataclass(frozen=True)
+class SmemLayout:
+    """Bytes of each region of shared memory, in order."""
+
+    q_bytes: int
+    k_bytes: int
+    v_bytes: int
+    control_bytes: int
+
+    @property
+    def total(self) -> int:
+        """Bytes a CTA asks for."""
+        return self.q_bytes + self.k_bytes + self.v_bytes + self.control_bytes
+
+
+def _panels(columns: int) -> int:
+    return -(-columns // 64)
+
+
+def smem_layout(spec: KernelSpec, config: Sm90ForwardConfig) -> SmemLayout:
+    """The regions' sizes: panels of 64 columns (128 bytes), O shares Q's buffers."""
+    q_panels = max(_panels(spec.head_dim), _panels(spec.head_dim_v))
+    return SmemLayout(
+        q_bytes=config.q_stages * config.block_m * q_panels * 128,
+        k_bytes=config.num_stages * config.block_n * _panels(spec.head_dim) * 128,
+        v_bytes=config.num_stages * config.block_n * _panels(spec.head_dim_v) * 128,
+        control_bytes=CONTROL_BYTES,
+    )
+
+
+def accumulator_registers(spec: KernelSpec, config: Sm90ForwardConfig) -> int:
+    """Registers a thread for S, O and, where the PV product is in flight beside S, P."""
+    scores = config.block_n // 2
+    probabilities = config.block_n // 4 if config.overlap else 0
+    return scores + probabilities + spec.head_dim_v // 2
+
+
+class Sm90ForwardSpace:
+    """Legal configs of the persistent Hopper forward."""
+
+    target = "sm_90a"
+    algorithm = Sm90ForwardConfig.algorithm
+    template = "cuda/sm90/forward.cu.j2"
+    config_type: type[TileConfig] = Sm90ForwardConfig
+
+    def serves(self, spec: KernelSpec) -> str | None:
+        """bf16 and fp16, head dims that are multiples of 8."""
+        if spec.direction != "fwd":
+            return f"computes the forward, not {spec.direction}"
+        if spec.dtype not in ELEMENT:
+            return f"dtype must be bf16 or fp16 on sm_90a, got {spec.dtype}"
+        for name, value in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
+            if value % 8:
+                return f"{name} must be a multiple of 8 on sm_90a (TMA strides are multiples of 16 bytes), got {value}"
+        return None
+
+    def knobs(self, spec: KernelSpec) -> Mapping[str, tuple[Knob, ...]]:
+        """The grid; most of it is cut by shared memory and registers."""
+        return {
+            "block_m": (128, 192, 64),
+            "block_n": (128, 64, 80, 96, 112, 144, 160, 176, 192, 224, 256),
+            "num_stages": (2, 3, 4),
+            "q_stages": (1, 2),
+            "overlap": (True, False),
+            "ctas_per_sm": (1, 2),
+        }
+
+    def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
+        """Shared memory, accumulator registers and instruction shapes."""
+        config = cast(Sm90ForwardConfig, config)
+        groups = (config.warpgroups, config.ctas_per_sm)
+        if config.block_m not in (64, 128, 192):
+            return f"block_m is 64 a math warpgroup, 1 to 3 of them: 64, 128 or 192, got {config.block_m}"
+        if config.block_n % 16 or not 16 <= config.block_n <= 256:
+            return f"block_n must be a multiple of 16 from 16 to 256 (wgmma N, and K of the PV product), got {config.block_n}"
+        if groups not in REGISTERS:
+            return f"{config.ctas_per_sm} CTAs an SM need block_m 64: 64K registers hold {config.warpgroups} math warpgroups once"
+        if config.num_stages < 2 or config.q_stages not in (1, 2):
+            return f"num_stages must be at least 2 and q_stages 1 or 2, got {config.num_stages} and {config.q_stages}"
+        smem = smem_layout(spec, config).total
+        room = SMEM_BYTES if config.ctas_per_sm == 1 else SMEM_BYTES_PER_SM // config.ctas_per_sm - 1024
+        if smem > room:
+            return f"shared memory {smem} B > {room} B a CTA with {config.ctas_per_sm} an SM"
+        registers = accumulator_registers(spec, config)
+        limit = ACCUMULATOR_LIMIT[groups]
+        if registers > limit:
+            return f"S, P and O take {registers} registers a thread > {limit} with {config.warpgroups} math warpgroups"
+        return None
+
+    def default(self, spec: KernelSpec) -> TileConfig:
+        """Two math warpgroups, two stages, the widest key block up to 128 that is legal."""
+        for block_n in (128, 112, 96, 80, 64, 48, 32):
+            config = Sm90ForwardConfig(128, block_n, 2, 1, True, 1)
+            if self.rejection(spec, config) is None:
+                return config
+        raise AssertionError(f"no default tile for {spec.name}")
+
+    def context(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, object]:
+        """Panels, steps, registers and the shared-memory map."""
+        config = cast(Sm90ForwardConfig, config)
+        producer, consumer = REGISTERS[config.warpgroups, config.ctas_per_sm]
+        panels, panels_v = _panels(spec.head_dim), _panels(spec.head_dim_v)
+        return {
+            "warpgroups": config.warpgroups,
+            "num_threads": 128 * (config.warpgroups + 1),
+            "panels": panels,
+            "panels_v": panels_v,
+            "q_panels": max(panels, panels_v),
+            "steps_qk": -(-spec.head_dim // 16),
+            "out_columns": spec.head_dim_v,
+            "element": ELEMENT[spec.dtype],
+            "pack": f"pack_{spec.dtype}",
+            "producer_registers": producer,
+            "consumer_registers": consumer,
+            "smem": smem_layout(spec, config),
+        }
+
+    def launch(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, int]:
+        """What runtime/cuda needs to encode tensor maps and launch."""
+        config = cast(Sm90ForwardConfig, config)
+        return {
+            "block_m": config.block_m,
+            "block_n": config.block_n,
+            "num_threads": 128 * (config.warpgroups + 1),
+            "smem_bytes": smem_layout(spec, config).total,
+            "ctas_per_sm": config.ctas_per_sm,
+            "causal": int(spec.causal),
+        }
+
+    def compile_flags(self, spec: KernelSpec, config: TileConfig) -> tuple[str, ...]:
+        """None beyond the target's."""
+        return ()
+
+    def predicted_registers(self, spec: KernelSpec, config: TileConfig) -> int:
+        """What ptxas reports: the launch allocation, 64K registers over the CTAs' threads, in steps of 8."""
+        config = cast(Sm90ForwardConfig, config)
+        threads = 128 * (config.warpgroups + 1) * config.ctas_per_sm
+        return 65536 // threads // 8 * 8

@@ -1,0 +1,29 @@
+// The one parameter block of every CUDA kernel (ABI version 1; runtime/cuda/params.py packs the same bytes).
+#pragma once
+
+struct alignas(64) TensorMap {
+  unsigned long long opaque[16];
+};
+
+struct alignas(64) Params {
+  TensorMap map_q;    // ragged maps: rows past a sequence's end read as zeros and are not stored
+  TensorMap map_k;
+  TensorMap map_v;
+  TensorMap map_out;
+  const void* cu_seqlens_q;  // (batch + 1) int32 or int64
+  const void* cu_seqlens_k;
+  void* work_list;           // WorkListHeader, then items, then (batch + 1) scratch ints
+  float* lse;                // (heads, total_q) or null
+  int batch;
+  int heads;
+  int heads_per_group;       // query heads whose tiles are interleaved (keeps their K and V in L2)
+  int gqa_ratio;             // heads / heads_kv
+  int total_q;
+  int max_items;             // capacity of the work list
+  int wide_offsets;          // bit 0: cu_seqlens_q is int64, bit 1: cu_seqlens_k is
+  int bottom_right;          // causal alignment of unequal lengths
+  int block_m;               // for the work list builder only; constants in the attention kernels
+  int block_n;
+  int causal;
+  float scale_log2;          // softmax scale times log2(e), positive
+};
