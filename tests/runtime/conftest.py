@@ -1,0 +1,105 @@
+"""Helpers of the run time's tests: a kernel that is the oracle, and a tile space that needs no template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from jagtile.generator.oracle import reference
+from jagtile.generator.spec import KernelSpec
+from jagtile.generator.tile import Knob, TileConfig
+from jagtile.runtime import ops
+from jagtile.runtime.routes import Route
+
+
+class OracleKernel:
+    """A ForwardKernel made of the oracle. As a real one, it leaves rows of no sequence alone: they are poisoned."""
+
+    def __init__(self, causal: bool) -> None:
+        self.causal = causal
+
+    def forward(self, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right) -> None:
+        alignment = "bottom_right" if bottom_right else "top_left"
+        expected, expected_lse = reference(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, is_causal=self.causal, causal_alignment=alignment, scale=scale
+        )
+        covered = int(cu_seqlens_q[-1])
+        out.fill_(float("nan"))
+        out[:covered] = expected[:covered].to(out.dtype)
+        if lse is not None:
+            lse.fill_(float("nan"))
+            lse[:, :covered] = expected_lse[:, :covered].float()
+
+
+@dataclass
+class Calls:
+    """What reached the kernels."""
+
+    routes: list[Route] = field(default_factory=list)
+    arguments: list[tuple[object, ...]] = field(default_factory=list)
+
+
+@pytest.fixture
+def oracle_kernels(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Every call runs the oracle instead of a compiled kernel; returns what reached it."""
+    calls = Calls()
+
+    def resolve(route: Route) -> OracleKernel:
+        kernel = OracleKernel(causal=route[3])
+        compute = kernel.forward
+
+        def forward(*arguments: object) -> None:
+            calls.arguments.append(arguments)
+            compute(*arguments)
+
+        kernel.forward = forward  # type: ignore[method-assign]
+        calls.routes.append(route)
+        return kernel
+
+    monkeypatch.setattr(ops, "ROUTES", {})
+    monkeypatch.setattr(ops, "resolve", resolve)
+    return calls
+
+
+@dataclass(frozen=True, order=True)
+class PlainConfig(TileConfig):
+    algorithm = "plain"
+    block: int = field(default=64, metadata={"short": "b"})
+
+
+@dataclass(frozen=True)
+class PlainSpace:
+    """A space of one knob; blocks above 128 are illegal, and so is float32 except on the CPU."""
+
+    target: str
+    algorithm: str = "plain"
+    template: str = "none.j2"
+    config_type: type[TileConfig] = PlainConfig
+
+    def serves(self, spec: KernelSpec) -> str | None:
+        return "it computes in bf16 and fp16" if spec.dtype == "fp32" and self.target != "cpu" else None
+
+    def knobs(self, spec: KernelSpec) -> Mapping[str, tuple[Knob, ...]]:
+        return {"block": (64, 128, 256)}
+
+    def rejection(self, spec: KernelSpec, config: PlainConfig) -> str | None:
+        return f"block {config.block} > 128" if config.block > 128 else None
+
+    def default(self, spec: KernelSpec) -> PlainConfig:
+        return PlainConfig(64)
+
+
+@pytest.fixture
+def plain_spaces(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], dict[str, Knob]]:
+    """Only ``PlainSpace`` exists, for the CPU and sm_90a. Returns a function: block -> recorded config."""
+    monkeypatch.setattr("jagtile.generator.spaces.ALL", (PlainSpace("cpu"), PlainSpace("sm_90a")))
+    return lambda block: PlainConfig(block).to_dict()
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield

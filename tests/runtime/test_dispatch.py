@@ -1,0 +1,134 @@
+"""Dispatch: look-up order, what is skipped and why. Pure: no GPU, no files."""
+
+from __future__ import annotations
+
+import pytest
+
+from jagtile.generator.spec import KernelSpec
+from jagtile.runtime.device import DeviceId
+from jagtile.runtime.dispatch import choose, choose_for_regime
+from jagtile.runtime.errors import UnsupportedError
+from jagtile.runtime.problem import REGIMES, Problem
+from jagtile.tuning_db.schema import ChoiceEntry, Choices, DeviceFacts
+
+H200 = DeviceId("sm90-132sm", "sm_90a", "NVIDIA H200", 132, 4917, "9.0")
+SPEC = KernelSpec("fwd", "bf16", 128, 128, True)
+
+
+def problem(batch: int = 8, length: int = 4096, keys: int | None = None) -> Problem:
+    return Problem(SPEC, batch, batch * length, batch * (length if keys is None else keys), 16, 16)
+
+
+class FakeDatabase:
+    """Choices by (origin, slug)."""
+
+    def __init__(self, **choices: Choices) -> None:
+        self._choices = {tuple(name.split("__")): found for name, found in choices.items()}
+
+    def choices(self, origin, slug):
+        return self._choices.get((origin, slug.replace("-", "_")))
+
+    def devices(self, origin):
+        return [found.device for (place, _), found in self._choices.items() if place == origin]
+
+
+def choices(entry: ChoiceEntry | None, units: int = 132, spec: KernelSpec = SPEC) -> Choices:
+    device = DeviceFacts(
+        slug=f"sm90-{units}sm",
+        label="a GPU",
+        target="sm_90a",
+        units=units,
+        bandwidth_gbs=4000,
+        compute_capability="9.0",
+    )
+    return Choices(device=device, specs={} if entry is None else {f"sm_90a/{spec.name}": entry})
+
+
+def test_the_users_choice_comes_before_the_shipped_one(plain_spaces):
+    database = FakeDatabase(
+        user__sm90_132sm=choices(ChoiceEntry(default=plain_spaces(128))),
+        shipped__sm90_132sm=choices(ChoiceEntry(default=plain_spaces(64))),
+    )
+    decision = choose(problem(), H200, database)
+    assert (decision.source, decision.variant.config.block) == ("user", 128)
+    assert decision.variant.name == "sm_90a/fwd_bf16_d128_causal/plain_b128"
+
+
+def test_the_shipped_choice_serves_where_the_user_has_none_for_the_spec(plain_spaces):
+    database = FakeDatabase(
+        user__sm90_132sm=choices(None), shipped__sm90_132sm=choices(ChoiceEntry(default=plain_spaces(128)))
+    )
+    decision = choose(problem(), H200, database)
+    assert (decision.source, decision.variant.config.block) == ("shipped", 128)
+    assert [step.answer for step in decision.steps] == [
+        "no entry for fwd_bf16_d128_causal",
+        "taken: the spec's default entry, plain_b128",
+    ]
+
+
+def test_the_nearest_relative_serves_where_the_device_has_no_choices(plain_spaces):
+    database = FakeDatabase(
+        shipped__sm90_78sm=choices(ChoiceEntry(default=plain_spaces(64)), units=78),
+        shipped__sm90_114sm=choices(ChoiceEntry(default=plain_spaces(128)), units=114),
+    )
+    decision = choose(problem(), H200, database)
+    assert (decision.source, decision.variant.config.block) == ("relative:sm90-114sm", 128)
+
+
+def test_a_farther_relative_serves_where_the_nearest_lacks_the_spec(plain_spaces):
+    database = FakeDatabase(
+        user__sm90_114sm=choices(None, units=114),
+        shipped__sm90_78sm=choices(ChoiceEntry(default=plain_spaces(128)), units=78),
+    )
+    assert choose(problem(), H200, database).source == "relative:sm90-78sm"
+
+
+def test_the_default_of_the_space_serves_where_nothing_is_recorded(plain_spaces):
+    decision = choose(problem(), H200, FakeDatabase())
+    assert (decision.source, decision.variant.config.block) == ("default", 64)
+    assert [step.place for step in decision.steps] == [
+        "user choices for sm90-132sm",
+        "shipped choices for sm90-132sm",
+        "default of sm_90a/plain",
+    ]
+
+
+def test_a_regime_has_its_own_config(plain_spaces):
+    entry = ChoiceEntry(default=plain_spaces(64), regimes={"long": plain_spaces(128)})
+    decision = choose(problem(length=4096), H200, FakeDatabase(user__sm90_132sm=choices(entry)))
+    assert (decision.regime, decision.variant.config.block) == ("long", 128)
+
+
+def test_a_regime_without_an_entry_takes_the_specs_default_not_its_neighbours(plain_spaces):
+    entry = ChoiceEntry(default=plain_spaces(64), regimes={"long": plain_spaces(128)})
+    decision = choose(problem(length=500), H200, FakeDatabase(user__sm90_132sm=choices(entry)))
+    assert (decision.regime, decision.variant.config.block) == ("medium", 64)
+
+
+def test_an_illegal_config_is_skipped_with_the_arithmetic(plain_spaces):
+    entry = ChoiceEntry(default=plain_spaces(64), regimes={"long": plain_spaces(256)})
+    decision = choose(problem(), H200, FakeDatabase(user__sm90_132sm=choices(entry)))
+    assert decision.variant.config.block == 64
+    assert "block 256 > 128" in decision.steps[0].answer
+    assert decision.steps[1].answer.startswith("taken: the spec's default entry")
+
+
+@pytest.mark.parametrize("config", [{"algorithm": "gone", "block": 64}, {"algorithm": "plain", "tile": 64}, {}])
+def test_a_config_of_an_algorithm_or_knob_that_no_longer_exists_is_skipped(plain_spaces, config):
+    decision = choose(problem(), H200, FakeDatabase(user__sm90_132sm=choices(ChoiceEntry(default=config))))
+    assert decision.source == "default"
+    assert decision.steps[0].answer.startswith("skipped: the spec's default entry")
+
+
+def test_what_no_space_serves_is_refused_with_every_reason(plain_spaces):
+    spec = KernelSpec("fwd", "fp32", 64, 64, False)
+    with pytest.raises(UnsupportedError, match="fwd_fp32_d64 on target sm_90a: plain: it computes in bf16 and fp16"):
+        choose_for_regime(spec, "long", H200, FakeDatabase())
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_the_choice_depends_on_nothing_but_its_arguments(plain_spaces, regime):
+    entry = ChoiceEntry(default=plain_spaces(64), regimes={"long": plain_spaces(128)})
+    database = FakeDatabase(shipped__sm90_114sm=choices(entry, units=114))
+    first = choose_for_regime(SPEC, regime, H200, database)
+    assert choose_for_regime(SPEC, regime, H200, database) == first
