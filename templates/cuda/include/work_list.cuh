@@ -55,6 +55,15 @@ __device__ __forceinline__ int block_exclusive_scan(int value, int& prefix, int*
   return total;
 }
 
+// Once per CTA, after its last claim: the last CTA makes the list ready for the next launch.
+__device__ __forceinline__ void rewind_work_list(WorkListHeader* list) {
+  __threadfence();
+  if (atomicAdd(&list->finished_ctas, 1) == static_cast<int>(gridDim.x) - 1) {
+    list->next_tile = 0;
+    list->finished_ctas = 0;
+  }
+}
+
 constexpr int kWorkBuckets = 512;
 
 // Costs fall into buckets of at most 1/16 relative width (float exponent and four mantissa bits), dearest first.

@@ -1,0 +1,59 @@
+// Online softmax on wgmma accumulators. A thread of a warpgroup holds rows r and r + 8 of its warp's 16 and columns
+// 8 g + 2 (lane % 4) + {0, 1}: scores[4 g + 2 h + e] is row half h, group g, element e. Four lanes share a row.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/include/ptx.cuh"
+
+struct RowState {
+  float maximum[2] = {-INFINITY, -INFINITY};  // of the raw scores so far
+  float sum[2] = {0.0f, 0.0f};                // of this thread's probabilities, relative to the maximum
+};
+
+// Scores from a row's limit on become -inf; limits count from this thread's first column.
+template <int kRegisters>
+__device__ __forceinline__ void mask_scores(float (&scores)[kRegisters], int upper_limit, int lower_limit) {
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i) {
+    if (8 * (i >> 2) + (i & 1) >= ((i >> 1) & 1 ? lower_limit : upper_limit)) scores[i] = -INFINITY;
+  }
+}
+
+// Scores become probabilities relative to the new row maximum; `rescale` is the factor of all earlier ones.
+// kGuarded: a row may have seen no key yet, its maximum is -inf.
+template <bool kGuarded, int kRegisters>
+__device__ __forceinline__ void online_softmax(float (&scores)[kRegisters], RowState& rows, float (&rescale)[2],
+                                               float scale_log2) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float maximum = rows.maximum[h];
+#pragma unroll
+    for (int i = 2 * h; i < kRegisters; i += 4) maximum = fmaxf(maximum, fmaxf(scores[i], scores[i + 1]));
+    maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffff, maximum, 1));
+    maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffff, maximum, 2));
+    const float offset = kGuarded && maximum == -INFINITY ? 0.0f : maximum * scale_log2;
+    rescale[h] = exp2_approx(fmaf(rows.maximum[h], scale_log2, -offset));
+    rows.maximum[h] = maximum;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 2 * h; i < kRegisters; i += 4) {
+      scores[i] = exp2_approx(fmaf(scores[i], scale_log2, -offset));
+      scores[i + 1] = exp2_approx(fmaf(scores[i + 1], scale_log2, -offset));
+      sum += scores[i] + scores[i + 1];
+    }
+    rows.sum[h] = fmaf(rows.sum[h], rescale[h], sum);
+  }
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void scale_rows(float (&values)[kRegisters], const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i) values[i] *= factor[(i >> 1) & 1];
+}
+
+// Sum over the four lanes of a row.
+__device__ __forceinline__ float sum_of_row(float value) {
+  value += __shfl_xor_sync(0xffffffff, value, 1);
+  return value + __shfl_xor_sync(0xffffffff, value, 2);
+}
