@@ -79,7 +79,9 @@ class _Route:
                 return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
             except UnsupportedError as error:
                 if any(isinstance(t, NestedTensor) and t._lengths is not None for t in (query, key, value)):
-                    raise  # torch's CUDA kernels compute garbage from holes, silently
+                    # torch's CUDA kernels compute garbage from holes, silently. A NotImplementedError would not get
+                    # through: torch takes it for "not handled here" and goes on.
+                    raise JagtileError(str(error)) from error
                 self._say(str(error))
         original = self._original or torch_sdpa()
         return original(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -98,7 +100,7 @@ def enable() -> None:
 
     What jagtile does not serve (grad, dropout, float64, devices without kernels) still goes to torch's own
     implementation, with a JagtileWarning the first time for each reason; so does, without a warning, code under
-    torch.compile. Holes raise UnsupportedError, because torch's CUDA kernels compute garbage from them.
+    torch.compile. Holes raise JagtileError, because torch's CUDA kernels compute garbage from them.
     """
     _route.switch(True)
 
