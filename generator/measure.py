@@ -28,6 +28,8 @@ from jagtile.runtime.kernel import ForwardKernel
 from jagtile.runtime.loader import load
 from jagtile.tuning_db.schema import DeviceFacts
 
+PREPARING = "prepare inputs of "  # begins the notes of work that no kernel can be blamed for
+
 _GUARD_ROWS = 8  # of NaN around small inputs and every output
 _ROW_BAR = 5  # times the tolerance: the worst row's bar; torch's own CPU kernels stay below 2 (D 16 to 128)
 _ROW_BAR_MIN_DIM = 16  # shorter rows may cancel to nearly nothing
@@ -89,11 +91,15 @@ class Trials:
         """Compare a kernel with the oracle, on small nasty workloads and then on the one to be timed."""
         begin = time.perf_counter()
         spec = KernelSpec.parse(artifact.meta.spec)
+        note("load")
         kernel = self._kernel(artifact)
         reason, rel, max_abs = "", math.inf, math.inf
         for case in (*checks(spec), workload):
+            guarded = case is not workload
+            note(f"{PREPARING}{case.name}")
+            self._case(case, spec.dtype, guarded)
             note(f"check {case.name}")
-            reason, rel, max_abs = self._compare(kernel, spec, case, guarded=case is not workload)
+            reason, rel, max_abs = self._compare(kernel, spec, case, guarded)
             if reason:
                 break
         return Verdict(reason, rel, max_abs, time.perf_counter() - begin)
@@ -105,6 +111,7 @@ class Trials:
 
         All candidates run once in each round, in shuffled order, but for those that fell far behind.
         """
+        note(f"{PREPARING}{workload.name}")
         sets = self._sets(workload, KernelSpec.parse(candidates[0][1].meta.spec).dtype)
         samplers: dict[str, Sampler] = {}
         for label, artifact in candidates:

@@ -27,6 +27,10 @@ class DatabaseError(JagtileError):
     """Tuning records or choices can't be written: the message names the file and what helps."""
 
 
+class TuningError(JagtileError):
+    """Tuning can't go on, for a reason that is no single config's: no config works, the inputs do not fit, ..."""
+
+
 class NoKernelError(JagtileError):
     """No artifact exists for the case at hand and none can be built: the message says the ways out."""
 

@@ -1,0 +1,58 @@
+"""What records on disk spare a tune: configs whose source is still the same are not measured again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from jagtile.generator.spec import KernelSpec
+from jagtile.generator.tile import TileConfig, Variant, config_from_dict
+from jagtile.generator.trial import source_sha256
+from jagtile.generator.workloads import Workload
+from jagtile.tuning_db.schema import TuningRecord
+from jagtile.tuning_db.store import Database
+
+
+def current_records(
+    database: Database, slug: str, target: str, spec: KernelSpec
+) -> list[tuple[TileConfig, TuningRecord]]:
+    """A spec's records on a device whose source is still what their config renders to, oldest first."""
+    current = []
+    hashes: dict[TileConfig, str] = {}
+    for record in database.records(device=slug, target=target, spec=spec.name):
+        try:
+            config = config_from_dict(target, record.config)
+        except ValueError:  # of a space as it was
+            continue
+        if config not in hashes:
+            hashes[config] = source_sha256(Variant(target, spec, config))
+        if record.source_sha256 == hashes[config]:
+            current.append((config, record))
+    return current
+
+
+def known_ratios(
+    records: Sequence[tuple[TileConfig, TuningRecord]],
+    regime: str,
+    workloads: Sequence[Workload],
+    control: TileConfig | None,
+) -> Iterator[tuple[TileConfig, float]]:
+    """Configs on record for all of a regime's workloads, with their time over the control's."""
+    latest = {(config, r.workload): r for config, r in records if r.regime == regime and r.state == "ok"}
+    for config in dict.fromkeys(config for config, _ in latest):
+        ratios = [_ratio(latest, config, workload.name, control) for workload in workloads]
+        known = [ratio for ratio in ratios if ratio is not None]
+        if len(known) == len(workloads):
+            yield config, math.prod(known) ** (1 / len(known))
+
+
+def _ratio(
+    latest: Mapping[tuple[TileConfig, str], TuningRecord], config: TileConfig, workload: str, control: TileConfig | None
+) -> float | None:
+    record = latest.get((config, workload))
+    if record is None or control is None:
+        return None
+    if record.control == control.name:
+        return record.ratio
+    reference = latest.get((control, workload))
+    return record.time_us / reference.time_us if reference and reference.time_us and record.time_us else None

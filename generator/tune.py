@@ -1,0 +1,88 @@
+"""Tune a spec on a device: search every regime, time the finalists of all regimes together, derive the choices.
+
+This process never creates a CUDA context: all that touches the device happens in the worker. Every result is on disk as
+soon as it exists; a later run with the same sources takes it from there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from jagtile.generator.choose import SLACK
+from jagtile.generator.measure import Trials, WorkerFacts
+from jagtile.generator.spec import KernelSpec
+from jagtile.generator.tile import Variant
+from jagtile.generator.trial import Build, Caller, TrialRunner
+from jagtile.generator.tune_session import TuneSession
+from jagtile.generator.tune_types import DEFAULT_BUDGET, Budget, Progress, RegimeResult, Silent, TuneResult
+from jagtile.generator.worker import Worker
+from jagtile.runtime.problem import REGIMES
+from jagtile.tuning_db.schema import TuningRecord
+from jagtile.tuning_db.store import Database
+
+if TYPE_CHECKING:
+    from jagtile.generator.build import BuildResult
+
+__all__ = ["DEFAULT_BUDGET", "Budget", "Progress", "RegimeResult", "Silent", "TuneResult", "tune"]
+
+
+def tune(
+    spec: KernelSpec,
+    device: torch.device,
+    regimes: Sequence[str] = REGIMES,
+    *,
+    budget: Budget = DEFAULT_BUDGET,
+    ship: bool = False,
+    seed: int = 0,
+    database: Database | None = None,
+    progress: Progress | None = None,
+    storage: str | None = None,
+    slack: float = SLACK,
+    timeout: float = 30.0,
+    resume: bool = True,
+    build: Build | None = None,
+    make_worker: Callable[[], AbstractContextManager[Caller]] | None = None,
+) -> TuneResult:
+    """Find and record the best configs of a spec for some regimes on a device, and choose.
+
+    ``ship``: write to tuning_db/ rather than to the user's overlay. ``storage``: an Optuna storage URL, shared by
+    several machines (default: memory). ``slack``: see ``choose``. ``timeout``: seconds after which a config that shows
+    no sign of life is given up. ``resume``: take configs on record with the same source as measured. ``build`` and
+    ``make_worker`` stand in for the builder and the worker, in tests.
+
+    Raises UnsupportedError where no template serves the spec, DatabaseError where nothing can be written,
+    CompilerNotFoundError, and TuningError where no config works.
+    """
+    begin = time.monotonic()
+    unknown = [regime for regime in regimes if regime not in REGIMES]
+    if unknown or not regimes:
+        raise ValueError(f"regimes must be some of {', '.join(REGIMES)}; got {', '.join(unknown) or 'none'}")
+    database = database or Database()
+    progress = progress or Silent()
+    with (make_worker or (lambda: Worker(Trials, str(device), seed)))() as worker:
+        facts = cast(WorkerFacts, worker.call("facts", timeout=max(timeout, 120.0)))
+        with database.writer(facts.device.slug, ship) as writer, ThreadPoolExecutor(1) as builder:
+            records: list[TuningRecord] = []
+
+            def emit(record: TuningRecord) -> None:
+                writer.append(record)
+                records.append(record)
+                progress.recorded(record)
+
+            runner = TrialRunner(facts.device.target, spec, worker, facts, build or _build, emit, timeout)
+            tuner = TuneSession(runner, database, device.type, budget, seed, storage, resume, progress, builder, begin)
+            found = [tuner.search(regime, len(regimes) - index) for index, regime in enumerate(regimes)]
+            tuner.finals(found)
+    return tuner.conclude(found, records, ship, slack)
+
+
+def _build(variants: Sequence[Variant]) -> Sequence[BuildResult]:
+    from jagtile.generator.build import build
+
+    return build(variants)

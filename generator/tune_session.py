@@ -1,0 +1,215 @@
+"""The steps of one tune: search a regime, time the finalists of all regimes together, conclude."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import msgspec
+
+from jagtile.generator.choose import choose
+from jagtile.generator.measure import Plan
+from jagtile.generator.resume import current_records, known_ratios
+from jagtile.generator.search import Search
+from jagtile.generator.tile import TileConfig, config_from_dict
+from jagtile.generator.trial import Job, TrialRunner
+from jagtile.generator.tune_types import Budget, Progress, RegimeResult, TuneResult
+from jagtile.generator.workloads import Workload, representative
+from jagtile.runtime.device import DeviceId
+from jagtile.runtime.dispatch import choose_for_regime, default_variant
+from jagtile.runtime.errors import TuningError
+from jagtile.tuning_db.schema import ChoiceEntry, Choices, Phase, TuningRecord
+from jagtile.tuning_db.store import Database
+
+_FINALISTS = 3  # of each regime
+_FINALIST_RATIO = 1.1  # a finalist is at most this much slower than its regime's best
+_SEARCH_SHARE = 0.8  # of a budget of seconds; the rest is for the finals
+_PLANS: dict[tuple[str, Phase], Plan] = {
+    ("cuda", "search"): Plan(rounds=7, sample_ms=2),
+    ("cuda", "final"): Plan(rounds=15, sample_ms=4, drop_ratio=1.1),
+    ("cpu", "search"): Plan(rounds=5, sample_ms=20),
+    ("cpu", "final"): Plan(rounds=9, sample_ms=40, drop_ratio=1.1),
+}
+_BATCH = {"cuda": 6, "cpu": 4}  # configs timed together in the search
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search of one regime left."""
+
+    regime: str
+    workloads: tuple[Workload, ...]
+    incumbent: TileConfig
+    control: TileConfig | None
+    search: Search
+
+
+@dataclass
+class TuneSession:
+    """``search`` for every regime, then ``finals``, then ``conclude``."""
+
+    runner: TrialRunner
+    database: Database
+    device_type: str
+    budget: Budget
+    seed: int
+    storage: str | None
+    resume: bool
+    progress: Progress
+    builder: ThreadPoolExecutor
+    begin: float
+    _failed: set[TileConfig] = field(default_factory=set)
+
+    def search(self, regime: str, regimes_left: int) -> Found:
+        """Spend a regime's share of the budget."""
+        spec, target = self.runner.spec, self.runner.target
+        device = DeviceId(**msgspec.structs.asdict(self.runner.facts.device))
+        workloads = representative(spec, regime, target)
+        incumbent = choose_for_regime(spec, regime, device, self.database).variant.config
+        good = [incumbent, default_variant(spec, target).config]
+        search = Search(
+            target,
+            spec,
+            trials=10**9 if self.budget.trials is None else self.budget.trials,
+            seeds=good,
+            seed=self.seed,
+            storage=self.storage,
+            study=f"{device.slug}/{target}/{spec.name}/{regime}",
+        )
+        records = self._current_records() if self.resume else []
+        self._failed |= {config for config, record in records if record.state != "ok"}
+        for config in self._failed:
+            search.tell(config, None)
+        working = (c for c in good if c not in self._failed and self.runner.works(c, workloads[0]))
+        control = next(working, None)
+        for config, ratio in known_ratios(records, regime, workloads, control):
+            search.tell(config, ratio)
+        self.progress.regime_started(regime, workloads[0], len(search.results) + search.remaining, len(search.results))
+        deadline = self._deadline(regimes_left)
+        for batch in self._batches(search):
+            control = self._measure(search, regime, workloads, batch, control)
+            if time.monotonic() > deadline:
+                break
+        return Found(regime, workloads, incumbent, control, search)
+
+    def _batches(self, search: Search) -> Iterator[list[TileConfig]]:
+        """Built batches. On a GPU the next one is built meanwhile; on a CPU that would disturb the timing."""
+        size = _BATCH[self.device_type]
+        batch = search.ask(size)
+        building = self.builder.submit(self.runner.prepare, batch)
+        while batch:
+            building.result()
+            if self.device_type == "cpu":
+                yield batch
+                batch = search.ask(size)
+                building = self.builder.submit(self.runner.prepare, batch)
+            else:
+                following = search.ask(size)
+                building = self.builder.submit(self.runner.prepare, following)
+                yield batch
+                batch = following or search.ask(size)
+
+    def _measure(
+        self,
+        search: Search,
+        regime: str,
+        workloads: Sequence[Workload],
+        batch: Sequence[TileConfig],
+        control: TileConfig | None,
+    ) -> TileConfig | None:
+        """Measure a batch on the regime's workloads and tell the search; the control in force afterwards."""
+        logs = dict.fromkeys(batch, 0.0)
+        for workload in workloads:
+            job = Job(regime, workload, "search", _PLANS[self.device_type, "search"])
+            outcome = self.runner.run(job, list(logs), control)
+            control = outcome.control
+            logs = {c: logs[c] + math.log(ratio) for c, ratio in outcome.ratios.items() if ratio is not None}
+        for config in batch:
+            if config not in logs:
+                self._failed.add(config)
+            search.tell(config, math.exp(logs[config] / len(workloads)) if config in logs else None)
+        return control
+
+    def finals(self, found: Sequence[Found]) -> None:
+        """Time the best of all regimes, the incumbents and the default together, in every regime."""
+        spec, target = self.runner.spec, self.runner.target
+        pool = [default_variant(spec, target).config]
+        for regime in found:
+            pool += [regime.incumbent, *([regime.control] if regime.control else []), *_finalists(regime.search)]
+        for regime in found:
+            configs = [config for config in dict.fromkeys(pool) if config not in self._failed]
+            self.progress.finals_started(regime.regime, len(configs))
+            control = regime.control if regime.control in configs else None
+            for workload in regime.workloads:
+                job = Job(regime.regime, workload, "final", _PLANS[self.device_type, "final"])
+                outcome = self.runner.run(job, configs, control)
+                self._failed |= {config for config, ratio in outcome.ratios.items() if ratio is None}
+
+    def conclude(self, found: Sequence[Found], records: Sequence[TuningRecord], ship: bool, slack: float) -> TuneResult:
+        """Choose from the records on disk, write the choices, sum up."""
+        facts, key = self.runner.facts.device, f"{self.runner.target}/{self.runner.spec.name}"
+        before = self.database.choices("shipped" if ship else "user", facts.slug) or Choices(device=facts)
+        if key not in before.specs:
+            entry = ChoiceEntry(
+                default=found[0].incumbent.to_dict(), regimes={f.regime: f.incumbent.to_dict() for f in found}
+            )
+            before = msgspec.structs.replace(before, specs={**before.specs, key: entry})
+        current = [record for _, record in self._current_records()]
+        choices = choose(current, msgspec.structs.replace(before, device=facts), slack)
+        finals = [record for record in records if record.phase == "final"]
+        results = tuple(self._result(regime, choices.specs[key], finals, current) for regime in found)
+        path = self.database.write_choices(choices, ship)
+        return TuneResult(self.runner.spec, choices, path, results, tuple(records), time.monotonic() - self.begin)
+
+    def _result(
+        self, found: Found, entry: ChoiceEntry, finals: Sequence[TuningRecord], current: Sequence[TuningRecord]
+    ) -> RegimeResult:
+        timed: dict[TileConfig, float] = {}
+        own = [record for record in finals if record.regime == found.regime and record.state == "ok"]
+        for record in own:
+            config = config_from_dict(record.target, record.config)
+            timed[config] = timed.get(config, 0.0) + (record.time_us or math.inf)
+        states = {repr(r.config): r.state for r in current if r.regime == found.regime}
+        if not timed:
+            raise TuningError(
+                f"{self.runner.spec.name}, {found.regime}: none of {len(states)} configs works "
+                f"({_counts(states)}); `jagtile db show` has the reasons"
+            )
+        chosen = config_from_dict(self.runner.target, entry.regimes[found.regime])
+        flops = sum(workload.flops for workload in found.workloads)
+        return RegimeResult(
+            regime=found.regime,
+            workload=", ".join(workload.name for workload in found.workloads),
+            chosen=chosen,
+            chosen_us=timed[chosen],
+            chosen_tflops=flops / timed[chosen] / 1e6,
+            incumbent=found.incumbent,
+            incumbent_us=timed.get(found.incumbent),
+            best_us=min(timed.values()),
+            noise=max(record.aa_spread or 0.0 for record in own),
+            states=dict(Counter(states.values())),
+        )
+
+    def _current_records(self) -> list[tuple[TileConfig, TuningRecord]]:
+        runner = self.runner
+        return current_records(self.database, runner.facts.device.slug, runner.target, runner.spec)
+
+    def _deadline(self, regimes_left: int) -> float:
+        if self.budget.seconds is None:
+            return math.inf
+        now = time.monotonic()
+        return now + max(0.0, self.begin + self.budget.seconds * _SEARCH_SHARE - now) / regimes_left
+
+
+def _finalists(search: Search) -> list[TileConfig]:
+    best = search.best()
+    within = search.results[best[0]] if best else None
+    return [c for c in best[:_FINALISTS] if within and (search.results[c] or math.inf) <= within * _FINALIST_RATIO]
+
+
+def _counts(states: Mapping[str, str]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in sorted(Counter(states.values()).items()))
