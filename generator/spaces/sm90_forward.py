@@ -16,8 +16,11 @@ ELEMENT = {"bf16": "bf16", "fp16": "f16"}
 # (producer, consumer) registers a thread after reallocation, by (math warpgroups, CTAs an SM): setmaxnreg takes
 # multiples of 8, and the sum over warpgroups must not exceed what the launch allocates.
 REGISTERS = {(1, 1): (56, 256), (1, 2): (40, 216), (2, 1): (24, 240), (3, 1): (32, 160)}
-# Accumulator registers that ptxas 13.0 still schedules without serialising wgmma (C7512), measured by compiling.
-ACCUMULATOR_LIMIT = {(1, 1): 208, (1, 2): 160, (2, 1): 208, (3, 1): 132}
+# Registers for S, P and O that ptxas 13.0 schedules without serialising wgmma (C7512) or spilling: compiled for seven
+# head dims, causal and not, one step of block_n to either side of each limit.
+FRAGMENT_LIMIT = {(1, 1): 208, (1, 2): 176, (2, 1): 212, (3, 1): 132}
+# With 128 registers at launch ptxas refuses (C7602) an instruction of more accumulators, whatever setmaxnreg adds.
+INSTRUCTION_LIMIT = {(1, 1): 128, (1, 2): 96, (2, 1): 128, (3, 1): 96}
 
 
 @dataclass(frozen=True, order=True)
@@ -68,11 +71,9 @@ def smem_layout(spec: KernelSpec, config: Sm90ForwardConfig) -> SmemLayout:
     )
 
 
-def accumulator_registers(spec: KernelSpec, config: Sm90ForwardConfig) -> int:
-    """Registers a thread for S, O and, where the PV product is in flight beside S, P."""
-    scores = config.block_n // 2
-    probabilities = config.block_n // 4 if config.overlap else 0
-    return scores + probabilities + spec.head_dim_v // 2
+def fragment_registers(spec: KernelSpec, config: Sm90ForwardConfig) -> int:
+    """Registers a thread for S, P (packed) and O."""
+    return config.block_n // 2 + config.block_n // 4 + spec.head_dim_v // 2
 
 
 class Sm90ForwardSpace:
@@ -85,8 +86,6 @@ class Sm90ForwardSpace:
 
     def serves(self, spec: KernelSpec) -> str | None:
         """bf16 and fp16, head dims that are multiples of 8."""
-        if spec.direction != "fwd":
-            return f"computes the forward, not {spec.direction}"
         if spec.dtype not in ELEMENT:
             return f"dtype must be bf16 or fp16 on sm_90a, got {spec.dtype}"
         for name, value in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
@@ -98,7 +97,7 @@ class Sm90ForwardSpace:
         """The grid; most of it is cut by shared memory and registers."""
         return {
             "block_m": (128, 192, 64),
-            "block_n": (128, 64, 80, 96, 112, 144, 160, 176, 192, 224, 256),
+            "block_n": (128, 112, 96, 80, 64, 48, 32, 144, 160, 176, 192, 208, 224, 240, 256),
             "num_stages": (2, 3, 4),
             "q_stages": (1, 2),
             "overlap": (True, False),
@@ -112,17 +111,22 @@ class Sm90ForwardSpace:
         if config.block_m not in (64, 128, 192):
             return f"block_m is 64 a math warpgroup, 1 to 3 of them: 64, 128 or 192, got {config.block_m}"
         if config.block_n % 16 or not 16 <= config.block_n <= 256:
-            return f"block_n must be a multiple of 16 from 16 to 256 (wgmma N, and K of the PV product), got {config.block_n}"
+            return f"block_n must be a multiple of 16 from 16 to 256, as wgmma's shapes are, got {config.block_n}"
         if groups not in REGISTERS:
-            return f"{config.ctas_per_sm} CTAs an SM need block_m 64: 64K registers hold {config.warpgroups} math warpgroups once"
+            return f"{config.ctas_per_sm} CTAs an SM with block_m {config.block_m} need more than 64K registers"
         if config.num_stages < 2 or config.q_stages not in (1, 2):
             return f"num_stages must be at least 2 and q_stages 1 or 2, got {config.num_stages} and {config.q_stages}"
         smem = smem_layout(spec, config).total
         room = SMEM_BYTES if config.ctas_per_sm == 1 else SMEM_BYTES_PER_SM // config.ctas_per_sm - 1024
         if smem > room:
             return f"shared memory {smem} B > {room} B a CTA with {config.ctas_per_sm} an SM"
-        registers = accumulator_registers(spec, config)
-        limit = ACCUMULATOR_LIMIT[groups]
+        widest = max(config.block_n, spec.head_dim_v) // 2
+        if widest > INSTRUCTION_LIMIT[groups]:
+            return (
+                f"a product of {2 * widest} columns takes {widest} accumulators a thread > {INSTRUCTION_LIMIT[groups]}"
+            )
+        registers = fragment_registers(spec, config)
+        limit = FRAGMENT_LIMIT[groups]
         if registers > limit:
             return f"S, P and O take {registers} registers a thread > {limit} with {config.warpgroups} math warpgroups"
         return None
@@ -175,4 +179,4 @@ class Sm90ForwardSpace:
         """What ptxas reports: the launch allocation, 64K registers over the CTAs' threads, in steps of 8."""
         config = cast(Sm90ForwardConfig, config)
         threads = 128 * (config.warpgroups + 1) * config.ctas_per_sm
-        return 65536 // threads // 8 * 8
+        return min(255, 65536 // threads // 8 * 8)

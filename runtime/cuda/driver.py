@@ -45,7 +45,9 @@ def check(code: int, call: str, lib: Any = None) -> None:
     lib.cuGetErrorName(code, ctypes.byref(name))
     lib.cuGetErrorString(code, ctypes.byref(text))
     unknown = b"unknown error"
-    raise CudaDriverError(f"{call} failed: {(name.value or unknown).decode()} ({code}): {(text.value or unknown).decode()}")
+    raise CudaDriverError(
+        f"{call} failed: {(name.value or unknown).decode()} ({code}): {(text.value or unknown).decode()}"
+    )
 
 
 def bind_primary_context(device_index: int) -> None:

@@ -1,10 +1,10 @@
 """Ragged TMA tensor maps: one map serves every sequence of a packed (tokens, heads, dim) tensor and clips at its end.
 
 A 5-D map (dim, 2^30 tokens, heads, 2^31 - 1, 2^31 - 1) with byte strides (token, head, 2^34 - token, token). For a
-sequence (begin, length) the coordinates (column, 2^30 - length + row, head, 2^30, begin + length) address row ``row`` of
-it modulo 2^64, while rows >= length are out of bounds: loads give zeros, stores are dropped. The extents do not depend on
-the batch, so that a map is encoded once per (strides, heads, dim) and only its base address changes from call to call.
-The technique is known from Triton's and quack's ragged TMA helpers.
+sequence (begin, length) the coordinates (column, 2^30 - length + row, head, 2^30, begin + length) address its row
+``row`` modulo 2^64, while rows >= length are out of bounds: loads give zeros, stores are dropped. The extents do not
+depend on the batch, so that a map is encoded once per (strides, heads, dim) and only its base address changes from call
+to call. The technique is known from Triton's and quack's ragged TMA helpers.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ _SWIZZLE_128B = 3
 _L2_PROMOTION_256B = 3
 
 
-def encode(
-    address: int, dtype: str, dim: int, heads: int, token_stride: int, head_stride: int, rows: int
-) -> bytes:
+def encode(address: int, dtype: str, dim: int, heads: int, token_stride: int, head_stride: int, rows: int) -> bytes:
     """The 128 bytes of a map. Strides in bytes, multiples of 16; the box is ``rows`` x 64 columns."""
     storage = ctypes.create_string_buffer(MAP_BYTES + 64)
     aligned = (ctypes.addressof(storage) + 63) & ~63

@@ -1,10 +1,10 @@
 """Work lists: built on the device from cu_seqlens, once a batch, and reused by every layer that shares the offsets.
 
-A list depends only on the two offset tensors, the tile sizes and the mask. It is kept on the query offsets tensor itself
-(so it lives as long as they do), under the versions of both tensors: an in-place change through torch makes a new list.
-Writing to the offsets behind torch's back (a raw pointer, a replayed graph) is not seen. Each stream has its own list,
-since a list also holds the tile counter of the launch in flight. While a graph is being captured nothing is reused: the
-build is captured with the attention and runs again at each replay, so offsets may change between replays.
+A list depends only on the two offset tensors, the tile sizes and the mask. It is kept on the query offsets tensor
+itself (so it lives as long as they do), under the versions of both tensors: an in-place change through torch makes a
+new list. Writing to the offsets behind torch's back (a raw pointer, a replayed graph) is not seen. Each stream has its
+own list, since a list also holds the tile counter of the launch in flight. While a graph is being captured nothing is
+reused: the build is captured with the attention and runs again at each replay, so offsets may change between replays.
 """
 
 from __future__ import annotations
@@ -76,4 +76,5 @@ def keep(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, key: tuple[int,
     if lists is None or len(lists) >= _MAX_LISTS:
         lists = {}
         setattr(cu_seqlens_q, _ATTRIBUTE, lists)
-    lists[id(cu_seqlens_k), *key] = built
+    full_key = (id(cu_seqlens_k), *key)
+    lists[full_key] = built

@@ -1,0 +1,154 @@
+"""Legality of the Hopper forward's tiles: the arithmetic, its reasons, and what ptxas says to it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jagtile.generator.build import build
+from jagtile.generator.render import render, render_unchecked
+from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig, Sm90ForwardSpace, smem_layout
+from jagtile.generator.spec import KernelSpec
+from jagtile.generator.tile import Variant, config_from_dict, legal_configs
+from jagtile.runtime.errors import IllegalConfigError
+
+SPACE = Sm90ForwardSpace()
+D128 = KernelSpec.parse("fwd_bf16_d128")
+BASE = Sm90ForwardConfig(block_m=128, block_n=128, num_stages=2, q_stages=1, overlap=True, ctas_per_sm=1)
+SPECS = [
+    KernelSpec.parse(name)
+    for name in (
+        "fwd_bf16_d8",
+        "fwd_fp16_d32_causal",
+        "fwd_bf16_d64",
+        "fwd_bf16_d96_causal",
+        "fwd_bf16_d128",
+        "fwd_fp16_d128_causal",
+        "fwd_bf16_d192_dv128_causal",
+        "fwd_bf16_d256",
+    )
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_every_spec_has_a_legal_default(spec: KernelSpec) -> None:
+    assert SPACE.rejection(spec, SPACE.default(spec)) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"block_m": 96}, "block_m is 64 a math warpgroup"),
+        ({"block_n": 120}, "block_n must be a multiple of 16"),
+        ({"block_n": 272}, "block_n must be a multiple of 16"),
+        ({"num_stages": 1}, "num_stages must be at least 2"),
+        ({"q_stages": 3}, "q_stages 1 or 2"),
+        ({"ctas_per_sm": 2}, "64K registers"),
+        ({"num_stages": 4}, "shared memory 295936 B > 232448 B"),
+        ({"block_m": 192}, "160 registers a thread > 132"),
+        ({"block_n": 208, "num_stages": 1}, "num_stages"),
+        ({"block_m": 64, "ctas_per_sm": 2}, "shared memory"),
+    ],
+)
+def test_an_illegal_tile_is_refused_with_its_arithmetic(change: dict[str, int], reason: str) -> None:
+    config = replace(BASE, **change)  # type: ignore[arg-type]
+    rejection = SPACE.rejection(D128, config)
+    assert rejection is not None
+    assert reason in rejection
+    with pytest.raises(IllegalConfigError, match="d128"):
+        render(Variant("sm_90a", D128, config))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("fwd_fp32_d128", "bf16 or fp16"), ("fwd_bf16_d100", "multiple of 8"), ("fwd_bf16_d64_dv20", "head_dim_v")],
+)
+def test_what_the_template_cannot_compute_is_said(name: str, reason: str) -> None:
+    assert reason in str(SPACE.serves(KernelSpec.parse(name)))
+
+
+def test_shared_memory_is_the_sum_of_its_regions() -> None:
+    layout = smem_layout(D128, BASE)
+    assert (layout.q_bytes, layout.k_bytes, layout.v_bytes) == (32768, 65536, 65536)
+    assert SPACE.launch(D128, BASE)["smem_bytes"] == layout.total == 164864
+
+
+def test_names_parse_back() -> None:
+    for config in legal_configs(SPACE, D128):
+        variant = Variant("sm_90a", D128, config)
+        assert Variant.parse(variant.name) == variant
+        assert config_from_dict("sm_90a", config.to_dict()) == config
+
+
+def test_rendering_is_reproducible_and_as_reviewed() -> None:
+    variant = Variant("sm_90a", KernelSpec.parse("fwd_bf16_d128_causal"), replace(BASE, q_stages=2))
+    text = render(variant).text
+    render_unchecked.cache_clear()
+    assert render(variant).text == text
+    golden = Path(__file__).parent / "golden" / "fwd_bf16_d128_causal.cu"
+    assert text == golden.read_text(), f"the rendered source changed: review it, then write it to {golden}"
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("overlap", [True, False])
+def test_rendered_lines_are_tidy(spec: KernelSpec, overlap: bool) -> None:
+    text = render(Variant("sm_90a", spec, replace(SPACE.default(spec), overlap=overlap))).text  # type: ignore[type-var]
+    for line in text.splitlines():
+        assert line == line.rstrip()
+        assert "{{" not in line
+        assert "{%" not in line
+    assert "\n\n\n" not in text
+
+
+def _matrix() -> list[Variant]:
+    """The defaults, and the tiles nearest to each limit: where a rule that is too generous would show."""
+    rng = random.Random(7)
+    variants = [Variant("sm_90a", spec, SPACE.default(spec)) for spec in SPECS]
+    for spec in SPECS:
+        by_shape: dict[tuple[int, int], Sm90ForwardConfig] = {}
+        for config in legal_configs(SPACE, spec):
+            assert isinstance(config, Sm90ForwardConfig)
+            shape = (config.block_m, config.ctas_per_sm)
+            if shape not in by_shape or config.block_n > by_shape[shape].block_n:
+                by_shape[shape] = config
+        variants += [Variant("sm_90a", spec, config) for config in rng.sample(sorted(by_shape.values()), 2)]
+    return variants
+
+
+@pytest.mark.nvcc
+def test_a_matrix_of_legal_variants_compiles_clean() -> None:
+    results = build(_matrix())
+    assert {result.variant.name: result.reason for result in results if result.state != "ok"} == {}
+    for result in results:
+        assert result.report is not None
+        assert result.report.spill_bytes == 0
+        predicted = SPACE.predicted_registers(result.variant.spec, result.variant.config)
+        assert result.report.registers == predicted
+
+
+@pytest.mark.nvcc
+def test_one_step_over_the_register_limit_is_rejected_by_ptxas() -> None:
+    config = Sm90ForwardConfig(block_m=192, block_n=96, num_stages=2, q_stages=1, overlap=True, ctas_per_sm=1)
+    variant = Variant("sm_90a", D128, config)
+    assert SPACE.rejection(D128, config) is not None
+    assert "C7512" in _compile_unchecked(variant)
+
+
+def _compile_unchecked(variant: Variant) -> str:
+    import subprocess
+    import tempfile
+
+    from jagtile.generator.render import TEMPLATES
+    from jagtile.generator.toolchain import find_nvcc
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.cu"
+        source.write_text(render_unchecked(variant).text)
+        command = [find_nvcc().path, "-cubin", "-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-I", TEMPLATES]
+        done = subprocess.run(
+            [*command, source, "-o", source.with_suffix(".cubin")], check=True, capture_output=True, text=True
+        )
+    return done.stdout + done.stderr
