@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
-from torch.nested._internal.nested_tensor import NestedTensor
+from torch.nested._internal.nested_tensor import NestedTensor, nested_view_from_values_offsets_lengths
 
 from jagtile.runtime.api import CausalAlignment
 from jagtile.runtime.checks import bottom_right, check_flag, check_operands, refuse_grad, softmax_scale
@@ -105,7 +105,7 @@ def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_
             for name, tensor in zip(_NAMES, (query, key, value), strict=True):
                 if tensor.requires_grad:
                     refuse_grad(name)
-    cast_to = _autocast_dtype(query._values.device.type)
+    cast_to = _autocast_dtype(_values(query).device.type)
     q, k, v = (_packed_values(tensor, cast_to) for tensor in (query, key, value))
     check_operands(q, k, v, _NAMES)
     if q.shape[1] != k.shape[1] and not enable_gqa:
@@ -118,21 +118,32 @@ def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_
 
 def wrap(out: torch.Tensor, query: NestedTensor) -> torch.Tensor:
     """A packed result (total_q, H, D_v) as the NJT (B, H, j, D_v) with query's raggedness and cached lengths."""
+    if torch.compiler.is_compiling():  # the constructor, which is the fastest way, can't be traced
+        lengths = {"min_seqlen": query._maybe_min_seqlen, "max_seqlen": query._maybe_max_seqlen}
+        view = nested_view_from_values_offsets_lengths(out, query._offsets, None, **lengths)  # type: ignore[no-untyped-call]
+        return cast(torch.Tensor, view.transpose(1, 2))
     return NestedTensor(out.transpose(0, 1), query._offsets, _ragged_idx=2, _metadata_cache=query._metadata_cache)
+
+
+def _values(tensor: NestedTensor) -> torch.Tensor:
+    """The values: what torch stores, or under a compiler, where reaching inside a graph input is fragile, a view."""
+    if torch.compiler.is_compiling():
+        return cast(torch.Tensor, tensor.values())  # type: ignore[no-untyped-call]
+    return tensor._values
 
 
 def _ragged_batch_like(*tensors: object) -> bool:
     """Whether all are NJTs of at least four dimensions, ragged on dimension 1."""
-    return all(isinstance(t, NestedTensor) and t._ragged_idx == 1 and t._values.dim() >= 3 for t in tensors)
+    return all(isinstance(t, NestedTensor) and t._ragged_idx == 1 and _values(t).dim() >= 3 for t in tensors)
 
 
 def _check_njt(name: str, tensor: object) -> None:
     if not isinstance(tensor, NestedTensor):
         kind = f"a {tensor.layout} tensor" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise ValueError(f"{name} must be a nested tensor of the jagged layout (B, H, j, D), got {kind}")
-    if tensor._values.dim() != 3 or tensor._ragged_idx != 2:
+    if _values(tensor).dim() != 3 or tensor._ragged_idx != 2:
         raise UnsupportedError(
-            f"{name} has {tensor._values.dim() + 1} dimensions and is ragged on dimension {tensor._ragged_idx}; "
+            f"{name} has {_values(tensor).dim() + 1} dimensions and is ragged on dimension {tensor._ragged_idx}; "
             f"served: (B, H, j, D), ragged on dimension 2, e.g. x.view(B, -1, H, D).transpose(1, 2)"
         )
     if tensor._lengths is not None:
@@ -151,7 +162,7 @@ def _check_raggedness(query: NestedTensor, key: NestedTensor, value: NestedTenso
     if key._offsets is value._offsets:
         return
     known = (
-        ("tokens", key._values.shape[1], value._values.shape[1]),
+        ("tokens", _values(key).shape[1], _values(value).shape[1]),
         ("as their longest length", key._maybe_max_seqlen, value._maybe_max_seqlen),
         ("as their shortest length", key._maybe_min_seqlen, value._maybe_min_seqlen),
     )
@@ -177,7 +188,7 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
 
 def _packed_values(tensor: NestedTensor, cast_to: torch.dtype | None) -> torch.Tensor:
     """The values as (total, H, D); copied only for autocast or where the last stride is not 1."""
-    values = tensor._values.transpose(0, 1)
+    values = _values(tensor).transpose(0, 1)
     if cast_to is not None and values.is_floating_point() and values.dtype != torch.float64:
         values = values.to(cast_to)
     return values if values.stride(2) == 1 else values.contiguous()

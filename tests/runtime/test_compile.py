@@ -1,0 +1,30 @@
+"""torch.compile sees one operator and takes the whole call into one graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import jagtile
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+
+def test_varlen_attention_compiles_into_one_graph_and_follows_the_shapes(oracle_kernels):
+    def layer(q, cu):
+        out, lse = jagtile.varlen_attention(q * 2, q, q, cu, cu, is_causal=True, return_lse=True)
+        return out + 1, lse
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for total in (10, 12):
+        q, cu = torch.randn(total, 4, 8), torch.tensor([0, 4, total], dtype=torch.int32)
+        torch.testing.assert_close(compiled(q, cu), layer(q, cu))
+
+
+@pytest.mark.parametrize("cached", [{}, {"min_seqlen": 3, "max_seqlen": 4}], ids=["bare", "cached lengths"])
+def test_sdpa_compiles_into_one_graph(oracle_kernels, cached):
+    x = torch.nested.nested_tensor_from_jagged(torch.randn(7, 4, 8), torch.tensor([0, 3, 7]), **cached).transpose(1, 2)
+    out = torch.compile(lambda x: jagtile.sdpa(x, x, x) + x, backend="aot_eager", fullgraph=True)(x)
+    expected = jagtile.sdpa(x, x, x) + x
+    torch.testing.assert_close(out._values, expected._values)
+    assert out.offsets() is x.offsets()
