@@ -1,0 +1,113 @@
+"""The search finds the best within few trials, never asks twice, and does the same for the same seed."""
+
+from __future__ import annotations
+
+import pytest
+from fakes import SPEC, TARGET, landscape
+from jagtile.generator.search import Search
+from jagtile.generator.spec import KernelSpec
+from jagtile.generator.tile import Variant
+from jagtile.runtime.errors import UnsupportedError
+
+
+def run(search: Search, value_of, batch: int = 4) -> list:
+    asked = []
+    while configs := search.ask(batch):
+        asked += configs
+        for config in configs:
+            search.tell(config, value_of(config))
+    return asked
+
+
+def test_most_searches_of_a_quarter_of_the_space_end_within_two_percent_of_the_best():
+    within = 0
+    for seed in range(10):
+        search = Search(TARGET, SPEC, trials=0, seed=seed)
+        optimum = min(landscape(config, seed) for config in search.legal)
+        search.trials = len(search.legal) // 4
+        run(search, lambda config, seed=seed: landscape(config, seed))
+        within += landscape(search.best()[0], seed) <= 1.02 * optimum
+    assert within >= 9
+
+
+def test_the_same_seed_asks_the_same_and_another_seed_does_not():
+    def order(seed):
+        return run(Search(TARGET, SPEC, trials=30, seed=seed), landscape)
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+
+
+def test_every_config_is_legal_and_asked_once_and_the_budget_is_kept():
+    search = Search(TARGET, SPEC, trials=40, seed=3)
+    asked = run(search, landscape)
+    assert len(asked) == len(set(asked)) == 40
+    for config in asked:
+        Variant(TARGET, SPEC, config).check()
+
+
+def test_a_budget_beyond_the_space_tries_all_of_it():
+    search = Search(TARGET, SPEC, trials=10**9)
+    assert set(run(search, landscape)) == set(search.legal)
+    assert search.best()[0] == min(search.legal, key=landscape)
+
+
+def test_seeds_come_first_and_an_illegal_one_is_left_out():
+    legal = Search(TARGET, SPEC, trials=10).legal
+    foreign = Search(TARGET, KernelSpec.parse("fwd_bf16_d64"), trials=10).legal
+    illegal = next(config for config in foreign if config not in legal)
+    search = Search(TARGET, SPEC, trials=10, seeds=[legal[7], illegal, legal[3], legal[7]])
+    assert search.ask(2) == [legal[7], legal[3]]
+
+
+def test_what_is_told_beforehand_counts_and_is_not_asked():
+    search = Search(TARGET, SPEC, trials=20, seed=1)
+    known = search.legal[:12]
+    for config in known:
+        search.tell(config, landscape(config))
+    asked = run(search, landscape)
+    assert len(asked) == 8
+    assert not set(asked) & set(known)
+
+
+def test_failures_are_no_results():
+    search = Search(TARGET, SPEC, trials=40, seed=1)
+    run(search, lambda config: None if config.block_n > 64 else landscape(config))
+    assert search.best()
+    assert all(config.block_n <= 64 for config in search.best())
+
+
+def test_a_space_where_nothing_works_is_searched_to_the_end_of_the_budget():
+    search = Search(TARGET, SPEC, trials=30, seed=1)
+    assert len(run(search, lambda config: None)) == 30
+    assert search.best() == []
+
+
+def test_the_last_trials_are_neighbours_of_the_best():
+    search = Search(TARGET, SPEC, trials=40, seed=5)
+    asked = run(search, landscape, batch=1)
+
+    def knobs_apart(config, others):
+        return min(
+            sum(a != b for a, b in zip(config.to_dict().values(), other.to_dict().values(), strict=True))
+            for other in others
+        )
+
+    for position in range(30, 40):
+        best_so_far = sorted(asked[:position], key=landscape)[:4]
+        assert knobs_apart(asked[position], best_so_far) <= 3
+
+
+def test_a_study_in_a_database_is_shared(tmp_path):
+    pytest.importorskip("sqlalchemy")
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    first = Search(TARGET, SPEC, trials=20, seed=1, storage=url, study="s")
+    run(first, landscape)
+    second = Search(TARGET, SPEC, trials=20, seed=2, storage=url, study="s")
+    run(second, landscape)
+    assert len(second._study.trials) > len(first.results)
+
+
+def test_a_spec_without_template_is_refused():
+    with pytest.raises(UnsupportedError, match="no template of target nowhere"):
+        Search("nowhere", SPEC, trials=1)
