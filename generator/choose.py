@@ -63,7 +63,8 @@ def _entry(records: Sequence[TuningRecord], incumbent: ChoiceEntry | None, slack
         regime: _pick(times[regime], allowed[regime], cover, kept.get(regime), noise[regime]) for regime in times
     }
     configs = {_name(record.config): record.config for record in records}
-    others = {} if incumbent is None else {r: c for r, c in incumbent.regimes.items() if r not in times}
+    before = {} if incumbent is None else incumbent.regimes
+    others = {regime: config for regime, config in before.items() if regime not in times and _name(config) not in bad}
     return ChoiceEntry(
         default=configs[_default(sorted(set(regimes.values())), times)],
         regimes={**others, **{regime: configs[name] for regime, name in regimes.items()}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -74,7 +75,7 @@ def landscape(config: TileConfig, seed: int = 0) -> float:
     total = 100.0
     for knob, value in values:
         total *= 1 + 0.15 * _fraction(seed, knob, value)
-    for one, other in zip(values, values[1:], strict=False):
+    for one, other in itertools.pairwise(values):
         total *= 1 + 0.05 * _fraction(seed, *one, *other)
     return total
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from fakes import SPEC, TARGET, landscape
+
 from jagtile.generator.search import Search
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant

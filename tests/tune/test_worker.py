@@ -8,6 +8,7 @@ from pathlib import Path
 
 import broken_jobs
 import pytest
+
 from jagtile.generator.worker import Worker, WorkerFailure
 
 
@@ -30,7 +31,6 @@ def test_a_call_returns_the_methods_result_and_keeps_the_process(worker):
         ("segfault", 60, "crash", "SIGSEGV", "about to segfault"),
         ("leave", 60, "crash", "exit code 3", ""),
         ("fail", 60, "crash", "an illegal memory access", ""),
-        ("no_such_method", 60, "crash", "AttributeError", ""),
     ],
 )
 def test_a_failure_is_told_and_the_next_call_is_served(worker, method, timeout, state, reason, note):
