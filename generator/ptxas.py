@@ -1,0 +1,49 @@
+"""What ptxas says of a kernel: registers, spills, shared memory, and the advisories that disqualify it."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from jagtile.runtime.artifact import CompileReport
+
+_ENTRY = re.compile(r"Compiling entry function '(?P<name>\w+)'")
+_STACK = re.compile(
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+)
+_USED = re.compile(r"Used (?P<registers>\d+) registers")
+_SMEM = re.compile(r"(?P<bytes>\d+) bytes smem")
+_ADVISORY = re.compile(r"\(C7[56]\d\d\).*")
+
+
+def parse(output: str, symbol: str, seconds: float) -> CompileReport:
+    """The report on ``symbol`` in the output of ``nvcc --resource-usage``; other kernels of the file are left out."""
+    registers = stack = spills = smem = 0
+    entry = ""
+    for line in output.splitlines():
+        if match := _ENTRY.search(line):
+            entry = match["name"]
+        elif entry == symbol:
+            if match := _STACK.search(line):
+                stack, spills = int(match["stack"]), int(match["stores"]) + int(match["loads"])
+            elif match := _USED.search(line):
+                registers = int(match["registers"])
+                found = _SMEM.search(line)
+                smem = int(found["bytes"]) if found else 0
+    return CompileReport(
+        seconds=seconds,
+        registers=registers,
+        spill_bytes=spills,
+        stack_bytes=stack,
+        static_smem_bytes=smem,
+        warnings=tuple(match[0] for line in output.splitlines() if (match := _ADVISORY.search(line))),
+    )
+
+
+def rejection(report: CompileReport) -> tuple[Literal["rejected", "spill"], str] | None:
+    """(state, reason) where a compiled kernel must not be used: spills, or wgmma that ptxas serialised."""
+    if report.warnings:
+        return "rejected", f"ptxas: {report.warnings[0]}"
+    if report.spill_bytes:
+        return "spill", f"{report.spill_bytes} bytes of registers spilled with {report.registers} a thread"
+    return None
