@@ -95,8 +95,8 @@ def _cxx(setting: str, path: str) -> Toolchain:
             return Toolchain(Path(found), f"{version[0].strip() if version else name} [{machine}]")
         tried.append(name or "CXX (not set)")
     raise CompilerNotFoundError(
-        f"no C++ compiler was found; tried: {', '.join(tried)}. Install one (such as `apt-get install g++`), or let CXX "
-        f"name one"
+        f"no C++ compiler was found; tried: {', '.join(tried)}. Install one (such as `apt-get install g++`), or let "
+        f"CXX name one"
     )
 
 

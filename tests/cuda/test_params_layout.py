@@ -16,7 +16,7 @@ from jagtile.runtime.cuda import params
 def _struct_fields(text: str, name: str) -> list[str]:
     body = re.search(rf"struct[^{{;]*\b{name} {{(.*?)\n}};", text, re.DOTALL)
     assert body is not None
-    return re.findall(r"(\w+)(?:\[\d+\])?;", body[1])
+    return re.findall(r"(\w+)(?:\[\d+\])?;", re.sub(r"//.*", "", body[1]))
 
 
 def test_names_and_order_match_the_header() -> None:
@@ -29,12 +29,14 @@ def test_offsets_match_what_a_compiler_lays_out(tmp_path: Path) -> None:
     prints = "".join(f'  printf("%zu\\n", offsetof(Params, {name}));\n' for name in names)
     source = tmp_path / "layout.cpp"
     source.write_text(
-        "#include <cstddef>\n#include <cstdio>\n#include \"cuda/include/params.cuh\"\n"
+        '#include <cstddef>\n#include <cstdio>\n#include "cuda/include/params.cuh"\n'
         f'int main() {{\n{prints}  printf("%zu\\n", sizeof(Params));\n}}\n'
     )
     program = tmp_path / "layout"
     subprocess.run([find_cxx().path, "-I", TEMPLATES, source, "-o", program], check=True)
-    printed = [int(line) for line in subprocess.run([program], check=True, capture_output=True, text=True).stdout.split()]
+    printed = [
+        int(line) for line in subprocess.run([program], check=True, capture_output=True, text=True).stdout.split()
+    ]
     pointers = params.SCALARS_OFFSET
     integers = pointers + 8 * len(params.POINTERS)
     expected = [128 * i for i in range(len(params.MAPS))]
