@@ -14,6 +14,7 @@ from jagtile.runtime.checks import (
     check_flag,
     softmax_scale,
 )
+from jagtile.runtime.device import resolved
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.ops import forward_for
 from jagtile.runtime.problem import DTYPE_NAMES, REGIMES
@@ -147,12 +148,4 @@ def warmup(
     if unknown:
         raise ValueError(f"regimes holds {', '.join(map(repr, unknown))}; regimes are {', '.join(REGIMES)}")
     spec = KernelSpec("fwd", DTYPE_NAMES[dtype], head_dim, head_dim if head_dim_v is None else head_dim_v, is_causal)
-    return tuple(variant.name for variant in prepare(spec, names, _device(device)))
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    """A device with an index where it is a CUDA one."""
-    found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
-    if found.type == "cuda":
-        return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
-    return torch.device(found.type)
+    return tuple(variant.name for variant in prepare(spec, names, resolved(device)))

@@ -11,6 +11,7 @@ import math
 import torch
 
 from jagtile.generator.spec import MAX_HEAD_DIM
+from jagtile.runtime.device import SERVED_DEVICES
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.problem import DTYPE_NAMES
 
@@ -55,6 +56,8 @@ def check_operands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, names: tup
             raise ValueError(f"{name} has dtype {tensor.dtype}, {q_name} {dtype}: all three must have the same dtype")
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, {q_name} on {device}: all three must be on one device")
+    if not (q.is_cuda or q.is_cpu or q.is_meta):
+        raise UnsupportedError(f"{q_name} is on {device}; served: {SERVED_DEVICES}")
     if dtype not in DTYPE_NAMES:
         served = ", ".join(str(served) for served in DTYPE_NAMES)
         raise UnsupportedError(f"{q_name} has dtype {dtype}; served: {served}")

@@ -57,8 +57,16 @@ def device_id(device: torch.device) -> DeviceId:
     if device.type == "cpu":
         return _cpu_id()
     if device.type == "cuda":
-        return _cuda_id(torch.cuda.current_device() if device.index is None else device.index)
+        return _cuda_id(resolved(device).index)
     raise UnsupportedError(f"device {device} is not served; served: {SERVED_DEVICES}")
+
+
+def resolved(device: torch.device | str | None) -> torch.device:
+    """The device, a CUDA one with its index; None is the current CUDA device, the CPU where there is none."""
+    found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    if found.type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+    return torch.device(found.type)
 
 
 @lru_cache(maxsize=1)
@@ -83,9 +91,9 @@ def _cpu_label() -> str:
 def _cuda_id(index: int) -> DeviceId:
     properties = torch.cuda.get_device_properties(index)
     capability = (properties.major, properties.minor)
-    if capability not in _CUDA_TARGETS:
+    if torch.version.hip or capability not in _CUDA_TARGETS:
         raise UnsupportedError(
-            f"cuda:{index} ({properties.name}) has compute capability {capability[0]}.{capability[1]}; "
+            f"cuda:{index} ({properties.name}, compute capability {capability[0]}.{capability[1]}) is not served; "
             f"served: {SERVED_DEVICES}"
         )
     clock_khz = getattr(properties, "memory_clock_rate", 0)  # not in every torch release

@@ -9,7 +9,7 @@ import torch
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant
 from jagtile.runtime.checks import check_batch, check_flag
-from jagtile.runtime.device import DeviceId, device_id
+from jagtile.runtime.device import DeviceId, device_id, resolved
 from jagtile.runtime.dispatch import ChoiceSource, Decision, choose
 from jagtile.runtime.errors import CompilerNotFoundError
 from jagtile.runtime.loader import cached, kernel_table
@@ -66,10 +66,11 @@ def explain(
     is_causal: bool = False,
     enable_gqa: bool = False,
 ) -> Explanation:
-    """Which variant a call would run, from which record or default, and why. Launches and builds nothing.
+    """Which variant a call would run, from which record or default, and why. It builds and runs no kernel.
 
     Takes what ``varlen_attention`` takes, or three nested tensors as ``sdpa`` does (``enable_gqa`` is for those). Where
-    the call would raise for its operands, so does this. ``print(jagtile.explain(...))`` shows every look-up step.
+    the call would raise for its operands, so does this; where autocast would cast them, it does.
+    ``print(jagtile.explain(...))`` shows every look-up step.
     """
     check_flag("is_causal", is_causal)
     if isinstance(q, torch.Tensor) and q.is_nested:
@@ -102,7 +103,7 @@ def explain_problem(
         from jagtile.tuning_db.store import Database
 
         database = Database()
-    device = torch.device(device)
+    device = resolved(device)
     identity = device_id(device)
     decision = choose(problem, identity, database)
     return Explanation(problem, identity, decision, artifact_origin(decision.variant, device))

@@ -95,8 +95,7 @@ def sdpa(
 
 def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_gqa: bool) -> Packed:
     """Check three NJTs (B, H, j, D) and take their packed views, cast as autocast asks. Errors as ``sdpa``."""
-    for name, tensor in zip(_NAMES, (query, key, value), strict=True):
-        _check_njt(name, tensor)
+    _check_njts(query, key, value)
     check_flag("enable_gqa", enable_gqa)
     query, key, value = cast(NestedTensor, query), cast(NestedTensor, key), cast(NestedTensor, value)
     _check_raggedness(query, key, value)
@@ -137,10 +136,19 @@ def _ragged_batch_like(*tensors: object) -> bool:
     return all(isinstance(t, NestedTensor) and t._ragged_idx == 1 and _values(t).dim() >= 3 for t in tensors)
 
 
-def _check_njt(name: str, tensor: object) -> None:
-    if not isinstance(tensor, NestedTensor):
-        kind = f"a {tensor.layout} tensor" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise ValueError(f"{name} must be a nested tensor of the jagged layout (B, H, j, D), got {kind}")
+def _check_njts(*tensors: object) -> None:
+    for name, tensor in zip(_NAMES, tensors, strict=True):
+        if not isinstance(tensor, NestedTensor):
+            kind = f"a {tensor.layout} tensor" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ValueError(f"{name} must be a nested tensor of the jagged layout (B, H, j, D), got {kind}")
+    ragged = [cast(NestedTensor, tensor)._ragged_idx for tensor in tensors]
+    if ragged[1:] != ragged[:-1]:
+        raise ValueError(f"query, key and value must be ragged on the same dimension, got {ragged}")
+    for name, tensor in zip(_NAMES, tensors, strict=True):
+        _check_form(name, cast(NestedTensor, tensor))
+
+
+def _check_form(name: str, tensor: NestedTensor) -> None:
     if _values(tensor).dim() != 3 or tensor._ragged_idx != 2:
         raise UnsupportedError(
             f"{name} has {_values(tensor).dim() + 1} dimensions and is ragged on dimension {tensor._ragged_idx}; "

@@ -40,7 +40,8 @@ def forward(
     covered = total_q
     if device_index < 0:
         covered = check_offsets_on_host("cu_seqlens_q", cu_seqlens_q, total_q)
-        check_offsets_on_host("cu_seqlens_k", cu_seqlens_k, total_k)
+        if cu_seqlens_k is not cu_seqlens_q or total_k < covered:
+            check_offsets_on_host("cu_seqlens_k", cu_seqlens_k, total_k)
     out = torch.empty((total_q, heads, head_dim_v), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, total_q), dtype=torch.float32, device=q.device) if return_lse else None
     if batch and total_q and total_k:

@@ -10,6 +10,13 @@ import jagtile
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
+def test_a_call_in_grad_mode_compiles_where_no_operand_requires_grad(oracle_kernels):
+    x = torch.nested.nested_tensor_from_jagged(torch.randn(7, 4, 8), torch.tensor([0, 3, 7])).transpose(1, 2)
+    with torch.enable_grad():
+        out = torch.compile(lambda x: jagtile.sdpa(x, x, x), backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(out._values, jagtile.sdpa(x, x, x)._values)
+
+
 def test_varlen_attention_compiles_into_one_graph_and_follows_the_shapes(oracle_kernels):
     def layer(q, cu):
         out, lse = jagtile.varlen_attention(q * 2, q, q, cu, cu, is_causal=True, return_lse=True)

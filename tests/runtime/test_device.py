@@ -61,6 +61,13 @@ def test_a_gpu_of_another_capability_is_refused_with_what_is_served(fake_gpu):
         device_id(torch.device("cuda:0"))
 
 
+def test_a_gpu_of_another_maker_is_refused_though_its_version_looks_right(fake_gpu, monkeypatch):
+    fake_gpu(name="gfx90a")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(UnsupportedError, match="gfx90a"):
+        device_id(torch.device("cuda:0"))
+
+
 def test_another_kind_of_device_is_refused_with_what_is_served():
     with pytest.raises(UnsupportedError, match="meta is not served; served: the CPU"):
         device_id(torch.device("meta"))

@@ -313,7 +313,16 @@ ERRORS = {
         jagtile.UnsupportedError,
         r"query has 3 dimensions and is ragged on dimension 1; served: \(B, H, j, D\)",
     ),
-    "ragged on the last dimension": ({"key": ragged_last}, jagtile.UnsupportedError, "key .* is ragged on dimension 3"),
+    "ragged on unlike dimensions": (
+        {"key": ragged_last},
+        ValueError,
+        r"query, key and value must be ragged on the same dimension, got \[2, 3, 2\]",
+    ),
+    "ragged on the last dimension": (
+        dict.fromkeys(("query", "key", "value"), ragged_last),
+        jagtile.UnsupportedError,
+        "query has 4 dimensions and is ragged on dimension 3",
+    ),
 }
 
 
