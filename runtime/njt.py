@@ -169,23 +169,17 @@ def _check_raggedness(query: NestedTensor, key: NestedTensor, value: NestedTenso
             raise ValueError(f"{name} has {tensor._offsets.shape[0] - 1} sequences, query {batch}: they must be equal")
     if key._offsets is value._offsets:
         return
-    known = (
-        ("tokens", _values(key).shape[1], _values(value).shape[1]),
-        ("as their longest length", key._maybe_max_seqlen, value._maybe_max_seqlen),
-        ("as their shortest length", key._maybe_min_seqlen, value._maybe_min_seqlen),
-    )
-    for what, of_key, of_value in known:
-        if of_key is not None and of_value is not None and of_key != of_value:
-            raise ValueError(f"value has {of_value} {what}, key {of_key}: their sequences must have the same lengths")
+    tokens_k, tokens_v = _values(key).shape[1], _values(value).shape[1]
+    if tokens_k != tokens_v:
+        raise ValueError(f"value has {tokens_v} tokens, key {tokens_k}: their sequences must have the same lengths")
     if key._offsets.device != value._offsets.device:
         raise ValueError(
             f"value is on {value._offsets.device}, key on {key._offsets.device}: all must be on one device"
         )
-    if key._offsets.is_cpu:
-        if not torch.equal(key._offsets.long(), value._offsets.long()):
-            raise ValueError("value has other offsets than key: their sequences must have the same lengths")
-    else:
+    if torch.compiler.is_compiling() or not key._offsets.is_cpu:
         torch._assert_async((key._offsets == value._offsets).all(), "key and value differ in their offsets")
+    elif not torch.equal(key._offsets.long(), value._offsets.long()):
+        raise ValueError("value has other offsets than key: their sequences must have the same lengths")
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -35,3 +35,12 @@ def test_sdpa_compiles_into_one_graph(oracle_kernels, cached):
     expected = jagtile.sdpa(x, x, x) + x
     torch.testing.assert_close(out._values, expected._values)
     assert out.offsets() is x.offsets()
+
+
+def test_key_and_value_with_two_offsets_tensors_compile_too(oracle_kernels):
+    query, key, value = (
+        torch.nested.nested_tensor_from_jagged(torch.randn(7, 4, 8), torch.tensor([0, 3, 7])).transpose(1, 2)
+        for _ in range(3)
+    )
+    out = torch.compile(jagtile.sdpa, backend="aot_eager", fullgraph=True)(query, key, value)
+    torch.testing.assert_close(out._values, jagtile.sdpa(query, key, value)._values)
