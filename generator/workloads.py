@@ -14,6 +14,7 @@ import torch
 
 from jagtile.generator.oracle import CausalAlignment, torch_dtype
 from jagtile.generator.spec import DType, KernelSpec
+from jagtile.runtime.problem import Problem
 
 _NAMED = Path(__file__).with_name("workloads.json")
 
@@ -95,6 +96,19 @@ class Workload:
     def spec(self, dtype: DType) -> KernelSpec:
         """The forward spec that computes this workload."""
         return KernelSpec("fwd", dtype, self.head_dim, self.head_dim_v, self.is_causal)
+
+    def problem(self, dtype: DType, with_max: bool = True) -> Problem:
+        """What the host knows of a call with this workload; ``with_max``: max_seqlen_q and max_seqlen_k too."""
+        return Problem(
+            spec=self.spec(dtype),
+            batch=self.batch,
+            total_q=self.total_q,
+            total_k=self.total_k,
+            heads=self.num_heads,
+            heads_kv=self.num_heads_kv,
+            max_seqlen_q=max(self.seqlens_q, default=0) if with_max else None,
+            max_seqlen_k=max(self.seqlens_k, default=0) if with_max else None,
+        )
 
     def make(self, device: torch.device | str, dtype: DType | torch.dtype, seed: int = 0) -> JaggedBatch:
         """Standard-normal inputs on a device; the same seed gives the same values on the same kind of device."""
