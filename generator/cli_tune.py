@@ -1,0 +1,227 @@
+"""``jagtile tune``: measure the configs of specs on a device, record them, choose."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from jagtile.generator.cli_common import (
+    device_option,
+    json_option,
+    parse_budget,
+    parse_spec,
+    print_json,
+    print_table,
+    serving_spaces,
+    torch_device,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from jagtile.generator.spec import KernelSpec
+    from jagtile.generator.tune_types import Budget, Progress, TuneResult
+
+_SHOWN_CANDIDATES = 40
+
+
+@click.command()
+@click.argument("specs", nargs=-1, required=True, metavar="SPEC...")
+@device_option
+@click.option("--regime", "regimes", multiple=True, help="Only this regime (repeatable). [default: all]")
+@click.option(
+    "--budget",
+    multiple=True,
+    metavar="BUDGET",
+    help="Of each spec: trials a regime (40), time for everything (90s, 5m, 1h30m), or both (40,5m). [default: 40]",
+)
+@click.option("--ship", is_flag=True, help="Write to jagtile's own tuning_db/ instead of the user's overlay.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the search and of the order of turns.")
+@click.option("--storage", metavar="URL", help="An Optuna storage that several machines share. [default: memory]")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(1),
+    default=30.0,
+    show_default=True,
+    help="Seconds without a sign of life after which a config is given up.",
+)
+@click.option("--fresh", is_flag=True, help="Measure anew what is on record with the same source.")
+@click.option("--dry-run", is_flag=True, help="List the candidates and what they would be timed on; measure nothing.")
+@json_option
+def tune(
+    specs: tuple[str, ...],
+    device: str | None,
+    regimes: tuple[str, ...],
+    budget: tuple[str, ...],
+    ship: bool,
+    seed: int,
+    storage: str | None,
+    timeout: float,
+    fresh: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Find the best configs of SPECs for every regime, record what was measured, and choose.
+
+    Each config is built, checked against the oracle and timed beside the others in a process of its own. Results are on
+    disk as they come: interrupted, the same command goes on where it stopped.
+
+    \b
+    jagtile tune fwd_bf16_d128 fwd_bf16_d128_causal --budget 10m
+    jagtile tune fwd_fp32_d64 --device cpu --regime medium --budget 12
+    """
+    from jagtile.generator.tune_types import DEFAULT_BUDGET, Budget
+    from jagtile.runtime.problem import REGIMES
+
+    wanted = [parse_spec(name) for name in dict.fromkeys(specs)]
+    unknown = [name for name in regimes if name not in REGIMES]
+    if unknown:
+        raise click.UsageError(f"no regime {', '.join(unknown)}; there are {', '.join(REGIMES)}")
+    trials, seconds = parse_budget(budget)
+    limits = Budget(trials, seconds) if budget else DEFAULT_BUDGET
+    where = torch_device(device)
+    chosen = tuple(dict.fromkeys(regimes)) or REGIMES
+    if dry_run:
+        _dry_run(wanted, where, chosen, limits, as_json)
+        return
+    from jagtile.generator.tune import tune as run
+
+    results = []
+    for spec in wanted:
+        with _interruptible(), _progress(spec, len(chosen)) as progress:
+            result = run(
+                spec,
+                where,
+                chosen,
+                budget=limits,
+                ship=ship,
+                seed=seed,
+                storage=storage,
+                timeout=timeout,
+                resume=not fresh,
+                progress=progress,
+            )
+        results.append(result)
+        if not as_json:
+            _print_result(result)
+    if as_json:
+        print_json([_as_json(result) for result in results])
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("\nWhat was measured is on record; the same command goes on from there.", err=True)
+        raise
+
+
+@contextmanager
+def _progress(spec: KernelSpec, regimes: int) -> Iterator[Progress]:
+    """A live bar on a terminal, a line a regime elsewhere; both on stderr."""
+    from jagtile.generator.cli_progress import TuneProgress
+
+    with TuneProgress(spec.name, regimes) as progress:
+        yield progress
+
+
+def _print_result(result: TuneResult) -> None:
+    rows = [
+        (
+            r.regime,
+            r.workload,
+            r.chosen.name,
+            r.chosen_us,
+            r.chosen_tflops,
+            None if r.incumbent_us is None else f"{r.incumbent_us / r.chosen_us:.3f}x",
+            f"{r.chosen_us / r.best_us:.3f}x",
+            f"{100 * r.noise:.1f} %",
+            ", ".join(f"{count} {state}" for state, count in sorted(r.states.items())),
+        )
+        for r in result.regimes
+    ]
+    columns = ("regime", "timed on", "chosen", "us", "TFLOP/s", "gain", "over best", "noise", "configs")
+    title = (
+        f"{result.spec.name} on {result.choices.device.label} ({result.choices.device.slug}), {result.seconds:.0f} s"
+    )
+    print_table(title, columns, rows, right="us,TFLOP/s,gain,over best,noise")
+    click.echo(f"choices: {result.path}")
+
+
+def _as_json(result: TuneResult) -> dict[str, object]:
+    regimes = [
+        {
+            "regime": r.regime,
+            "workload": r.workload,
+            "chosen": r.chosen.name,
+            "chosen_us": r.chosen_us,
+            "chosen_tflops": r.chosen_tflops,
+            "incumbent": r.incumbent.name,
+            "incumbent_us": r.incumbent_us,
+            "best_us": r.best_us,
+            "noise": r.noise,
+            "states": r.states,
+        }
+        for r in result.regimes
+    ]
+    return {
+        "spec": result.spec.name,
+        "device": result.choices.device,
+        "choices": str(result.path),
+        "seconds": result.seconds,
+        "regimes": regimes,
+        "records": len(result.records),
+    }
+
+
+def _dry_run(
+    specs: Sequence[KernelSpec], device: torch.device, regimes: Sequence[str], budget: Budget, as_json: bool
+) -> None:
+    from jagtile.generator.tile import all_configs
+    from jagtile.generator.workloads import representative
+    from jagtile.runtime.device import device_id
+
+    identity = device_id(device)
+    plans = []
+    for spec in specs:
+        legal: list[str] = []
+        states: Counter[str] = Counter()
+        for space in serving_spaces(identity.target, spec):
+            for config in all_configs(space, spec):
+                states["illegal" if (reason := space.rejection(spec, config)) else "legal"] += 1
+                legal += [] if reason else [config.name]
+        workloads = {r: [w.name for w in representative(spec, r, identity.target)] for r in regimes}
+        trials = len(legal) if budget.trials is None else min(budget.trials, len(legal))
+        plans.append(
+            {
+                "spec": spec.name,
+                "target": identity.target,
+                "device": identity.slug,
+                "trials": trials,
+                "seconds": budget.seconds,
+                "illegal": states["illegal"],
+                "workloads": workloads,
+                "candidates": legal,
+            }
+        )
+    if as_json:
+        print_json(plans)
+        return
+    for plan in plans:
+        limit = f", at most {plan['seconds']:g} s in all" if plan["seconds"] else ""
+        head = f"{plan['target']}/{plan['spec']} on {plan['device']}: up to {plan['trials']} configs a regime{limit}"
+        timed_on = plan["workloads"]
+        assert isinstance(timed_on, dict)
+        print_table(head, ("regime", "timed on"), [(r, ", ".join(names)) for r, names in timed_on.items()])
+        candidates = plan["candidates"]
+        assert isinstance(candidates, list)
+        click.echo(f"{len(candidates)} candidates, {plan['illegal']} illegal:")
+        for name in candidates[:_SHOWN_CANDIDATES]:
+            click.echo(f"  {name}")
+        if len(candidates) > _SHOWN_CANDIDATES:
+            click.echo(f"  ... and {len(candidates) - _SHOWN_CANDIDATES} more (--json lists them all)")
