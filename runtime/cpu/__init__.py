@@ -1,0 +1,11 @@
+"""The CPU launcher: shared objects through ctypes."""
+
+from __future__ import annotations
+
+from jagtile.runtime.artifact import Artifact
+from jagtile.runtime.cpu.forward import CpuForwardKernel
+
+
+def load(artifact: Artifact) -> CpuForwardKernel:
+    """Load a shared object. CorruptArtifactError says what the dynamic linker refused."""
+    return CpuForwardKernel(artifact)

@@ -1,0 +1,13 @@
+"""The parameter block of templates/cpu/params.h (ABI version 1), byte for byte."""
+
+from __future__ import annotations
+
+import struct
+
+# Seven pointers; five (token, head) strides, total_q and total_k; six int32; the scale.
+BLOCK = struct.Struct("=7Q12q6if")
+BLOCK_BYTES = (BLOCK.size + 7) // 8 * 8
+
+# Status that a kernel returns.
+BAD_OFFSETS = 1
+NO_MEMORY = 2

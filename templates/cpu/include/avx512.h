@@ -1,0 +1,11 @@
+// x86-64 with AVX-512 F, BW, DQ and VL: 64-byte vectors.
+#pragma once
+
+#include <immintrin.h>
+
+constexpr int kVectorBytes = 64;
+
+#include "cpu/include/vector.h"
+
+static inline Vec widen_fp16(HalfVec bits) { return (Vec)_mm512_cvtph_ps((__m256i)bits); }
+static inline HalfVec narrow_fp16(Vec value) { return (HalfVec)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT); }

@@ -1,0 +1,6 @@
+// Any CPU: 16-byte vectors, no instruction of any set by name.
+#pragma once
+
+constexpr int kVectorBytes = 16;
+
+#include "cpu/include/half.h"

@@ -1,0 +1,11 @@
+// AArch64: 16-byte vectors and conversions of fp16.
+#pragma once
+
+#include <arm_neon.h>
+
+constexpr int kVectorBytes = 16;
+
+#include "cpu/include/vector.h"
+
+static inline Vec widen_fp16(HalfVec bits) { return (Vec)vcvt_f32_f16((float16x4_t)bits); }
+static inline HalfVec narrow_fp16(Vec value) { return (HalfVec)vcvt_f16_f32((float32x4_t)value); }

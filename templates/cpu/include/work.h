@@ -1,0 +1,64 @@
+// The work of a batch, from its offsets: blocks of query rows, longest first.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/params.h"
+
+// Some query rows of one sequence for each kv head. Row r is token r / gqa_ratio, head r % gqa_ratio of the kv head's.
+struct WorkItem {
+  int64_t q_begin, k_begin;  // first tokens of the sequence
+  int64_t first_row;
+  int rows;
+  int64_t keys;      // that its last row sees
+  int64_t diagonal;  // causal: token t sees the keys up to t + diagonal
+  double cost;
+};
+
+static inline int64_t offset_at(const void* offsets, bool wide, int index) {
+  return wide ? static_cast<const int64_t*>(offsets)[index] : static_cast<const int32_t*>(offsets)[index];
+}
+
+// Splits a sequence's rows into equal blocks of at most kBlockRows, whole tiles of kTileRows but for the last.
+template <int kBlockRows, int kTileRows, bool kCausal>
+static inline void append_sequence(std::vector<WorkItem>& items, const Params& p, int64_t q_begin, int64_t len_q,
+                                   int64_t k_begin, int64_t len_k) {
+  const int64_t rows = len_q * p.gqa_ratio;
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  const int64_t diagonal = p.bottom_right ? len_k - len_q : 0;
+  for (int64_t block = 0, first = 0; first < rows; ++block) {
+    const int64_t share = (rows - first + blocks - block - 1) / (blocks - block);
+    const int64_t count = std::min(rows - first, (share + kTileRows - 1) / kTileRows * kTileRows);
+    WorkItem item{q_begin, k_begin, first, int(count), len_k, diagonal, 0};
+    int64_t fewest = len_k;
+    if (kCausal) {
+      fewest = std::clamp<int64_t>(first / p.gqa_ratio + diagonal + 1, 0, len_k);
+      item.keys = std::clamp<int64_t>((first + count - 1) / p.gqa_ratio + diagonal + 1, 0, len_k);
+    }
+    item.cost = double(count + kTileRows) * double(fewest + item.keys + 2);
+    items.push_back(item);
+    first += count;
+  }
+}
+
+// False where the offsets fall, or leave the tensors. Rows of q before the first and behind the last sequence see nothing.
+template <int kBlockRows, int kTileRows, bool kCausal>
+static inline bool list_work(std::vector<WorkItem>& items, const Params& p) {
+  const bool wide_q = p.wide_offsets & 1, wide_k = p.wide_offsets & 2;
+  int64_t q_begin = offset_at(p.cu_seqlens_q, wide_q, 0), k_begin = offset_at(p.cu_seqlens_k, wide_k, 0);
+  if (q_begin < 0 || k_begin < 0) return false;
+  append_sequence<kBlockRows, kTileRows, kCausal>(items, p, 0, std::min(q_begin, p.total_q), 0, 0);
+  for (int sequence = 0; sequence < p.batch; ++sequence) {
+    const int64_t q_end = offset_at(p.cu_seqlens_q, wide_q, sequence + 1);
+    const int64_t k_end = offset_at(p.cu_seqlens_k, wide_k, sequence + 1);
+    if (q_end < q_begin || k_end < k_begin) return false;
+    if (q_end > p.total_q || k_end > p.total_k) return false;
+    append_sequence<kBlockRows, kTileRows, kCausal>(items, p, q_begin, q_end - q_begin, k_begin, k_end - k_begin);
+    q_begin = q_end;
+    k_begin = k_end;
+  }
+  append_sequence<kBlockRows, kTileRows, kCausal>(items, p, q_begin, p.total_q - q_begin, 0, 0);
+  std::stable_sort(items.begin(), items.end(), [](const WorkItem& a, const WorkItem& b) { return a.cost > b.cost; });
+  return true;
+}
