@@ -85,7 +85,7 @@ class Trials:
     def facts(self, note: Note) -> WorkerFacts:
         """What the device is."""
         note("read the device's identity")
-        return WorkerFacts(DeviceFacts(**asdict(device_id(self.device))), _driver(self.device), torch.__version__)
+        return WorkerFacts(DeviceFacts(**asdict(device_id(self.device))), _driver(self.device), str(torch.__version__))
 
     def check(self, artifact: Artifact, workload: Workload, note: Note) -> Verdict:
         """Compare a kernel with the oracle, on small nasty workloads and then on the one to be timed."""

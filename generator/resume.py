@@ -16,7 +16,10 @@ from jagtile.tuning_db.store import Database
 def current_records(
     database: Database, slug: str, target: str, spec: KernelSpec
 ) -> list[tuple[TileConfig, TuningRecord]]:
-    """A spec's records on a device whose source is still what their config renders to, oldest first."""
+    """A spec's records on a device whose source is still what their config renders to, oldest first.
+
+    None where nothing has ever worked: then the fault is hardly the configs', and all may be tried anew.
+    """
     current = []
     hashes: dict[TileConfig, str] = {}
     for record in database.records(device=slug, target=target, spec=spec.name):
@@ -28,7 +31,7 @@ def current_records(
             hashes[config] = source_sha256(Variant(target, spec, config))
         if record.source_sha256 == hashes[config]:
             current.append((config, record))
-    return current
+    return current if any(record.state == "ok" for _, record in current) else []
 
 
 def known_ratios(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -160,25 +160,29 @@ class TuneSession:
             before = msgspec.structs.replace(before, specs={**before.specs, key: entry})
         current = [record for _, record in self._current_records()]
         choices = choose(current, msgspec.structs.replace(before, device=facts), slack)
-        finals = [record for record in records if record.phase == "final"]
-        results = tuple(self._result(regime, choices.specs[key], finals, current) for regime in found)
+        known = [*current, *records]
+        results = tuple(self._result(regime, choices.specs[key], records, known) for regime in found)
         path = self.database.write_choices(choices, ship)
         return TuneResult(self.runner.spec, choices, path, results, tuple(records), time.monotonic() - self.begin)
 
     def _result(
-        self, found: Found, entry: ChoiceEntry, finals: Sequence[TuningRecord], current: Sequence[TuningRecord]
+        self, found: Found, entry: ChoiceEntry, records: Sequence[TuningRecord], known: Sequence[TuningRecord]
     ) -> RegimeResult:
+        """``records`` are this run's, ``known`` those before it too."""
+        own = [r for r in records if (r.regime, r.phase, r.state) == (found.regime, "final", "ok")]
+        ends = {repr(r.config): r for r in known if r.regime == found.regime or r.state != "ok"}
+        states = dict(Counter(str(record.state) for record in ends.values()))
+        if not own:
+            counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+            first = next(iter(ends.values())).reason if ends else "the budget allows no trial"
+            raise TuningError(
+                f"{self.runner.spec.name}, {found.regime}: none of {len(ends)} configs works ({counts}); "
+                f"the first one's reason: {first}"
+            )
         timed: dict[TileConfig, float] = {}
-        own = [record for record in finals if record.regime == found.regime and record.state == "ok"]
         for record in own:
             config = config_from_dict(record.target, record.config)
             timed[config] = timed.get(config, 0.0) + (record.time_us or math.inf)
-        states = {repr(r.config): r.state for r in current if r.regime == found.regime}
-        if not timed:
-            raise TuningError(
-                f"{self.runner.spec.name}, {found.regime}: none of {len(states)} configs works "
-                f"({_counts(states)}); `jagtile db show` has the reasons"
-            )
         chosen = config_from_dict(self.runner.target, entry.regimes[found.regime])
         flops = sum(workload.flops for workload in found.workloads)
         return RegimeResult(
@@ -191,7 +195,7 @@ class TuneSession:
             incumbent_us=timed.get(found.incumbent),
             best_us=min(timed.values()),
             noise=max(record.aa_spread or 0.0 for record in own),
-            states=dict(Counter(states.values())),
+            states=states,
         )
 
     def _current_records(self) -> list[tuple[TileConfig, TuningRecord]]:
@@ -209,7 +213,3 @@ def _finalists(search: Search) -> list[TileConfig]:
     best = search.best()
     within = search.results[best[0]] if best else None
     return [c for c in best[:_FINALISTS] if within and (search.results[c] or math.inf) <= within * _FINALIST_RATIO]
-
-
-def _counts(states: Mapping[str, str]) -> str:
-    return ", ".join(f"{count} {state}" for state, count in sorted(Counter(states.values()).items()))

@@ -70,7 +70,7 @@ class RegimeResult:
     incumbent_us: float | None  # None where it does not work
     best_us: float
     noise: float  # A/A spread of the control in the finals
-    states: dict[str, int]  # configs on record by their state
+    states: dict[str, int]  # how many configs ended how, in this regime or by failing in another
 
 
 @dataclass(frozen=True)

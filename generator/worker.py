@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
@@ -140,8 +141,8 @@ def _serve(connection: Connection, factory: Callable[..., object], arguments: tu
 
     try:
         held = factory(*arguments)
-    except BaseException:
-        connection.send(("error", _last_lines(traceback.format_exc())))
+    except BaseException as error:
+        connection.send(("error", _describe(error)))
         return
     connection.send(("ready", None))
     while True:
@@ -151,8 +152,8 @@ def _serve(connection: Connection, factory: Callable[..., object], arguments: tu
             return
         try:
             reply = ("result", getattr(held, method)(*arguments, note))
-        except BaseException:
-            reply = ("error", _last_lines(traceback.format_exc()))
+        except BaseException as error:
+            reply = ("error", _describe(error))
         connection.send(reply)
 
 
@@ -166,5 +167,8 @@ def _die_with_parent() -> None:
             os._exit(1)
 
 
-def _last_lines(text: str, characters: int = 2000) -> str:
-    return text.strip()[-characters:]
+def _describe(error: BaseException, characters: int = 1000) -> str:
+    """The error's own text and the place that raised it."""
+    text = "".join(traceback.format_exception_only(error)).strip()[:characters]
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{text} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else text

@@ -130,7 +130,7 @@ def test_an_incumbent_that_fails_is_replaced(database, kind):
 
 def test_where_nothing_works_the_error_counts_the_ends(database):
     worker = FakeWorker({config.name: "incorrect" for config in LEGAL})
-    with pytest.raises(TuningError, match=r"none of 12 configs works \(12 incorrect\)"):
+    with pytest.raises(TuningError, match=r"none of 12 configs works \(12 incorrect\).*reason: edges"):
         run(database, worker, trials=12)
     assert len(database.records(state="incorrect")) == 12
     assert database.choices("user", DEVICE.slug) is None
@@ -301,3 +301,9 @@ def test_ending_a_tune_half_way_loses_nothing_and_the_next_run_goes_on(database,
     builder = FakeBuilder()
     result = run(database, builder=builder, trials=None)
     assert len(searched(result.records)) == len(LEGAL) - kept
+
+
+def test_where_nothing_ever_worked_all_is_tried_anew(database):
+    with pytest.raises(TuningError):
+        run(database, FakeWorker({config.name: "crash" for config in LEGAL}), trials=12)
+    assert len(searched(run(database, trials=12).records)) == 12
