@@ -75,13 +75,12 @@ class BenchReport(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     workloads: tuple[WorkloadResult, ...]
 
-    @property
-    def incorrect(self) -> tuple[str, ...]:
-        """The workloads on which jagtile was wrong."""
+    def ours(self, state: State) -> tuple[str, ...]:
+        """The workloads on which jagtile, packed or nested, ended in a state."""
         return tuple(
             result.workload
             for result in self.workloads
-            if any(peer.peer in OURS and peer.state == "incorrect" for peer in result.peers)
+            if any(peer.peer in OURS and peer.state == state for peer in result.peers)
         )
 
 

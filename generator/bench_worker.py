@@ -26,8 +26,10 @@ from jagtile.generator.spot_check import BUDGET_FLOPS, SpotCheck, spot_check
 from jagtile.generator.timing import timer_for
 from jagtile.generator.worker import Note
 from jagtile.generator.workloads import JaggedBatch, Workload
+from jagtile.runtime.device import device_id
+from jagtile.runtime.dispatch import choose
 from jagtile.runtime.errors import UnsupportedError
-from jagtile.runtime.explain import explain_problem
+from jagtile.tuning_db.store import Database
 
 _FLUSH_COVER = 4  # bytes written before a call, over those of the last-level cache
 _PEER_BAR = 4  # times our own tolerance: a peer that is further off computes something else
@@ -103,7 +105,7 @@ class Bencher:
 
     def _variant(self, workload: Workload, dtype: DType) -> tuple[str, str]:
         try:
-            decision = explain_problem(workload.problem(dtype), self.device).decision
+            decision = choose(workload.problem(dtype), device_id(self.device), Database())
         except UnsupportedError:
             return "", ""
         return decision.variant.name, decision.source

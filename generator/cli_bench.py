@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 @workload_options
 @device_option
 @click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="[default: bf16 on a GPU, fp32 on the CPU]")
-@click.option("--peers", metavar="A,B,...", help="Only these (comma-separated). [default: all]")
+@click.option("--peers", metavar="A,B,...", help="Only these. [default: all]")
+@click.option("--skip", metavar="A,B,...", help="Not these; e.g. flex, which compiles anew for every workload.")
 @click.option(
     "--seconds",
     type=click.FloatRange(0, min_open=True),
@@ -54,6 +55,7 @@ def bench(
     device: str | None,
     dtype: str | None,
     peers: str | None,
+    skip: str | None,
     seconds: float,
     max_samples: int,
     timeout: float,
@@ -82,8 +84,8 @@ def bench(
         _list(as_json)
         return
     where = torch_device(device)
-    picked = peers.split(",") if peers else list(PEERS)
-    unknown = [name for name in picked if name not in PEERS]
+    picked, skipped = (peers.split(",") if peers else list(PEERS)), (skip.split(",") if skip else [])
+    unknown = [name for name in (*picked, *skipped) if name not in PEERS]
     if unknown:
         raise click.UsageError(f"no peer {', '.join(unknown)}; there are {', '.join(PEERS)}")
     if not workloads and described["lengths"] is None:
@@ -102,7 +104,7 @@ def bench(
             chosen,
             where,
             next(known for known in DTYPES if known == name),
-            picked,
+            [name for name in picked if name not in skipped],
             plan=Plan(seconds=seconds, max_samples=max_samples, min_samples=min(5, max_samples)),
             seed=seed,
             timeout=timeout,
@@ -115,8 +117,10 @@ def bench(
         print_json(report)
     else:
         _print_ratios(report)
-    if report.incorrect:
-        raise VerificationError(f"jagtile was wrong on {', '.join(report.incorrect)}")
+    if wrong := report.ours("incorrect"):
+        raise VerificationError(f"jagtile was wrong on {', '.join(wrong)}")
+    if failed := report.ours("failed"):
+        raise click.ClickException(f"jagtile failed on {', '.join(failed)}")
 
 
 def _tell(workload: str, peer: str) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.argument("name", metavar="SPEC|VARIANT")
 @click.option("--target", help="Of a SPEC. [default: the first that serves it, GPUs before the CPU]")
 @click.option("--config", help="Of a SPEC. [default: the one used where nothing is recorded]")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write to this file, or into this folder.")
+@click.option("-o", "--output", help="Write to this file, or into this folder (FOLDER/).")
 @click.option("--print", "also_print", is_flag=True, help="Print the source even where it is written too.")
 @click.option("--list", "listing", is_flag=True, help="List every config of the SPEC, legal or not, with the reasons.")
 @json_option
@@ -34,7 +34,7 @@ def generate(
     name: str,
     target: str | None,
     config: str | None,
-    output: Path | None,
+    output: str | None,
     also_print: bool,
     listing: bool,
     as_json: bool,
@@ -55,8 +55,9 @@ def generate(
     variant = _variant(name, target, config)
     source = render(variant)
     if output is not None:
-        inside = output.is_dir() or str(output).endswith("/")
-        path = output / f"{variant.symbol}{source.suffix}" if inside else output
+        path = Path(output)
+        if path.is_dir() or output.endswith("/"):
+            path /= f"{variant.symbol}{source.suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source.text)
         click.echo(f"{variant.name} -> {path}", err=True)
