@@ -153,7 +153,7 @@ class CpuForwardSpace:
         registers = config.rows * config.vectors + config.vectors + 1
         if registers > INSTRUCTION_SETS[config.isa].registers:
             return (
-                f"{config.rows} x {config.vectors} sums, {config.vectors} operands and a scalar take {registers} vector "
+                f"{config.rows} x {config.vectors} sums, {config.vectors} operands and a scalar take {registers} "
                 f"registers > {INSTRUCTION_SETS[config.isa].registers} of {config.isa}"
             )
         scratch = scratch_of(spec, config)

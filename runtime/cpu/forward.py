@@ -87,7 +87,8 @@ class CpuForwardKernel:
         status = self._function(block.address)
         if status == BAD_OFFSETS:
             raise ValueError(
-                f"cu_seqlens_q and cu_seqlens_k must never fall and stay within 0 to {total_q} and 0 to {total_k} tokens"
+                f"cu_seqlens_q and cu_seqlens_k must never fall, and stay within the {total_q} tokens of q and the "
+                f"{total_k} of k"
             )
         if status == NO_MEMORY:
             raise MemoryError(f"no memory for the work list of {cu_seqlens_q.shape[0] - 1} sequences")

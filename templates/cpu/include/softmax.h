@@ -9,12 +9,12 @@ constexpr float kLog2E = 1.4426950408889634f;
 
 // Scores of keys behind a query's last visible one become -inf.
 template <int kVectors>
-static inline void mask_behind(Vec* scores, int keys, const IntVec* last_visible) {
+static inline void mask_behind(Vec* scores, int first_key, int keys, const IntVec* last_visible) {
   for (int key = 0; key < keys; ++key) {
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
       Vec& score = scores[key * kVectors + j];
-      score = select(last_visible[j] >= key, score, broadcast(-INFINITY));
+      score = select(last_visible[j] >= first_key + key, score, broadcast(-INFINITY));
     }
   }
 }

@@ -11,7 +11,7 @@ struct WorkItem {
   int64_t q_begin, k_begin;  // first tokens of the sequence
   int64_t first_row;
   int rows;
-  int64_t keys;      // that its last row sees
+  int keys;          // that its last row sees
   int64_t diagonal;  // causal: token t sees the keys up to t + diagonal
   double cost;
 };
@@ -30,14 +30,12 @@ static inline void append_sequence(std::vector<WorkItem>& items, const Params& p
   for (int64_t block = 0, first = 0; first < rows; ++block) {
     const int64_t share = (rows - first + blocks - block - 1) / (blocks - block);
     const int64_t count = std::min(rows - first, (share + kTileRows - 1) / kTileRows * kTileRows);
-    WorkItem item{q_begin, k_begin, first, int(count), len_k, diagonal, 0};
-    int64_t fewest = len_k;
-    if (kCausal) {
-      fewest = std::clamp<int64_t>(first / p.gqa_ratio + diagonal + 1, 0, len_k);
-      item.keys = std::clamp<int64_t>((first + count - 1) / p.gqa_ratio + diagonal + 1, 0, len_k);
-    }
-    item.cost = double(count + kTileRows) * double(fewest + item.keys + 2);
-    items.push_back(item);
+    const auto seen_by = [&](int64_t row) {
+      return kCausal ? std::clamp<int64_t>(row / p.gqa_ratio + diagonal + 1, 0, len_k) : len_k;
+    };
+    const int64_t most = seen_by(first + count - 1);
+    const double cost = double(count + kTileRows) * double(seen_by(first) + most + 2);
+    items.push_back({q_begin, k_begin, first, int(count), int(most), diagonal, cost});
     first += count;
   }
 }
