@@ -1,0 +1,67 @@
+"""``jagtile doctor``: reports what is there, and what helps where something is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from jagtile.generator import toolchain
+from jagtile.generator.doctor import examine
+from jagtile.runtime.settings import settings
+
+
+@pytest.fixture
+def findings():
+    def by_name():
+        return {(finding.topic, finding.name): finding for finding in examine()}
+
+    return by_name
+
+
+def test_the_report_covers_every_topic(run, run_json):
+    found = run_json("doctor")
+    topics = {"versions", "devices", "compilers", "settings", "cache", "tuning database", "peers"}
+    assert {finding["topic"] for finding in found} == topics
+    shown = run("doctor").stdout
+    for topic in topics:
+        assert topic in shown
+
+
+def test_every_setting_is_shown_with_where_its_value_comes_from(findings, monkeypatch):
+    monkeypatch.setenv("JAGTILE_JOBS", "3")
+    assert "3 (environment)" in findings()["settings", "JAGTILE_JOBS"].value
+    assert {name for topic, name in findings() if topic == "settings"} == {s.variable for s in settings.describe()}
+
+
+def test_a_setting_that_makes_no_sense_is_reported_not_raised(findings, monkeypatch):
+    monkeypatch.setenv("JAGTILE_JOBS", "many")
+    finding = findings()["settings", "environment"]
+    assert finding.state == "wrong"
+    assert "JAGTILE_JOBS is 'many'" in finding.value
+    assert finding.advice
+
+
+def test_a_missing_compiler_comes_with_what_helps(findings, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    finding = findings()["compilers", "C++ (target cpu)"]
+    assert finding.state == "missing"
+    assert "apt-get install g++" in finding.advice
+
+
+def test_a_compiler_that_is_found_is_named_with_its_version(findings):
+    assert toolchain.find_cxx().version in findings()["compilers", "C++ (target cpu)"].value
+
+
+def test_corrupt_entries_set_aside_in_the_cache_are_reported(findings, tmp_path):
+    with settings.override(cache_dir=tmp_path):
+        assert ("cache", "set aside") not in findings()
+        (tmp_path / "x.bad-1").mkdir()
+        assert findings()["cache", "set aside"].state == "wrong"
+
+
+def test_a_device_without_choices_is_told_to_tune(findings, tmp_path):
+    with settings.override(cache_dir=tmp_path):
+        untuned = [f for f in findings().values() if f.topic == "tuning database" and f.state == "missing"]
+    for finding in untuned:
+        assert "jagtile tune" in finding.advice
+        assert finding.name.endswith("(here)")

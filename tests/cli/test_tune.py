@@ -1,0 +1,177 @@
+"""``jagtile tune``: what its options mean, what it shows, and one real tune of a small case on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from click.testing import CliRunner
+
+from jagtile.generator import tune as tune_module
+from jagtile.generator.cli import cli
+from jagtile.generator.cli_common import parse_budget
+from jagtile.generator.spec import KernelSpec
+from jagtile.generator.tile import legal_configs, spaces_of
+from jagtile.generator.tune_types import DEFAULT_BUDGET, Budget, RegimeResult, TuneResult
+from jagtile.generator.workloads import representative
+from jagtile.runtime.problem import REGIMES
+from jagtile.runtime.settings import settings
+from jagtile.tuning_db.schema import ChoiceEntry, Choices, DeviceFacts, TuningRecord
+from jagtile.tuning_db.store import Database
+
+SPEC = "fwd_fp32_d64"
+DEVICE = DeviceFacts(
+    slug="cpu-generic", label="Some CPU", target="cpu", units=2, bandwidth_gbs=0.0, compute_capability="generic"
+)
+
+
+class FakeTune:
+    """Stands in for the tuner: remembers how it was called, reports two configs of every regime."""
+
+    def __init__(self, interrupted: bool = False) -> None:
+        self.calls = []
+        self.interrupted = interrupted
+
+    def __call__(self, spec, device, regimes, **options):
+        self.calls.append((spec.name, device, tuple(regimes), options))
+        fast, slow = legal_configs(spaces_of("cpu", spec)[0], spec)[:2]
+        results = []
+        for regime in regimes:
+            (workload,) = representative(spec, regime, "cpu")
+            options["progress"].regime_started(regime, workload, 2, 0)
+            if self.interrupted:
+                raise KeyboardInterrupt
+            for config, state in ((fast, "ok"), (slow, "incorrect")):
+                record = TuningRecord(
+                    device=DEVICE.slug,
+                    target="cpu",
+                    spec=spec.name,
+                    regime=regime,
+                    workload=workload.name,
+                    config=config.to_dict(),
+                    state=state,
+                    reason="" if state == "ok" else "relative error 0.5",
+                    time_us=12.5 if state == "ok" else None,
+                )
+                options["progress"].recorded(record)
+            options["progress"].finals_started(regime, 1)
+            results.append(
+                RegimeResult(regime, workload.name, fast, 12.5, 0.25, slow, None, 12.5, 0.01, {"ok": 1, "incorrect": 1})
+            )
+        choices = Choices(device=DEVICE, specs={f"cpu/{spec.name}": ChoiceEntry(default=fast.to_dict())})
+        return TuneResult(spec, choices, Path("choices.json"), tuple(results), (), 3.0)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    fake = FakeTune()
+    monkeypatch.setattr(tune_module, "tune", fake)
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("texts", "budget"),
+    [
+        (["40"], (40, None)),
+        (["5m"], (None, 300.0)),
+        (["90s"], (None, 90.0)),
+        (["1h30m"], (None, 5400.0)),
+        (["40,5m"], (40, 300.0)),
+        (["40", "5m"], (40, 300.0)),
+    ],
+)
+def test_a_budget_is_a_number_of_trials_a_time_or_both(texts, budget):
+    assert parse_budget(texts) == budget
+
+
+def test_without_options_every_regime_is_tuned_within_the_default_budget(run, fake):
+    run("tune", SPEC, "--device", "cpu")
+    ((name, device, regimes, options),) = fake.calls
+    assert (name, device, regimes) == (SPEC, torch.device("cpu"), REGIMES)
+    assert options["budget"] == DEFAULT_BUDGET
+    assert (options["ship"], options["seed"], options["storage"], options["resume"]) == (False, 0, None, True)
+
+
+def test_options_reach_the_tuner(run, fake):
+    storage = "sqlite:///x.db"
+    arguments = ["--regime", "long", "--budget", "7,2m", "--ship", "--seed", "3", "--storage", storage, "--fresh"]
+    run("tune", SPEC, "fwd_bf16_d64", "--device", "cpu", *arguments)
+    assert [call[0] for call in fake.calls] == [SPEC, "fwd_bf16_d64"]
+    _, _, regimes, options = fake.calls[0]
+    assert regimes == ("long",)
+    assert options["budget"] == Budget(7, 120.0)
+    assert (options["ship"], options["seed"], options["storage"], options["resume"]) == (True, 3, storage, False)
+
+
+def test_the_summary_names_the_chosen_configs_and_the_progress_why_others_failed(run, fake):
+    result = run("tune", SPEC, "--device", "cpu", "--regime", "medium")
+    chosen = legal_configs(spaces_of("cpu", KernelSpec.parse(SPEC))[0], KernelSpec.parse(SPEC))[0].name
+    assert chosen in result.stdout
+    assert "1 incorrect, 1 ok" in result.stdout
+    assert "choices: choices.json" in result.stdout
+    assert "incorrect: relative error 0.5" in result.stderr
+
+
+def test_json_has_the_regimes_and_nothing_else_on_stdout(run_json, fake):
+    (result,) = run_json("tune", SPEC, "--device", "cpu", "--regime", "medium")
+    assert result["spec"] == SPEC
+    assert [regime["regime"] for regime in result["regimes"]] == ["medium"]
+    assert result["regimes"][0]["chosen_us"] == 12.5
+    assert result["device"]["slug"] == DEVICE.slug
+
+
+def test_an_interrupt_says_that_nothing_measured_is_lost(monkeypatch):
+    monkeypatch.setattr(tune_module, "tune", FakeTune(interrupted=True))
+    result = CliRunner().invoke(cli, ["tune", SPEC, "--device", "cpu"])
+    assert result.exit_code == 130
+    assert "the same command goes on from there" in result.stderr
+
+
+def test_a_dry_run_lists_candidates_and_workloads_and_measures_nothing(run, run_json, fake):
+    (plan,) = run_json("tune", SPEC, "--device", "cpu", "--dry-run", "--regime", "short", "--budget", "3")
+    spec = KernelSpec.parse(SPEC)
+    assert plan["candidates"] == [c.name for space in spaces_of("cpu", spec) for c in legal_configs(space, spec)]
+    assert plan["trials"] == 3
+    assert plan["workloads"] == {"short": [w.name for w in representative(spec, "short", "cpu")]}
+    shown = run("tune", SPEC, "--device", "cpu", "--dry-run").stdout
+    assert plan["candidates"][0] in shown
+    assert f"{len(plan['candidates'])} candidates" in shown
+    assert not fake.calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Missing argument"),
+        (("fwd_fp32",), "is not a name like"),
+        ((SPEC, "--regime", "huge"), "no regime huge; there are short"),
+        ((SPEC, "--budget", "soon"), "neither a number of trials"),
+        ((SPEC, "--budget", "0"), "neither a number of trials"),
+        ((SPEC, "--device", "abacus"), "--device 'abacus'"),
+    ],
+)
+def test_a_bad_request_exits_with_1_and_says_what_is_accepted(run, fake, arguments, message):
+    assert message in run("tune", *arguments, code=1).output
+    assert not fake.calls
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_exits_with_3(run, fake):
+    assert "jagtile doctor" in run("tune", SPEC, "--device", "cuda", code=3).output
+
+
+def test_a_real_tune_on_the_cpu_leaves_records_and_choices(run_json, tmp_path):
+    """Two configs of a tiny head dim, built, checked and timed by the real worker."""
+    spec = "fwd_fp32_d16"
+    with settings.override(cache_dir=tmp_path):
+        (result,) = run_json("tune", spec, "--device", "cpu", "--regime", "decode", "--budget", "2,60s")
+        database = Database()
+        slug = result["device"]["slug"]
+        choices = database.choices("user", slug)
+        records = database.records(device=slug, spec=spec)
+    assert result["regimes"][0]["states"]["ok"] >= 1
+    assert choices is not None
+    assert msgspec.to_builtins(choices)["specs"][f"cpu/{spec}"]["regimes"]["decode"]
+    assert len(records) == result["records"] > 0
