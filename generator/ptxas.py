@@ -8,6 +8,7 @@ from typing import Literal
 from jagtile.runtime.artifact import CompileReport
 
 _ENTRY = re.compile(r"Compiling entry function '(?P<name>\w+)'")
+_FUNCTION = re.compile(r"Function properties for (?P<name>\w+)")
 _STACK = re.compile(
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
 )
@@ -17,27 +18,41 @@ _ADVISORY = re.compile(r"\(C7[56]\d\d\).*")
 
 
 def parse(output: str, symbol: str, seconds: float) -> CompileReport:
-    """The report on ``symbol`` in the output of ``nvcc --resource-usage``; other kernels of the file are left out."""
+    """The report on ``symbol`` in the output of ``nvcc --resource-usage``; other kernels of the file are left out.
+
+    Spills of the functions that the kernel calls count as its own: ptxas lists them after the kernel.
+    """
     registers = stack = spills = smem = 0
-    entry = ""
+    entry = function = ""
     for line in output.splitlines():
         if match := _ENTRY.search(line):
             entry = match["name"]
-        elif entry == symbol:
-            if match := _STACK.search(line):
-                stack, spills = int(match["stack"]), int(match["stores"]) + int(match["loads"])
-            elif match := _USED.search(line):
-                registers = int(match["registers"])
-                found = _SMEM.search(line)
-                smem = int(found["bytes"]) if found else 0
+        elif match := _FUNCTION.search(line):
+            function = match["name"]
+        elif entry != symbol:
+            continue
+        elif match := _STACK.search(line):
+            spills += int(match["stores"]) + int(match["loads"])
+            stack = int(match["stack"]) if function == symbol else stack
+        elif match := _USED.search(line):
+            registers = int(match["registers"])
+            found = _SMEM.search(line)
+            smem = int(found["bytes"]) if found else 0
     return CompileReport(
         seconds=seconds,
         registers=registers,
         spill_bytes=spills,
         stack_bytes=stack,
         static_smem_bytes=smem,
-        warnings=tuple(match[0] for line in output.splitlines() if (match := _ADVISORY.search(line))),
+        warnings=_advisories(output, symbol),
     )
+
+
+def _advisories(output: str, symbol: str) -> tuple[str, ...]:
+    """Each advisory once, in order, but those that name another kernel of the file."""
+    others = {match["name"] for match in _ENTRY.finditer(output)} - {symbol}
+    said = dict.fromkeys(match[0] for match in _ADVISORY.finditer(output))
+    return tuple(text for text in said if not any(f"'{other}'" in text for other in others))
 
 
 def rejection(report: CompileReport) -> tuple[Literal["rejected", "spill"], str] | None:

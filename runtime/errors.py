@@ -23,6 +23,10 @@ class CorruptArtifactError(JagtileError):
     """An artifact, record or choices file failed verification and could not be repaired."""
 
 
+class CacheError(JagtileError):
+    """A built kernel can be kept nowhere: the message names the folders, why, and what helps."""
+
+
 class DatabaseError(JagtileError):
     """Tuning records or choices can't be written: the message names the file and what helps."""
 

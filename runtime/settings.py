@@ -1,19 +1,21 @@
 """Every JAGTILE_* variable: typed, read from the environment at each access; an empty value counts as unset.
 
-Reading a setting touches no disk and imports nothing heavy. ``settings.override`` replaces values for a while, for
-tests and for callers that know better than the environment; it holds for the whole process, threads included.
+Reading a setting imports nothing heavy and touches no disk, but for the cache folder of who has no home. With
+``settings.override`` other values hold for a while, for tests and for callers that know better than the environment;
+they hold for the whole process, threads included.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from jagtile.runtime.errors import SettingError
+from jagtile.runtime.errors import JagtileWarning, SettingError
 
 T = TypeVar("T")
 Value = Path | str | int | bool | None
@@ -76,13 +78,36 @@ def _count(text: str) -> int:
 
 
 def _folder(text: str) -> Path:
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:  # ~ without a home, ~user of no user
+        raise ValueError(str(error)) from None
 
 
 def _user_cache() -> Path:
     import platformdirs
 
-    return Path(platformdirs.user_cache_dir("jagtile", appauthor=False))
+    try:
+        folder = Path(platformdirs.user_cache_dir("jagtile", appauthor=False))
+    except RuntimeError:  # no home folder is known
+        return _homeless_cache()
+    return folder if folder.is_absolute() else _homeless_cache()  # older platformdirs leave "~" as it is
+
+
+def _homeless_cache() -> Path:
+    from jagtile.runtime.scratch import private_folder
+
+    try:
+        folder = private_folder(create=True)
+    except OSError as error:
+        raise SettingError(f"no home folder is known, nor a temporary one ({error}): set JAGTILE_CACHE_DIR") from None
+    assert folder is not None
+    warnings.warn(
+        f"no home folder is known: the cache is below {folder}; JAGTILE_CACHE_DIR may name another folder",
+        JagtileWarning,
+        stacklevel=2,
+    )
+    return folder / "home"
 
 
 def _usable_cpus() -> int:

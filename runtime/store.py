@@ -1,223 +1,223 @@
-"""The content-addressed cache of built kernels: ``<root>/store/<key[:2]>/<key>/{<binary>, meta.json}``.
+"""The content-addressed cache of built kernels: ``<root>/v1/store/<key[:2]>/<key>/{<binary>, meta.json}``.
 
-An entry is published whole, by renaming a private staging folder, and never changed afterwards; so an entry that
-exists is complete. Readers verify it all the same: size at every look-up, sha256 once per process. What does not verify
-is set aside under ``<key>.bad-<id>`` with a warning, and is a miss. Locks only avoid duplicate work: who can't have one
-in time builds too, and the loser of a race uses the winner's entry or, where that can't be seen, its own copy.
+An entry is published whole, by renaming a private folder, and never changed afterwards; so an entry that exists is
+complete. Readers verify it all the same: size at every look-up, sha256 once per process. What does not verify is set
+aside under ``<key>.bad-<id>`` with a warning, and is a miss. Locks only avoid duplicate work; the loser of a race uses
+the winner's entry. Where the root can't be written, a spare of this user on this node takes its place.
 """
 
 from __future__ import annotations
 
-import errno
-import getpass
 import hashlib
 import logging
 import os
 import shutil
 import socket
 import tempfile
+import threading
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
 
-from jagtile.runtime.artifact import ABI_VERSION, Artifact, ArtifactMeta
-from jagtile.runtime.errors import CorruptArtifactError, JagtileWarning
+from jagtile.runtime import entries, scratch
+from jagtile.runtime.artifact import Artifact, ArtifactMeta
+from jagtile.runtime.errors import CacheError, JagtileWarning
 from jagtile.runtime.settings import settings
 
 log = logging.getLogger("jagtile")
 
 _LAYOUT = "v1"  # of the folders below; another layout would be another folder
-_META = "meta.json"
-_STALE_STAGING_SECONDS = 24 * 3600
-_LOST_RACE = {errno.EEXIST, errno.ENOTEMPTY}
+_STALE_SECONDS = {"staging": 24 * 3600, "failed": 30 * 24 * 3600}
 
-_verified: set[tuple[Path, str]] = set()  # (binary, sha256) whose content this process has hashed
-_fallbacks: dict[Path, Path] = {}  # a root that can't be written -> the temporary one used instead
+_unwritable: set[Path] = set()  # roots that this process has given up writing to
 _swept: set[Path] = set()
+_guard = threading.Lock()  # of the two above
 
 
 class ArtifactStore:
     """The store below a root folder (the user's cache folder unless given). Creating it touches no disk."""
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = (root or settings.cache_dir) / _LAYOUT
+        self.root = (root or settings.cache_dir).absolute() / _LAYOUT
+        self._id = hashlib.sha256(str(self.root).encode()).hexdigest()[:12]
 
     def get(self, key: str) -> Artifact | None:
-        """The verified artifact of a key, or None."""
-        for root in (self.root, _fallbacks.get(self.root)):
-            if root is not None and (found := _read(_entry(root, key), key)) is not None:
+        """The verified artifact of a key, or None. A corrupt one is set aside with a JagtileWarning naming it."""
+        spare = self._spare(create=False)
+        for root in (self.root, spare):
+            if root is not None and (found := entries.read(_entry(root, key), key)) is not None:
                 return found
         return None
 
     def publish(self, key: str, binary: Path, meta: ArtifactMeta) -> Artifact:
-        """Make a built binary the entry of its key. ``meta.size`` and ``meta.sha256`` are taken from the binary."""
+        """Make a built binary the entry of its key; a valid entry that is there already wins.
+
+        ``meta.key``, ``file``, ``size`` and ``sha256`` are filled in here. CacheError where nothing can be written.
+        """
         content = binary.read_bytes()
         meta = msgspec.structs.replace(
             meta, key=key, file=binary.name, size=len(content), sha256=hashlib.sha256(content).hexdigest()
         )
-        with self.staging() as folder:
-            _write(folder / binary.name, content)
-            _write(folder / _META, msgspec.json.format(msgspec.json.encode(meta), indent=2) + b"\n")
-            entry = _entry(folder.parent.parent, key)
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            for _ in range(2):
-                try:
-                    folder.rename(entry)
-                except OSError as error:
-                    if error.errno not in _LOST_RACE:
-                        raise
-                    if (winner := _read(entry, key)) is not None:  # a corrupt one was set aside: try again
-                        return winner
-                else:
-                    _sync(entry.parent)
-                    return Artifact(meta, entry / binary.name, "built")
-            return _own_copy(meta, binary.name, content)
+        try:
+            published = _publish(self._writable_root(), meta, content)
+        except OSError as error:  # the disk is full, a quota is reached, ...
+            self._give_up(error)
+            published = None
+        if published is None:  # or another's entry that this process can neither read nor replace
+            try:
+                published = _publish(self._spare_root(), meta, content)
+            except OSError as error:
+                raise CacheError(f"a built kernel can't be kept: {error}. {_ADVICE}") from None
+        if published is None:
+            raise CacheError(f"an entry of {key} can neither be read nor replaced in {self.root}. {_ADVICE}")
+        return published
 
     @contextmanager
-    def staging(self) -> Iterator[Path]:
-        """A private folder on the store's file system; what is left of it at the end is removed."""
-        folder = self._writable_root() / "staging" / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
-        folder.mkdir(parents=True)
-        try:
+    def workspace(self) -> Iterator[Path]:
+        """A private folder on the store's file system, to compile in; removed at the end with all that is in it."""
+        with _workspace(self._writable_root()) as folder:
             yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
     def lock(self, key: str, timeout: float = 120.0) -> Iterator[bool]:
-        """Hold the key's build lock, or go on without it after ``timeout`` seconds; yields whether it is held."""
+        """Hold the key's build lock. Yields False where another builder still holds it after ``timeout`` seconds.
+
+        Where no lock can be had at all there is nobody to wait for: yields True.
+        """
         import filelock
 
-        lock = filelock.FileLock(_lock_root() / f"{key}.lock")
-        held = True
+        held: filelock.BaseFileLock | None = None
+        free = True
         try:
+            lock = filelock.FileLock(self._lock_folder() / f"{self._id}-{key}.lock")
             lock.acquire(timeout=timeout)
-        except (filelock.Timeout, OSError) as error:
-            held = False
-            log.warning("going on without the build lock of %s: %s", key, error)
+            held = lock
+        except filelock.Timeout:
+            free = False
+        except (OSError, NotImplementedError) as error:
+            log.warning("building without a lock: %s", error)
         try:
-            yield held
+            yield free
         finally:
-            if held:
-                lock.release()
+            if held is not None:
+                held.release()
 
-    def keep_failure(self, key: str, files: dict[str, bytes]) -> Path:
-        """Keep a failed build's source and log for a person to read; returns their folder."""
-        folder = self._writable_root() / "failed" / key
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            _write(folder / name, content)
+    def keep_failure(self, key: str, files: Mapping[str, str]) -> Path | None:
+        """Keep a failed build's files (names may have folders) for a person to read.
+
+        Returns their folder; None where they can't be written.
+        """
+        try:
+            folder = self._writable_root() / "failed" / key
+            for name, text in files.items():
+                _replace(folder / name, text.encode())
+        except (OSError, CacheError) as error:
+            log.warning("the source and log of a failed build can't be kept: %s", error)
+            return None
         return folder
 
     def _writable_root(self) -> Path:
-        """The root, or one temporary folder per process where it can't be written."""
-        if self.root in _fallbacks:
-            return _fallbacks[self.root]
-        staging = self.root / "staging"
+        """The root, swept of what killed builders left; the spare where it can't be written."""
+        if self.root in _unwritable:
+            return self._spare_root()
         try:
-            staging.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=staging):
-                pass
+            _probe(self.root)
         except OSError as error:
-            _fallbacks[self.root] = Path(tempfile.mkdtemp(prefix="jagtile-")) / _LAYOUT
+            self._give_up(error)
+            return self._spare_root()
+        with _guard:
+            fresh = self.root not in _swept
+            _swept.add(self.root)
+        if fresh:
+            for name, seconds in _STALE_SECONDS.items():
+                _sweep(self.root / name, seconds)
+        return self.root
+
+    def _give_up(self, error: OSError) -> None:
+        with _guard:
+            told = self.root in _unwritable
+            _unwritable.add(self.root)
+        if not told:
             warnings.warn(
-                f"the cache folder {self.root} can't be written ({error}); kernels built by this process go to "
-                f"{_fallbacks[self.root]} and are not kept. JAGTILE_CACHE_DIR may name another folder",
+                f"the cache folder {self.root} can't be written ({error}); what this process builds goes to "
+                f"{self._spare_root()} instead. {_ADVICE}",
                 JagtileWarning,
                 stacklevel=2,
             )
-            return _fallbacks[self.root]
-        if self.root not in _swept:
-            _swept.add(self.root)
-            _sweep(staging)
-        return self.root
+
+    def _spare(self, *, create: bool) -> Path | None:
+        with suppress(OSError):
+            if (folder := scratch.private_folder(create=create)) is not None:
+                return folder / "cache" / self._id
+        return None
+
+    def _spare_root(self) -> Path:
+        root = self._spare(create=True)
+        if root is None:
+            raise CacheError(
+                f"neither {self.root} nor a folder below {tempfile.gettempdir()} can be written. {_ADVICE}"
+            )
+        return root
+
+    @staticmethod
+    def _lock_folder() -> Path:
+        """Node-local: locks over network file systems can't be trusted. Lock files are never deleted."""
+        folder = scratch.private_folder(create=True)
+        assert folder is not None
+        (folder / "locks").mkdir(exist_ok=True)
+        return folder / "locks"
+
+
+_ADVICE = "Free some space, or let JAGTILE_CACHE_DIR name a folder that can be written"
 
 
 def _entry(root: Path, key: str) -> Path:
     return root / "store" / key[:2] / key
 
 
-def _read(entry: Path, key: str) -> Artifact | None:
-    if not entry.is_dir():
-        return None
+def _publish(root: Path, meta: ArtifactMeta, content: bytes) -> Artifact | None:
+    with _workspace(root) as folder:
+        return entries.publish(folder, _entry(root, meta.key), meta, content)
+
+
+@contextmanager
+def _workspace(root: Path) -> Iterator[Path]:
+    folder = root / "staging" / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
+    folder.mkdir(parents=True)
     try:
-        meta = _verified_meta(entry, key)
-    except CorruptArtifactError as error:
-        _set_aside(entry, str(error))
-        return None
-    return Artifact(meta, entry / meta.file, "cache")
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _verified_meta(entry: Path, key: str) -> ArtifactMeta:
-    try:
-        meta = msgspec.json.decode((entry / _META).read_bytes(), type=ArtifactMeta)
-        binary = entry / Path(meta.file).name
-        size = binary.stat().st_size
-    except (OSError, msgspec.MsgspecError) as error:
-        raise CorruptArtifactError(f"{entry}: {error}") from None
-    if (meta.key, meta.abi) != (key, ABI_VERSION):
-        raise CorruptArtifactError(f"{entry}: key {meta.key} and ABI {meta.abi}, expected {key} and {ABI_VERSION}")
-    if size != meta.size:
-        raise CorruptArtifactError(f"{binary}: {size} bytes, {meta.size} expected")
-    if (binary, meta.sha256) not in _verified:
-        digest = hashlib.sha256(binary.read_bytes()).hexdigest()
-        if digest != meta.sha256:
-            raise CorruptArtifactError(f"{binary}: sha256 {digest}, {meta.sha256} expected")
-        _verified.add((binary, meta.sha256))
-    return meta
-
-
-def _set_aside(entry: Path, reason: str) -> None:
-    aside = entry.with_name(f"{entry.name}.bad-{uuid.uuid4().hex[:8]}")
-    try:
-        entry.rename(aside)
-        kept = f"set aside as {aside.name}"
-    except OSError as error:
-        kept = f"it could not be set aside ({error})"
-    warnings.warn(f"a cached kernel is corrupt and will be rebuilt: {reason}; {kept}", JagtileWarning, stacklevel=2)
-
-
-def _own_copy(meta: ArtifactMeta, name: str, content: bytes) -> Artifact:
-    """Where neither winning nor reading the winner worked (some network file systems): a copy for this process."""
-    copy = Path(tempfile.mkdtemp(prefix="jagtile-")) / name
-    _write(copy, content)
-    return Artifact(meta, copy, "built")
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
+def _probe(root: Path) -> None:
+    """OSError unless a folder and a file of some bytes can be made in ``root``."""
+    staging = root / "staging"
+    staging.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=staging) as file:
+        file.write(bytes(4096))
         file.flush()
-        os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
-    """Make a rename durable; not every file system lets a folder be synced."""
+def _replace(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        entries.write(part, content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _sweep(parent: Path, seconds: float) -> None:
+    """Remove the folders that nobody has touched for so long."""
     with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _sweep(staging: Path) -> None:
-    """Remove what killed builders left behind long ago."""
-    for folder in staging.iterdir():
-        with suppress(OSError):
-            if time.time() - folder.stat().st_mtime > _STALE_STAGING_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _lock_root() -> Path:
-    """Node-local: locks over network file systems can't be trusted. Lock files are never deleted."""
-    runtime_dir = os.environ.get("XDG_RUNTIME_DIR")
-    base = Path(runtime_dir) if runtime_dir and os.access(runtime_dir, os.W_OK) else Path(tempfile.gettempdir())
-    root = base / f"jagtile-locks-{getpass.getuser()}"
-    root.mkdir(parents=True, exist_ok=True)
-    return root
+        for folder in parent.iterdir():
+            with suppress(OSError):
+                if time.time() - folder.stat().st_mtime > seconds:
+                    shutil.rmtree(folder, ignore_errors=True)

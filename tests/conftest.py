@@ -1,0 +1,50 @@
+"""For every test: a cache folder of the run's own, and skips with their reason where a GPU or nvcc is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+import pytest
+
+_CACHE = "JAGTILE_CACHE_DIR"
+_owned: list[str] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The run's cache: never the user's. xdist's workers inherit it, so that a kernel is built once a run."""
+    os.environ.pop("JAGTILE_JIT", None)
+    if not hasattr(config, "workerinput"):
+        os.environ[_CACHE] = tempfile.mkdtemp(prefix="jagtile-tests-")
+        _owned.append(os.environ[_CACHE])
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    while _owned:
+        shutil.rmtree(_owned.pop(), ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for marker, missing in (("gpu", _missing_gpu), ("nvcc", _missing_nvcc)):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and (reason := missing()):
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _missing_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "needs a CUDA GPU, and torch sees none"
+
+
+def _missing_nvcc() -> str | None:
+    from jagtile.generator.toolchain import find_nvcc
+    from jagtile.runtime.errors import CompilerNotFoundError
+
+    try:
+        find_nvcc()
+    except CompilerNotFoundError as error:
+        return f"needs nvcc: {error}"
+    return None
