@@ -60,7 +60,8 @@ make_venv() {
 command -v "$host_python" >/dev/null || fail "no $host_python; install Python 3.10 or later, or set PYTHON"
 "$host_python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     fail "$("$host_python" --version) is too old; jagtile needs 3.10 or later (set PYTHON to one)"
-command -v "${CXX:-g++}" >/dev/null || command -v c++ >/dev/null || command -v clang++ >/dev/null ||
+compiler="${CXX:-g++}"
+command -v "${compiler%% *}" >/dev/null || command -v c++ >/dev/null || command -v clang++ >/dev/null ||
     fail "no C++ compiler, which the CPU kernels need; Debian and Ubuntu: apt-get install g++ (or set CXX)"
 
 if has_everything "$host_python"; then

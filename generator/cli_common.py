@@ -131,9 +131,11 @@ def torch_device(name: str | None) -> torch.device:
     if device.type == "cuda" and not has_gpu:
         why = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no usable GPU"
         raise GpuMissingError(f"--device {name}: {why}; `jagtile doctor` says more")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type != "cuda":
+        return device
+    if (device.index or 0) >= torch.cuda.device_count():
         raise GpuMissingError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
-    return device
+    return torch.device("cuda", device.index or 0)
 
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}

@@ -75,7 +75,7 @@ class Trials:
     def __init__(self, device: str, seed: int = 0) -> None:
         self.device = torch.device(device)
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+            torch.cuda.set_device(self.device.index or 0)
         self._rng = random.Random(seed)
         self._timer = timer_for(self.device)
         self._kernels: dict[str, ForwardKernel] = {}

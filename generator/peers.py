@@ -288,9 +288,9 @@ class Flex:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         torch._dynamo.reset()  # every batch is compiled anew: a cache limit must not make one run uncompiled
-        mask = create_block_mask(
-            _document_mask(workload, batch), None, None, workload.total_q, workload.total_k, batch.q.device
-        )
+        tokens = (workload.total_q, workload.total_k)
+        # Compiled, or the mask would be written out: tens of GB for the longest packed batches.
+        mask = create_block_mask(document_mask(workload, batch), None, None, *tokens, batch.q.device, _compile=True)
         compiled = torch.compile(flex_attention, dynamic=False)
         query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in batch[:3])
         gqa = workload.num_heads != workload.num_heads_kv
@@ -300,7 +300,8 @@ class Flex:
         )
 
 
-def _document_mask(workload: Workload, batch: JaggedBatch) -> Callable[..., torch.Tensor]:
+def document_mask(workload: Workload, batch: JaggedBatch) -> Callable[..., torch.Tensor]:
+    """The mask of a packed batch as FlexAttention wants it: which packed query sees which packed key."""
     device = batch.q.device
 
     def rows(lengths: tuple[int, ...], offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from jagtile.generator.bench_types import BenchReport, PeerResult, Plan, describ
 from jagtile.generator.bench_worker import Bencher
 from jagtile.generator.measure import WorkerFacts
 from jagtile.generator.oracle import errors, reference
-from jagtile.generator.peers import PEERS, Prepared
+from jagtile.generator.peers import PEERS, Prepared, document_mask
 from jagtile.generator.worker import WorkerFailure
 from jagtile.generator.workloads import Workload, random_workload
 from jagtile.tuning_db.schema import DeviceFacts
@@ -60,6 +60,22 @@ def test_a_peer_on_the_cpu_computes_what_the_oracle_does_or_refuses(name):
         assert errors(prepared.packed(prepared.call()), expected).rel < 1e-5, workload
         compared += 1
     assert compared >= 3
+
+
+def test_the_mask_given_to_flex_attention_is_that_of_the_oracle():
+    rng = random.Random(5)
+    for _ in range(8):
+        workload = random_workload(rng, head_dim=8, is_causal=rng.random() < 0.7, max_seqlen=24)
+        batch = workload.make("cpu", "fp32")
+        everywhere = torch.meshgrid(torch.arange(workload.total_q), torch.arange(workload.total_k), indexing="ij")
+        visible = document_mask(workload, batch)(torch.zeros(1), torch.zeros(1), *everywhere)
+        assert int(visible.sum()) == workload.pairs
+        group = workload.num_heads // workload.num_heads_kv
+        keys, values = (x.double().repeat_interleave(group, dim=1).transpose(0, 1) for x in (batch.k, batch.v))
+        scores = (batch.q.double().transpose(0, 1) @ keys.mT * 8**-0.5).masked_fill(~visible, float("-inf"))
+        out = (scores.softmax(-1).nan_to_num() @ values).transpose(0, 1)
+        expected, _ = reference(*batch[:5], is_causal=workload.is_causal, causal_alignment=workload.causal_alignment)
+        assert torch.allclose(out, expected), workload
 
 
 @pytest.mark.parametrize("name", ["torch-varlen", "fa3", "fa4", "flex"])
