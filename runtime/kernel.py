@@ -15,7 +15,7 @@ class ForwardKernel(Protocol):
     Shapes: q (total_q, H, D), k (total_k, H_kv, D), v (total_k, H_kv, D_v), out (total_q, H, D_v), all of the spec's
     dtype, last stride 1; H a multiple of H_kv. cu_seqlens_q and cu_seqlens_k: (B+1,) int32 or int64 on the same device.
     lse: float32 (H, total_q), natural log, -inf for a row that sees no key; or None.
-    The arguments have been checked; the launch is asynchronous on the current stream (CUDA) or complete at return (CPU).
+    The arguments have been checked; the launch is asynchronous on the current stream (CUDA) or done at return (CPU).
     """
 
     meta: ArtifactMeta
