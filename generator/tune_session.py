@@ -31,8 +31,8 @@ _SEARCH_SHARE = 0.8  # of a budget of seconds; the rest is for the finals
 _PLANS: dict[tuple[str, Phase], Plan] = {
     ("cuda", "search"): Plan(rounds=7, sample_ms=2),
     ("cuda", "final"): Plan(rounds=15, sample_ms=4, drop_ratio=1.1),
-    ("cpu", "search"): Plan(rounds=5, sample_ms=20),
-    ("cpu", "final"): Plan(rounds=9, sample_ms=40, drop_ratio=1.1),
+    ("cpu", "search"): Plan(rounds=7, sample_ms=20),
+    ("cpu", "final"): Plan(rounds=15, sample_ms=40, drop_ratio=1.1),
 }
 _BATCH = {"cuda": 6, "cpu": 4}  # configs timed together in the search
 
