@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import shorten
 from types import TracebackType
 
 from rich.console import Console
@@ -10,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jagtile.generator.tile import config_from_dict
 from jagtile.generator.workloads import Workload
 from jagtile.tuning_db.schema import TuningRecord
+
+_REASON_CHARACTERS = 160  # the whole one is on record
 
 
 class TuneProgress:
@@ -61,8 +64,8 @@ class TuneProgress:
             if record.phase == "search":
                 self._plain(f"  {name}: {record.time_us:.4g} us")
         else:
-            lines = record.reason.strip().splitlines() or [""]
-            self._say(f"  {name}: {record.state}: {lines[0]}")
+            reason = (record.reason.strip().splitlines() or [""])[0]
+            self._say(f"  {name}: {record.state}: {shorten(reason, _REASON_CHARACTERS, placeholder=' ...')}")
         self._bar.advance(self._task)
 
     def finals_started(self, regime: str, configs: int) -> None:
