@@ -5,7 +5,7 @@
 
 constexpr int kVectorBytes = 32;
 
-#include "cpu/include/vector.h"
+#include "cpu/include/exp2.h"
 
 static inline Vec widen_fp16(HalfVec bits) { return (Vec)_mm256_cvtph_ps((__m128i)bits); }
 static inline HalfVec narrow_fp16(Vec value) { return (HalfVec)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT); }

@@ -3,4 +3,5 @@
 
 constexpr int kVectorBytes = 16;
 
+#include "cpu/include/exp2.h"
 #include "cpu/include/half.h"

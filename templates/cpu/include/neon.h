@@ -5,7 +5,7 @@
 
 constexpr int kVectorBytes = 16;
 
-#include "cpu/include/vector.h"
+#include "cpu/include/exp2.h"
 
 static inline Vec widen_fp16(HalfVec bits) { return (Vec)vcvt_f32_f16((float16x4_t)bits); }
 static inline HalfVec narrow_fp16(Vec value) { return (HalfVec)vcvt_f16_f32((float32x4_t)value); }

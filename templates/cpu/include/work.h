@@ -20,6 +20,27 @@ static inline int64_t offset_at(const void* offsets, bool wide, int index) {
   return wide ? static_cast<const int64_t*>(offsets)[index] : static_cast<const int32_t*>(offsets)[index];
 }
 
+template <typename T>
+static inline T* at(T* base, const Strides& strides, int64_t token, int64_t head) {
+  return base + token * strides.token + head * strides.head;
+}
+
+// Calls visit(lane, token, head) for the rows of one vector of an item, with tokens of the sequence, heads of the group.
+template <int kRows, typename Visit>
+static inline void for_each_row(const Params& p, const WorkItem& item, int vector, Visit visit) {
+  const int64_t first = item.first_row + vector * kRows;
+  const int rows = std::min(kRows, item.rows - vector * kRows);
+  int64_t token = first / p.gqa_ratio;
+  int head = int(first % p.gqa_ratio);
+  for (int lane = 0; lane < rows; ++lane) {
+    visit(lane, token, head);
+    if (++head == p.gqa_ratio) {
+      head = 0;
+      ++token;
+    }
+  }
+}
+
 // Splits a sequence's rows into equal blocks of at most kBlockRows, whole tiles of kTileRows but for the last.
 template <int kBlockRows, int kTileRows, bool kCausal>
 static inline void append_sequence(std::vector<WorkItem>& items, const Params& p, int64_t q_begin, int64_t len_q,
