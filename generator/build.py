@@ -1,29 +1,30 @@
-"""Build variants: rendered sources -> ninja -> verified artifacts in the store.
+"""Build variants: rendered sources -> compilers under ninja -> verified artifacts in the store.
 
-The content key decides what is fresh; ninja only schedules what is missing, in a private folder, so file times never
+The content key decides what is fresh; only what is missing is compiled, in a private folder, so file times never
 matter. One variant's failure is its own result, never an exception of the batch.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
-import shlex
-import signal
-import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from jagtile.generator import ptxas
-from jagtile.generator.render import TEMPLATES, Source, render
+import jinja2
+
+from jagtile.generator import elf, ptxas
+from jagtile.generator.ninja_run import SCRIPT, Compilation, Compiled, compile_all
+from jagtile.generator.render import Source, render
 from jagtile.generator.targets import TARGETS
 from jagtile.generator.tile import Variant
-from jagtile.generator.toolchain import Toolchain, find_ninja
+from jagtile.generator.toolchain import Toolchain
 from jagtile.runtime.artifact import ABI_VERSION, Artifact, ArtifactMeta, CompileReport
 from jagtile.runtime.errors import BuildError, IllegalConfigError, RejectedVariantError
 from jagtile.runtime.settings import settings
@@ -32,7 +33,8 @@ from jagtile.runtime.store import ArtifactStore
 log = logging.getLogger("jagtile")
 
 BuildState = Literal["ok", "illegal", "compile", "spill", "rejected"]
-_ELF_MAGIC = b"\x7fELF"
+_LOCK_PATIENCE_SECONDS = 120.0  # without any progress; then what others hold is built here too
+_LOCK_POLL_SECONDS = 0.05
 _LOCKS_AT_ONCE = 128  # each is an open file
 _SHOWN_OUTPUT = 4000  # characters of a compiler's output in a message
 
@@ -55,24 +57,39 @@ class _Job:
     variant: Variant
     source: Source
     toolchain: Toolchain
-    key: str
+    flags: tuple[str, ...]
+    launch: dict[str, int]
 
     @property
-    def flags(self) -> tuple[str, ...]:
-        return _flags(self.variant)
-
-    def file(self, folder: Path, suffix: str) -> Path:
-        return folder / (self.variant.symbol + suffix)
+    def key(self) -> str:
+        """sha256 of all that the binary and its metadata depend on; no paths, no hosts, no devices."""
+        identity = {
+            "abi": ABI_VERSION,
+            "variant": self.variant.name,
+            "compiler": self.toolchain.version,
+            "flags": self.flags,
+            "source": self.source.sha256,
+            "launch": self.launch,
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @property
-    def suffix(self) -> str:
-        return TARGETS[self.variant.target].suffix
+    def binary_name(self) -> str:
+        return self.variant.symbol + TARGETS[self.variant.target].suffix
+
+    def compilation(self) -> Compilation:
+        """Against the very headers that the key stands for, not what templates/ may hold by now."""
+        source_name = self.variant.symbol + self.source.suffix
+        files = {source_name: self.source.text, **{f"include/{path}": text for path, text in self.source.headers}}
+        command = (*self.toolchain.command, *self.flags, "-I", "include", source_name, "-o", self.binary_name)
+        return Compilation(self.key, command, files)
 
 
 def artifact_key(variant: Variant) -> str:
     """The content address of a variant's artifact.
 
-    sha256 over the ABI, target, compiler version, flags, and the rendered source with its headers.
+    Raises IllegalConfigError for a variant that its space rejects, CompilerNotFoundError where the target has no
+    compiler: its version is part of the key.
     """
     return _job(variant).key
 
@@ -85,8 +102,10 @@ def build(
 ) -> list[BuildResult]:
     """Build variants side by side; results in the order given, and to ``on_result`` as each is ready.
 
-    Cached ones come first. Raises CompilerNotFoundError where a target has no compiler; what befalls a single variant
-    is in its result.
+    Cached ones come first. ``jobs`` compilers run at a time (default: ``settings.jobs``). What befalls a single variant
+    is in its result; what concerns them all raises: CompilerNotFoundError where a target has no compiler, CacheError
+    where nothing can be written, BuildError where ninja fails. An exception, an interrupt too, stops the compilers;
+    what was published before stays.
     """
     results: dict[Variant, BuildResult] = {}
 
@@ -96,20 +115,17 @@ def build(
             on_result(result)
 
     store = ArtifactStore()
-    missing: list[_Job] = []
+    missing: dict[str, _Job] = {}
     for variant in dict.fromkeys(variants):
-        try:
-            job = _job(variant)
-        except IllegalConfigError as error:
-            deliver(BuildResult(variant, "illegal", reason=str(error)))
-            continue
-        cached = store.get(job.key)
-        if cached is not None:
-            deliver(BuildResult(variant, "ok", cached, report=cached.meta.report))
+        prepared = _prepare(variant)
+        if isinstance(prepared, BuildResult):
+            deliver(prepared)
+        elif (cached := _from_store(store, prepared)) is not None:
+            deliver(cached)
         else:
-            missing.append(job)
-    for start in range(0, len(missing), _LOCKS_AT_ONCE):
-        for result in _build_locked(store, missing[start : start + _LOCKS_AT_ONCE], jobs or settings.jobs):
+            missing[prepared.key] = prepared
+    with closing(_build_missing(store, missing, jobs or settings.jobs)) as built:  # closing stops the compilers
+        for result in built:
             deliver(result)
     return [results[variant] for variant in variants]
 
@@ -119,124 +135,79 @@ def build_one(variant: Variant) -> Artifact:
     (result,) = build([variant])
     if result.artifact is not None:
         return result.artifact
-    error = {"illegal": IllegalConfigError, "compile": BuildError}.get(result.state, RejectedVariantError)
-    raise error(f"{variant.name}: {result.reason}" if result.state != "illegal" else result.reason)
+    if result.state == "illegal":
+        raise IllegalConfigError(result.reason)
+    raise (BuildError if result.state == "compile" else RejectedVariantError)(f"{variant.name}: {result.reason}")
 
 
 def _job(variant: Variant) -> _Job:
     source = render(variant)
-    toolchain = TARGETS[variant.target].find()
-    identity = {
-        "abi": ABI_VERSION,
-        "target": variant.target,
-        "compiler": toolchain.version,
-        "flags": _flags(variant),
-        "source": source.sha256,
-    }
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return _Job(variant, source, toolchain, key)
+    target, space = TARGETS[variant.target], variant.space
+    flags = target.flags + space.compile_flags(variant.spec, variant.config)
+    return _Job(variant, source, target.find(), flags, dict(space.launch(variant.spec, variant.config)))
 
 
-def _flags(variant: Variant) -> tuple[str, ...]:
-    return TARGETS[variant.target].flags + variant.space.compile_flags(variant.spec, variant.config)
-
-
-def _build_locked(store: ArtifactStore, missing: Sequence[_Job], jobs: int) -> Iterator[BuildResult]:
-    """Build under the keys' locks; whoever had them first may have built some in the meantime."""
-    with ExitStack() as stack:
-        for job in sorted(missing, key=lambda job: job.key):  # one order for all processes: no deadlock
-            stack.enter_context(store.lock(job.key))
-        still_missing = []
-        for job in missing:
-            found = store.get(job.key)
-            if found is not None:
-                yield BuildResult(job.variant, "ok", found, report=found.meta.report)
-            else:
-                still_missing.append(job)
-        if still_missing:
-            folder = stack.enter_context(store.staging())
-            yield from _run_ninja(store, still_missing, folder, jobs)
-
-
-def _run_ninja(store: ArtifactStore, jobs: Sequence[_Job], folder: Path, parallel: int) -> Iterator[BuildResult]:
-    for job in jobs:
-        job.file(folder, job.source.suffix).write_text(job.source.text)
-    (folder / "build.ninja").write_text(_ninja_file(jobs, folder))
-    process = subprocess.Popen(
-        [find_ninja(), "-k", "0", "-j", str(parallel)],
-        cwd=folder,
-        env={**os.environ, "TMPDIR": str(folder), "NINJA_STATUS": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # so that an interrupt takes the compilers along
-    )
-    waiting = {job.variant.symbol: job for job in jobs}
+def _prepare(variant: Variant) -> _Job | BuildResult:
     try:
-        assert process.stdout is not None
-        said = []
-        for line in process.stdout:  # a line a finished edge
-            said.append(line)
-            yield from _collect(store, waiting, folder)
-        process.wait()
-        yield from _collect(store, waiting, folder)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    for job in waiting.values():  # ninja itself failed
-        yield BuildResult(
-            job.variant, "compile", reason=f"ninja did not run it: {''.join(said).strip()[:_SHOWN_OUTPUT]}"
-        )
+        return _job(variant)
+    except IllegalConfigError as error:
+        return BuildResult(variant, "illegal", reason=str(error))
+    except (jinja2.TemplateError, FileNotFoundError) as error:  # the latter: of an included header
+        return BuildResult(variant, "compile", reason=f"templates/{variant.space.template} does not render: {error}")
 
 
-def _ninja_file(jobs: Sequence[_Job], folder: Path) -> str:
-    """One edge a variant. Its exit code goes to a file, so that one failure stops nothing and says when it ended."""
-    lines = [
-        "rule compile",
-        "  command = touch $name.start; $compile $name$from -o $name$to > $name.log 2>&1; "
-        "echo $$? > $name.tmp; mv $name.tmp $name.rc",
-        "  description = $name",
-        "",
-    ]
-    for job in jobs:
-        command = [str(job.toolchain.path), *job.flags, "-I", str(TEMPLATES)]
-        lines += [
-            f"build {job.variant.symbol}.rc: compile",
-            f"  name = {job.variant.symbol}",
-            f"  from = {job.source.suffix}",
-            f"  to = {job.suffix}",
-            f"  compile = {_ninja_escape(shlex.join(command))}",
-        ]
-    return "\n".join(lines) + "\n"
+def _from_store(store: ArtifactStore, job: _Job) -> BuildResult | None:
+    artifact = store.get(job.key)
+    return None if artifact is None else BuildResult(job.variant, "ok", artifact, report=artifact.meta.report)
 
 
-def _ninja_escape(text: str) -> str:
-    return text.replace("$", "$$")
+def _build_missing(store: ArtifactStore, missing: dict[str, _Job], jobs: int) -> Generator[BuildResult, None, None]:
+    """Compile what nobody else is compiling; meanwhile others may finish the rest, or give it up.
+
+    No lock is waited for while others are held, so processes can't block each other.
+    """
+    waiting, patient_until = dict(missing), time.monotonic() + _LOCK_PATIENCE_SECONDS
+    while waiting:
+        with ExitStack() as all_locks:
+            mine: dict[str, ExitStack] = {}
+            for key in list(waiting)[:_LOCKS_AT_ONCE]:
+                lock = all_locks.enter_context(ExitStack())
+                if lock.enter_context(store.lock(key, timeout=0)) or time.monotonic() > patient_until:
+                    mine[key] = lock
+            compile_now = []
+            for key, lock in mine.items():
+                job = waiting.pop(key)
+                found = _from_store(store, job)  # built by another since we looked
+                if found is None:
+                    compile_now.append(job)
+                else:
+                    lock.close()
+                    yield found
+            for result, key in _compile(store, compile_now, jobs):
+                mine[key].close()
+                yield result
+        if mine:
+            patient_until = time.monotonic() + _LOCK_PATIENCE_SECONDS
+        else:
+            time.sleep(_LOCK_POLL_SECONDS)
 
 
-def _collect(store: ArtifactStore, waiting: dict[str, _Job], folder: Path) -> Iterator[BuildResult]:
-    for finished in sorted(folder.glob("*.rc")):
-        job = waiting.pop(finished.stem, None)
-        if job is not None:
-            yield _result(store, job, folder, int(finished.read_text()))
+def _compile(store: ArtifactStore, jobs: Sequence[_Job], parallel: int) -> Iterator[tuple[BuildResult, str]]:
+    if not jobs:
+        return
+    by_key = {job.key: job for job in jobs}
+    with store.workspace() as workspace:
+        for compiled in compile_all([job.compilation() for job in jobs], workspace, parallel):
+            yield _judged(store, by_key[compiled.name], compiled), compiled.name
 
 
-def _result(store: ArtifactStore, job: _Job, folder: Path, exit_code: int) -> BuildResult:
+def _judged(store: ArtifactStore, job: _Job, compiled: Compiled) -> BuildResult:
     """Judge one finished compilation, and publish what may be used."""
-    log_file, binary = job.file(folder, ".log"), job.file(folder, job.suffix)
-    output = log_file.read_text(errors="replace")
-    seconds = job.file(folder, ".rc").stat().st_mtime - job.file(folder, ".start").stat().st_mtime
-    if exit_code or not _is_elf(binary):
-        kept = store.keep_failure(
-            job.key, {f"source{job.source.suffix}": job.source.text.encode(), "log.txt": output.encode()}
-        )
-        what = f"exit code {exit_code}" if exit_code else "no machine code"
-        reason = (
-            f"{job.toolchain.path.name} gave {what}; source and log are in {kept}\n{output.strip()[:_SHOWN_OUTPUT]}"
-        )
-        return BuildResult(job.variant, "compile", reason=reason)
-    report = TARGETS[job.variant.target].report(output, job.variant.symbol, round(seconds, 3))
+    binary = compiled.folder / job.binary_name
+    problem = _exit_problem(compiled) or elf.defect(binary, job.variant.symbol)
+    if problem is not None:
+        return BuildResult(job.variant, "compile", reason=_failure(store, job, compiled, problem))
+    report = TARGETS[job.variant.target].report(compiled.output, job.variant.symbol, compiled.seconds)
     rejected = ptxas.rejection(report)
     if rejected is not None:
         state, reason = rejected
@@ -246,12 +217,24 @@ def _result(store: ArtifactStore, job: _Job, folder: Path, exit_code: int) -> Bu
     return BuildResult(job.variant, "ok", artifact, report=report)
 
 
-def _is_elf(binary: Path) -> bool:
-    try:
-        with binary.open("rb") as file:
-            return file.read(4) == _ELF_MAGIC
-    except OSError:
-        return False
+def _exit_problem(compiled: Compiled) -> str | None:
+    if compiled.exit_code == 0:
+        return None
+    if os.strerror(errno.ENOSPC) in compiled.output:  # says nothing of the variant
+        raise BuildError(f"the disk of {compiled.folder.parent} is full: {compiled.output.strip()[:_SHOWN_OUTPUT]}")
+    killed = f" (killed by signal {compiled.exit_code - 128})" if compiled.exit_code > 128 else ""
+    return f"the compiler gave exit code {compiled.exit_code}{killed}"
+
+
+def _failure(store: ArtifactStore, job: _Job, compiled: Compiled, problem: str) -> str:
+    """What went wrong, the compiler's own words, and where to look."""
+    compilation = job.compilation()
+    kept = store.keep_failure(job.key, {**compilation.files, SCRIPT: compilation.script, "log": compiled.output})
+    said = compiled.output.strip()
+    if len(said) > _SHOWN_OUTPUT:
+        said = f"{said[:_SHOWN_OUTPUT]}\n... and {len(said) - _SHOWN_OUTPUT} characters more"
+    where = f"source, command and log are in {kept}" if kept else "its source could not be kept"
+    return f"{problem}; {where} ({job.toolchain.version})\n{said}".rstrip()
 
 
 def _meta(job: _Job, report: CompileReport) -> ArtifactMeta:
@@ -264,11 +247,11 @@ def _meta(job: _Job, report: CompileReport) -> ArtifactMeta:
         spec=variant.spec.name,
         config=variant.config.to_dict(),
         symbol=variant.symbol,
-        file="",
+        file=job.binary_name,
         size=0,
         sha256="",
         source_sha256=job.source.sha256,
         compiler=job.toolchain.version,
-        launch=dict(variant.space.launch(variant.spec, variant.config)),
+        launch=job.launch,
         report=report,
     )
