@@ -79,8 +79,14 @@ class ArtifactStore:
 
     @contextmanager
     def workspace(self) -> Iterator[Path]:
-        """A private folder on the store's file system, to compile in; removed at the end with all that is in it."""
-        with _workspace(self._writable_root()) as folder:
+        """A private folder to compile in, on this node where possible; removed at the end with all that is in it."""
+        try:
+            root = scratch.private_folder(create=True)
+            assert root is not None
+            _prepare(root)
+        except OSError:
+            root = self._writable_root()
+        with _workspace(root) as folder:
             yield folder
 
     @contextmanager
@@ -126,16 +132,10 @@ class ArtifactStore:
         if self.root in _unwritable:
             return self._spare_root()
         try:
-            _probe(self.root)
+            _prepare(self.root)
         except OSError as error:
             self._give_up(error)
             return self._spare_root()
-        with _guard:
-            fresh = self.root not in _swept
-            _swept.add(self.root)
-        if fresh:
-            for name, seconds in _STALE_SECONDS.items():
-                _sweep(self.root / name, seconds)
         return self.root
 
     def _give_up(self, error: OSError) -> None:
@@ -195,13 +195,19 @@ def _workspace(root: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _probe(root: Path) -> None:
-    """OSError unless a folder and a file of some bytes can be made in ``root``."""
+def _prepare(root: Path) -> None:
+    """OSError unless a folder and a file of some bytes can be made in ``root``. Sweeps it, once per process."""
     staging = root / "staging"
     staging.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=staging) as file:
         file.write(bytes(4096))
         file.flush()
+    with _guard:
+        fresh = root not in _swept
+        _swept.add(root)
+    if fresh:
+        for name, seconds in _STALE_SECONDS.items():
+            _sweep(root / name, seconds)
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -5,19 +5,27 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
 _CACHE = "JAGTILE_CACHE_DIR"
-_owned: list[str] = []
+_KEPT = "JAGTILE_TEST_CACHE"  # where set, kernels (and nothing else) are kept there from run to run
+_owned: list[Path] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """The run's cache: never the user's. xdist's workers inherit it, so that a kernel is built once a run."""
     os.environ.pop("JAGTILE_JIT", None)
-    if not hasattr(config, "workerinput"):
-        os.environ[_CACHE] = tempfile.mkdtemp(prefix="jagtile-tests-")
-        _owned.append(os.environ[_CACHE])
+    if hasattr(config, "workerinput"):
+        return
+    cache = Path(tempfile.mkdtemp(prefix="jagtile-tests-"))
+    _owned.append(cache)
+    os.environ[_CACHE] = str(cache)
+    if kept := os.environ.get(_KEPT):
+        kernels = Path(kept).absolute() / "v1"
+        kernels.mkdir(parents=True, exist_ok=True)
+        (cache / "v1").symlink_to(kernels)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -5,6 +5,6 @@ cd "$(dirname "$0")/.."
 
 extras="${extras:-test}"
 . .ci/setup.sh
-# A folder of its own for what the tests build, kept so that the next run need not build it again.
-export JAGTILE_CACHE_DIR="${JAGTILE_TEST_CACHE:-$PWD/build/test-cache}"
+# Kernels that the tests build are kept, so that the next run need not build them again.
+export JAGTILE_TEST_CACHE="${JAGTILE_TEST_CACHE:-$PWD/build/test-cache}"
 exec "$PYTHON" -m pytest --numprocesses auto -q "$@"
