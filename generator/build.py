@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import jinja2
@@ -60,7 +61,7 @@ class _Job:
     flags: tuple[str, ...]
     launch: dict[str, int]
 
-    @property
+    @cached_property
     def key(self) -> str:
         """sha256 of all that the binary and its metadata depend on; no paths, no hosts, no devices."""
         identity = {
@@ -221,7 +222,10 @@ def _exit_problem(compiled: Compiled) -> str | None:
     if compiled.exit_code == 0:
         return None
     if os.strerror(errno.ENOSPC) in compiled.output:  # says nothing of the variant
-        raise BuildError(f"the disk of {compiled.folder.parent} is full: {compiled.output.strip()[:_SHOWN_OUTPUT]}")
+        raise BuildError(
+            f"the disk of {compiled.folder.parent} is full; free some space, or let TMPDIR name a roomier folder:\n"
+            f"{compiled.output.strip()[:_SHOWN_OUTPUT]}"
+        )
     killed = f" (killed by signal {compiled.exit_code - 128})" if compiled.exit_code > 128 else ""
     return f"the compiler gave exit code {compiled.exit_code}{killed}"
 

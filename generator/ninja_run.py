@@ -56,18 +56,15 @@ def compile_all(compilations: Sequence[Compilation], workspace: Path, parallel: 
     """Run all of them, ``parallel`` at a time, in the order given; yield each as it ends.
 
     Closing the iterator early, or an exception such as KeyboardInterrupt inside it, stops the compilers. BuildError
-    where ninja itself does not run them all, CompilerNotFoundError where there is no ninja.
+    where ninja does not run them all or nothing can be written, CompilerNotFoundError where there is no ninja.
     """
     ninja = find_ninja()
-    for compilation in compilations:
-        for name, text in {**compilation.files, SCRIPT: compilation.script}.items():
-            path = workspace / compilation.name / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-    edges = [f"build {one.name}/exit: compile\n  folder = {one.name}\n" for one in compilations]
-    (workspace / "build.ninja").write_text(_RULE + "".join(edges), encoding="utf-8")
     temporary = workspace / "tmp"  # what killed compilers leave behind goes with the workspace
-    temporary.mkdir()
+    try:
+        temporary.mkdir()
+        _write(compilations, workspace)
+    except OSError as error:
+        raise BuildError(f"sources can't be written: {error}. Let TMPDIR name a folder with some space") from None
     process = subprocess.Popen(
         [ninja, "-k", "0", "-j", str(parallel)],
         cwd=workspace,
@@ -83,6 +80,16 @@ def compile_all(compilations: Sequence[Compilation], workspace: Path, parallel: 
         yield from _as_they_end(process, [compilation.name for compilation in compilations], workspace)
     finally:
         _stop(process)
+
+
+def _write(compilations: Sequence[Compilation], workspace: Path) -> None:
+    for compilation in compilations:
+        for name, text in {**compilation.files, SCRIPT: compilation.script}.items():
+            path = workspace / compilation.name / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    edges = [f"build {one.name}/exit: compile\n  folder = {one.name}\n" for one in compilations]
+    (workspace / "build.ninja").write_text(_RULE + "".join(edges), encoding="utf-8")
 
 
 def _as_they_end(process: subprocess.Popen[str], names: Sequence[str], workspace: Path) -> Iterator[Compiled]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,9 +148,11 @@ def toy(templates: Path, monkeypatch: pytest.MonkeyPatch) -> MakeVariant:
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Iterator[Path]:
-    """An empty cache folder, in force for the test."""
-    folder = tmp_path / "cache"
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache folder and an empty temporary folder, in force for the test."""
+    folder, temporary = tmp_path / "cache", tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     with settings.override(cache_dir=folder):
         yield folder
 

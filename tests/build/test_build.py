@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import os
 import stat
 import subprocess
 from pathlib import Path
@@ -13,14 +15,17 @@ from jagtile.generator import build as build_module
 from jagtile.generator import ninja_run, render
 from jagtile.generator.build import BuildResult, artifact_key, build, build_one
 from jagtile.generator.tile import Variant
+from jagtile.runtime import entries
 from jagtile.runtime.artifact import Artifact
 from jagtile.runtime.errors import (
     BuildError,
+    CacheError,
     CompilerNotFoundError,
     IllegalConfigError,
     JagtileWarning,
     RejectedVariantError,
 )
+from jagtile.runtime.settings import settings
 
 pytestmark = pytest.mark.usefixtures("cache", "compiler")
 
@@ -170,13 +175,13 @@ def test_a_full_disk_is_no_verdict_on_the_variants(toy, compiler):
         build([toy(1)])
 
 
-def test_an_exception_in_on_result_stops_the_batch_and_leaves_the_rest_of_the_cache_usable(toy, cache):
+def test_an_exception_in_on_result_stops_the_batch_and_leaves_a_usable_cache(toy, tmp_path):
     def on_result(result: BuildResult) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         build([toy(1), toy(2), toy(3)], jobs=1, on_result=on_result)
-    assert not folders(cache, "staging")
+    assert not list(tmp_path.rglob("staging/*"))
     assert call(build_one(toy(3))) == 103
 
 
@@ -260,16 +265,52 @@ def test_a_damaged_entry_is_set_aside_with_a_warning_and_built_again(toy, compil
     assert len(list(entry.parent.glob("*.bad-*"))) == 1
 
 
-def test_an_unwritable_cache_costs_a_warning_not_the_kernel(toy, tmp_path, monkeypatch):
-    from jagtile.runtime.settings import settings
-
+def test_an_unwritable_cache_costs_a_warning_not_the_kernel(toy, tmp_path):
     (tmp_path / "file").touch()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with settings.override(cache_dir=tmp_path / "file" / "cache"):
         with pytest.warns(JagtileWarning, match="can't be written"):
             built = build_one(toy(1))
         assert call(built) == 101
         assert build_one(toy(1)).origin == "cache"
+
+
+def fill_up(monkeypatch: pytest.MonkeyPatch, *full: Path) -> None:
+    """Let every write of an entry below these folders fail as on a full disk."""
+    write = entries.write
+
+    def failing(path: Path, content: bytes) -> None:
+        if any(folder in path.parents for folder in full):
+            path.write_bytes(content[:1])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, content)
+
+    monkeypatch.setattr(entries, "write", failing)
+
+
+def test_a_cache_that_fills_up_costs_one_warning_not_the_kernels(toy, cache, monkeypatch):
+    fill_up(monkeypatch, cache)
+    with pytest.warns(JagtileWarning, match="No space left") as warned:
+        results = build([toy(1), toy(2)])
+    assert [call(result.artifact) for result in results] == [101, 102]
+    assert len(warned) == 1
+    assert not folders(cache, "store")
+
+
+def test_no_space_anywhere_is_no_verdict_on_the_variants(toy, tmp_path, monkeypatch):
+    fill_up(monkeypatch, tmp_path)
+    with pytest.warns(JagtileWarning, match="No space left"), pytest.raises(CacheError, match="JAGTILE_CACHE_DIR"):
+        build([toy(1)])
+
+
+def test_sources_that_can_not_be_written_are_no_verdict_on_the_variants(toy, monkeypatch):
+    def full(self: Path, *args: object, **kwargs: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    variant = toy(1)
+    artifact_key(variant)
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(BuildError, match="TMPDIR"):
+        build([variant])
 
 
 @pytest.mark.nvcc
@@ -288,8 +329,6 @@ class TestCuda:
         assert "no_such_name" in syntax.reason
 
     def test_cubins_are_the_same_byte_for_byte_wherever_they_are_built(self, toy, tmp_path):
-        from jagtile.runtime.settings import settings
-
         first = build_one(toy(1, target="sm_90a"))
         with settings.override(cache_dir=tmp_path / "another"):
             second = build_one(toy(1, target="sm_90a"))

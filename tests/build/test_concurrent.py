@@ -117,8 +117,8 @@ def test_an_interrupt_ends_the_compilers_and_leaves_nothing_behind(toy, compiler
     process.join(PATIENCE_SECONDS)
     assert process.exitcode == 1
     assert all(ended(int(pid)) for pid in pids.read_text().split())
-    assert not list(cache.glob("*/staging/*"))
-    assert not list(cache.glob("*/store/*/*"))
+    assert not list(tmp_path.rglob("staging/*"))
+    assert not list(tmp_path.rglob("store/*/*"))
     compiler.hook("")
     assert build_one(toy(1)).origin == "built"
 
