@@ -23,10 +23,10 @@ def test_a_real_tune_on_the_cpu(tmp_path):
     except CompilerNotFoundError as error:
         pytest.skip(str(error))
     database = Database(tmp_path / "user", tmp_path / "shipped")
-    result = tune(SPEC, CPU, ("short", "decode"), budget=Budget(trials=3), database=database)
+    result = tune(SPEC, CPU, ("short",), budget=Budget(trials=2), database=database)
 
     ok = [record for record in result.records if record.state == "ok"]
-    assert {record.regime for record in ok if record.phase == "final"} == {"short", "decode"}
+    assert {record.regime for record in ok if record.phase == "final"} == {"short"}
     for record in ok:
         assert record.time_us > 0
         assert record.error_rel < 2e-6
@@ -36,5 +36,5 @@ def test_a_real_tune_on_the_cpu(tmp_path):
         assert decided.source == "user"
         assert decided.variant.config == found.chosen
 
-    again = tune(SPEC, CPU, ("short", "decode"), budget=Budget(trials=3), database=database)
+    again = tune(SPEC, CPU, ("short",), budget=Budget(trials=2), database=database)
     assert {record.phase for record in again.records} == {"final"}
