@@ -70,8 +70,8 @@ else
     PYTHON="$venv/bin/python"
     if ! { [[ -x "$PYTHON" ]] && has_everything "$PYTHON"; }; then
         make_venv
-        "$PYTHON" -c 'import torch' 2>/dev/null || "$PYTHON" -m pip install --quiet "$TORCH"
-        "$PYTHON" -m pip install --quiet --editable "$root${extras:+[$extras]}"
+        "$PYTHON" -c 'import torch' 2>/dev/null || "$PYTHON" -m pip install -qq "$TORCH"
+        "$PYTHON" -m pip install -qq --editable "$root${extras:+[$extras]}"
     fi
 fi
 export PYTHON
