@@ -120,15 +120,18 @@ def _compiled(folder: Path) -> Compiled:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """End ninja, if it still runs, and its compilers: on SIGTERM it ends their process groups, on SIGKILL it can't."""
-    if process.stdout is not None:
-        process.stdout.close()
+    """End ninja, if it still runs, and its compilers: on SIGTERM it ends their process groups, on SIGKILL it can't.
+
+    Its output is read to the end: writing to a closed or full pipe, it would die or hang before it got to that.
+    """
     try:
         if process.poll() is None:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
-                process.wait(_PATIENCE_SECONDS)
+                process.communicate(timeout=_PATIENCE_SECONDS)
     finally:
         if process.poll() is None:
             process.kill()
             process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
