@@ -33,6 +33,7 @@ class Sm90ForwardConfig(TileConfig):
     num_stages: int = field(metadata={"short": "s"})  # K and V buffers each
     q_stages: int = field(metadata={"short": "q"})  # Q buffers: with 2 a tile's epilogue overlaps the next one's start
     overlap: bool = field(metadata={"short": "o"})  # softmax of block j runs beside the PV product of block j+1
+    lazy_rescale: bool = field(metadata={"short": "l"})  # O is rescaled only where a row's maximum grew 256-fold
     ctas_per_sm: int = field(metadata={"short": "c"})
 
     @property
@@ -101,6 +102,7 @@ class Sm90ForwardSpace:
             "num_stages": (2, 3, 4),
             "q_stages": (1, 2),
             "overlap": (True, False),
+            "lazy_rescale": (False, True),
             "ctas_per_sm": (1, 2),
         }
 
@@ -134,7 +136,7 @@ class Sm90ForwardSpace:
     def default(self, spec: KernelSpec) -> TileConfig:
         """Two math warpgroups, two stages, the widest key block up to 128 that is legal."""
         for block_n in (128, 112, 96, 80, 64, 48, 32):
-            config = Sm90ForwardConfig(128, block_n, 2, 1, True, 1)
+            config = Sm90ForwardConfig(128, block_n, 2, 1, True, False, 1)
             if self.rejection(spec, config) is None:
                 return config
         raise AssertionError(f"no default tile for {spec.name}")

@@ -1,16 +1,15 @@
-"""The few calls of the CUDA driver that loading and launching need, through ctypes (numbers: docs/launch.md)."""
+"""Loading and launching through the CUDA driver (cuda-bindings, which torch's CUDA builds bring along).
+
+It is the fastest of the paths measured in docs/launch.md. Modules are never unloaded: captured graphs may hold their
+kernels.
+"""
 
 from __future__ import annotations
 
-import ctypes
 from functools import lru_cache
 from typing import Any
 
 from jagtile.runtime.errors import JagtileError
-
-_INVALID_CONTEXT = 201
-_MAX_DYNAMIC_SMEM = 8
-_PREFERRED_CARVEOUT = 9
 
 
 class CudaDriverError(JagtileError):
@@ -18,69 +17,70 @@ class CudaDriverError(JagtileError):
 
 
 @lru_cache(maxsize=1)
-def library() -> Any:  # ctypes.CDLL hands out untyped functions
-    """libcuda, initialised. CudaDriverError where there is no driver."""
+def bindings() -> Any:  # an extension module without type stubs
+    """``cuda.bindings.driver``, initialised. CudaDriverError where it or the driver is missing."""
     try:
-        lib = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise CudaDriverError(f"no CUDA driver: libcuda.so.1 cannot be loaded ({error})") from None
-    pointer, u32, i32 = ctypes.c_void_p, ctypes.c_uint, ctypes.c_int
-    lib.cuLaunchKernel.argtypes = [pointer, u32, u32, u32, u32, u32, u32, u32, pointer, pointer, pointer]
-    lib.cuModuleLoadData.argtypes = [pointer, ctypes.c_char_p]
-    lib.cuModuleGetFunction.argtypes = [pointer, pointer, ctypes.c_char_p]
-    lib.cuFuncSetAttribute.argtypes = [pointer, i32, i32]
-    lib.cuGetErrorName.argtypes = lib.cuGetErrorString.argtypes = [i32, pointer]
-    lib.cuDevicePrimaryCtxRetain.argtypes = [pointer, i32]
-    lib.cuCtxSetCurrent.argtypes = [pointer]
-    check(lib.cuInit(0), "cuInit", lib)
-    return lib
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise CudaDriverError(f"CUDA kernels need cuda-bindings ({error}): pip install jagtile[cuda]") from None
+    try:
+        code = driver.cuInit(0)[0]
+    except RuntimeError as error:  # libcuda is loaded at the first call
+        raise CudaDriverError(f"there is no usable CUDA driver: {error}") from None
+    _check(driver, code, "cuInit")
+    return driver
 
 
-def check(code: int, call: str, lib: Any = None) -> None:
-    """Raise CudaDriverError unless the call succeeded."""
-    if code == 0:
+def _check(driver: Any, code: Any, call: str) -> None:
+    if code == driver.CUresult.CUDA_SUCCESS:
         return
-    lib = lib or library()
-    name, text = ctypes.c_char_p(), ctypes.c_char_p()
-    lib.cuGetErrorName(code, ctypes.byref(name))
-    lib.cuGetErrorString(code, ctypes.byref(text))
-    unknown = b"unknown error"
-    raise CudaDriverError(
-        f"{call} failed: {(name.value or unknown).decode()} ({code}): {(text.value or unknown).decode()}"
-    )
+    _, text = driver.cuGetErrorString(code)
+    raise CudaDriverError(f"{call} failed: {code.name} ({int(code)}): {(text or b'no description').decode()}")
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """Call a driver function that gives at most one value; returns it. CudaDriverError unless it succeeds."""
+    driver = bindings()
+    code, *values = getattr(driver, name)(*arguments)
+    _check(driver, code, name)
+    return values[0] if values else None
 
 
 def bind_primary_context(device_index: int) -> None:
     """Make the device's primary context, the one torch uses, current in this thread."""
-    lib, context = library(), ctypes.c_void_p()
-    check(lib.cuDevicePrimaryCtxRetain(ctypes.byref(context), device_index), "cuDevicePrimaryCtxRetain")
-    check(lib.cuCtxSetCurrent(context), "cuCtxSetCurrent")
+    call("cuCtxSetCurrent", call("cuDevicePrimaryCtxRetain", device_index))
 
 
-def load_module(image: bytes) -> ctypes.c_void_p:
-    """A module of a cubin, in the current context. Never unloaded: captured graphs may hold its kernels."""
-    module = ctypes.c_void_p()
-    check(library().cuModuleLoadData(ctypes.byref(module), image), "cuModuleLoadData")
-    return module
+def load_module(image: bytes) -> Any:
+    """A module of a cubin, in the current context."""
+    return call("cuModuleLoadData", image)
 
 
-def function(module: ctypes.c_void_p, symbol: str, dynamic_smem: int = 0) -> ctypes.c_void_p:
+def function(module: Any, symbol: str, dynamic_smem: int = 0) -> Any:
     """A kernel of a module, allowed to use ``dynamic_smem`` bytes of shared memory."""
-    lib, handle = library(), ctypes.c_void_p()
-    check(lib.cuModuleGetFunction(ctypes.byref(handle), module, symbol.encode()), f"cuModuleGetFunction({symbol})")
+    kernel = call("cuModuleGetFunction", module, symbol.encode())
     if dynamic_smem:
-        check(lib.cuFuncSetAttribute(handle, _MAX_DYNAMIC_SMEM, dynamic_smem), f"cuFuncSetAttribute({symbol}, smem)")
-        check(lib.cuFuncSetAttribute(handle, _PREFERRED_CARVEOUT, 100), f"cuFuncSetAttribute({symbol}, carveout)")
-    return handle
+        attributes = bindings().CUfunction_attribute
+        call("cuFuncSetAttribute", kernel, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, dynamic_smem)
+        call("cuFuncSetAttribute", kernel, attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
+    return kernel
 
 
-def launch(
-    kernel: ctypes.c_void_p, grid: int, threads: int, smem: int, stream: int, params: Any, device_index: int
-) -> None:
-    """Launch on a raw stream. ``params`` is a ctypes array of one pointer to the parameter block."""
-    code = library().cuLaunchKernel(kernel, grid, 1, 1, threads, 1, 1, smem, stream, params, None)
-    if code == _INVALID_CONTEXT:  # a thread that has not touched CUDA yet
-        bind_primary_context(device_index)
-        code = library().cuLaunchKernel(kernel, grid, 1, 1, threads, 1, 1, smem, stream, params, None)
-    if code:
-        check(code, "cuLaunchKernel")
+class Launcher:
+    """Launches kernels on one device. Made once, so that a launch looks nothing up."""
+
+    def __init__(self, device_index: int) -> None:
+        driver = bindings()
+        self._device_index = device_index
+        self._launch = driver.cuLaunchKernel
+        self._success = driver.CUresult.CUDA_SUCCESS
+        self._invalid_context = driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
+
+    def __call__(self, kernel: Any, grid: int, threads: int, smem: int, stream: int, arguments: int) -> None:
+        """Launch on a raw stream. ``arguments``: address of an array of one pointer to the parameter block."""
+        code = self._launch(kernel, grid, 1, 1, threads, 1, 1, smem, stream, arguments, 0)[0]
+        if code == self._invalid_context:  # a thread that has not touched CUDA yet
+            bind_primary_context(self._device_index)
+            code = self._launch(kernel, grid, 1, 1, threads, 1, 1, smem, stream, arguments, 0)[0]
+        if code != self._success:
+            _check(bindings(), code, "cuLaunchKernel")

@@ -24,8 +24,9 @@ class _Block(threading.local):
 
     def __init__(self) -> None:
         self.data = bytearray(params.BLOCK_BYTES)
-        self._pinned = (ctypes.c_char * params.BLOCK_BYTES).from_buffer(self.data)
-        self.argument = (ctypes.c_void_p * 1)(ctypes.addressof(self._pinned))
+        self._fixed = (ctypes.c_char * params.BLOCK_BYTES).from_buffer(self.data)
+        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._fixed))
+        self.arguments = ctypes.addressof(self._pointers)
 
 
 class CudaForwardKernel:
@@ -45,6 +46,7 @@ class CudaForwardKernel:
             module = driver.load_module(artifact.path.read_bytes())
             self._kernel = driver.function(module, self.meta.symbol, self._smem)
             self._builder = driver.function(module, _BUILDER)
+        self._launch = driver.Launcher(self._device)
         self._map_templates: dict[tuple[int, ...], bytes] = {}
         self._block = _Block()
 
@@ -65,19 +67,13 @@ class CudaForwardKernel:
             return
         if scale < 0.0:  # the running maximum assumes a positive scale
             q, scale = -q, -scale
-        scale = max(scale, _SMALLEST_SCALE)
-        # Layouts that TMA cannot address are copied; every ordinary one, packed QKV views included, is not.
-        q, k, v = _addressable(q), _addressable(k), _addressable(v)
-        target = out if _is_addressable(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
         if torch._C._cuda_getDevice() == self._device:
-            self._launch(q, k, v, cu_seqlens_q, cu_seqlens_k, target, lse, scale, bottom_right)
+            self._forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
         else:
             with torch.cuda.device(self._device):
-                self._launch(q, k, v, cu_seqlens_q, cu_seqlens_k, target, lse, scale, bottom_right)
-        if target is not out:
-            out.copy_(target)
+                self._forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
 
-    def _launch(
+    def _forward(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -91,27 +87,39 @@ class CudaForwardKernel:
     ) -> None:
         total_q, heads, head_dim = q.shape
         total_k, heads_kv, head_dim_v = v.shape
-        batch = cu_seqlens_q.shape[0] - 1
+        block = self._block
+        data = block.data
+        # Layouts that TMA cannot address are copied; every ordinary one, packed QKV views included, is not.
+        if not self._put_map(data, 0, q, total_q, heads, head_dim, _Q_ROWS):
+            q = q.clone(memory_format=torch.contiguous_format)
+            self._put_map(data, 0, q, total_q, heads, head_dim, _Q_ROWS)
+        if total_k == 0:  # nothing is loaded, but maps must be maps
+            data[tensor_map.MAP_BYTES : 3 * tensor_map.MAP_BYTES] = data[: tensor_map.MAP_BYTES] * 2
+        else:
+            if not self._put_map(data, 1, k, total_k, heads_kv, head_dim, self._block_n):
+                k = k.clone(memory_format=torch.contiguous_format)
+                self._put_map(data, 1, k, total_k, heads_kv, head_dim, self._block_n)
+            if not self._put_map(data, 2, v, total_k, heads_kv, head_dim_v, self._block_n):
+                v = v.clone(memory_format=torch.contiguous_format)
+                self._put_map(data, 2, v, total_k, heads_kv, head_dim_v, self._block_n)
+        target = out
+        if not self._put_map(data, 3, out, total_q, heads, head_dim_v, _Q_ROWS):
+            target = torch.empty_like(out, memory_format=torch.contiguous_format)
+            self._put_map(data, 3, target, total_q, heads, head_dim_v, _Q_ROWS)
+
         stream: int = torch._C._cuda_getCurrentRawStream(self._device)
         capturing: bool = torch._C._cuda_isCurrentStreamCapturing()
-        key = (self._block_m, self._block_n, self._causal, int(bottom_right), stream)
+        key = (self._block_m, self._block_n, self._causal, bottom_right, stream)
         found = None if capturing else work_list.find(cu_seqlens_q, cu_seqlens_k, key)
         items = found or work_list.allocate(cu_seqlens_q, cu_seqlens_k, total_q, self._block_m)
-
-        block = self._block
-        self._put_map(block.data, 0, q, _Q_ROWS)
-        # With no keys at all nothing is loaded, but a map must point somewhere.
-        self._put_map(block.data, 1, k if total_k else q, self._block_n)
-        self._put_map(block.data, 2, v if total_k else q, self._block_n)
-        self._put_map(block.data, 3, out, _Q_ROWS)
         params.SCALARS.pack_into(
-            block.data,
+            data,
             params.SCALARS_OFFSET,
             cu_seqlens_q.data_ptr(),
             cu_seqlens_k.data_ptr(),
             items.address,
             lse.data_ptr() if lse is not None else 0,
-            batch,
+            items.batch,
             heads,
             _heads_per_group(heads, heads_kv, total_k * (head_dim + head_dim_v) * _ELEMENT_BYTES),
             heads // heads_kv,
@@ -122,52 +130,47 @@ class CudaForwardKernel:
             self._block_m,
             self._block_n,
             self._causal,
-            scale * _LOG2_E,
+            max(scale, _SMALLEST_SCALE) * _LOG2_E,
         )
         if found is None:
-            driver.launch(self._builder, 1, _BUILDER_THREADS, 0, stream, block.argument, self._device)
+            self._launch(self._builder, 1, _BUILDER_THREADS, 0, stream, block.arguments)
             if not capturing:
                 work_list.keep(cu_seqlens_q, cu_seqlens_k, key, items)
         grid = min(self._slots, items.max_items * heads)
-        driver.launch(self._kernel, grid, self._threads, self._smem, stream, block.argument, self._device)
+        self._launch(self._kernel, grid, self._threads, self._smem, stream, block.arguments)
+        if target is not out:
+            out.copy_(target)
 
-    def _put_map(self, block: bytearray, index: int, tensor: torch.Tensor, rows: int) -> None:
-        """Write the ragged map of a packed tensor into a parameter block."""
-        tokens, heads, dim = tensor.shape
-        # Strides that are never stepped over must be legal all the same.
-        token_stride = tensor.stride(0) * _ELEMENT_BYTES if tokens > 1 else 16
-        head_stride = tensor.stride(1) * _ELEMENT_BYTES if heads > 1 else 16
+    def _put_map(
+        self, data: bytearray, index: int, tensor: torch.Tensor, tokens: int, heads: int, dim: int, rows: int
+    ) -> bool:
+        """Write the ragged map of a packed tensor into a parameter block; False where TMA can't address its layout."""
         address = tensor.data_ptr()
-        key = (dim, heads, token_stride, head_stride, rows)
+        strides = tensor.stride()
+        key = (index, tokens > 1, heads, *strides)
         encoded = self._map_templates.get(key)
         if encoded is None:
+            # Strides that are never stepped over must be legal all the same.
+            token_stride = strides[0] * _ELEMENT_BYTES if tokens > 1 else 16
+            head_stride = strides[1] * _ELEMENT_BYTES if heads > 1 else 16
+            if strides[2] != 1 or min(token_stride, head_stride) <= 0 or (token_stride | head_stride | address) % 16:
+                return False
             encoded = tensor_map.encode(address, self._dtype, dim, heads, token_stride, head_stride, rows)
             if tensor_map.address_comes_first():
                 self._map_templates[key] = encoded
+        if address % 16:
+            return False
         offset = index * tensor_map.MAP_BYTES
-        block[offset : offset + tensor_map.MAP_BYTES] = encoded
-        params.ADDRESS.pack_into(block, offset, address)
-
-
-def _is_addressable(tensor: torch.Tensor) -> bool:
-    """Whether TMA can address the tensor: a 16-byte aligned base and positive strides of multiples of 16 bytes."""
-    tokens, heads, _ = tensor.shape
-    token_stride, head_stride, last = tensor.stride()
-    return (
-        tensor.data_ptr() % 16 == 0
-        and last == 1
-        and (tokens <= 1 or (token_stride > 0 and token_stride % 8 == 0))
-        and (heads == 1 or (head_stride > 0 and head_stride % 8 == 0))
-    )
-
-
-def _addressable(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if _is_addressable(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+        data[offset : offset + tensor_map.MAP_BYTES] = encoded
+        params.ADDRESS.pack_into(data, offset, address)
+        return True
 
 
 def _heads_per_group(heads: int, heads_kv: int, kv_bytes_per_head: int) -> int:
     """Query heads whose tiles are interleaved: as many as keep the K and V in flight inside L2, in whole kv heads."""
-    for groups in range(1, heads_kv):
+    if heads_kv * kv_bytes_per_head <= _L2_SHARE:
+        return heads
+    for groups in range(2, heads_kv):
         if heads_kv % groups == 0 and heads_kv // groups * kv_bytes_per_head <= _L2_SHARE:
             return heads // groups
     return heads // heads_kv

@@ -13,45 +13,34 @@ import ctypes
 import struct
 from functools import lru_cache
 
-from jagtile.runtime.cuda.driver import check, library
+from jagtile.runtime.cuda.driver import bindings, call
 
 MAP_BYTES = 128
-PANEL_COLUMNS = 64  # 128 bytes: the width of the 128-byte swizzle
-_TYPES = {"bf16": 9, "fp16": 6}
+_PANEL_COLUMNS = 64  # 128 bytes: the width of the 128-byte swizzle
 _EXTENT = 1 << 30
 _OUTER_EXTENT = (1 << 31) - 1
-_SWIZZLE_128B = 3
-_L2_PROMOTION_256B = 3
 
 
 def encode(address: int, dtype: str, dim: int, heads: int, token_stride: int, head_stride: int, rows: int) -> bytes:
     """The 128 bytes of a map. Strides in bytes, multiples of 16; the box is ``rows`` x 64 columns."""
-    storage = ctypes.create_string_buffer(MAP_BYTES + 64)
-    aligned = (ctypes.addressof(storage) + 63) & ~63
-    dims = (ctypes.c_uint64 * 5)(dim, _EXTENT, heads, _OUTER_EXTENT, _OUTER_EXTENT)
-    strides = (ctypes.c_uint64 * 4)(token_stride, head_stride, (1 << 34) - token_stride, token_stride)
-    box = (ctypes.c_uint32 * 5)(PANEL_COLUMNS, rows, 1, 1, 1)
-    unit = (ctypes.c_uint32 * 5)(1, 1, 1, 1, 1)
-    code = library().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(aligned),
-        ctypes.c_int(_TYPES[dtype]),
-        ctypes.c_uint32(5),
-        ctypes.c_void_p(address),
-        dims,
-        strides,
-        box,
-        unit,
-        ctypes.c_int(0),
-        ctypes.c_int(_SWIZZLE_128B),
-        ctypes.c_int(_L2_PROMOTION_256B),
-        ctypes.c_int(0),
+    driver = bindings()
+    types = driver.CUtensorMapDataType
+    u32, u64 = driver.cuuint32_t, driver.cuuint64_t
+    tensor_map = call(
+        "cuTensorMapEncodeTiled",
+        {"bf16": types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, "fp16": types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16}[dtype],
+        5,
+        address,
+        [u64(extent) for extent in (dim, _EXTENT, heads, _OUTER_EXTENT, _OUTER_EXTENT)],
+        [u64(stride) for stride in (token_stride, head_stride, (1 << 34) - token_stride, token_stride)],
+        [u32(extent) for extent in (_PANEL_COLUMNS, rows, 1, 1, 1)],
+        [u32(1)] * 5,
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
-    check(
-        code,
-        f"cuTensorMapEncodeTiled(address={address:#x}, dim={dim}, heads={heads}, token_stride={token_stride}, "
-        f"head_stride={head_stride}, rows={rows})",
-    )
-    return ctypes.string_at(aligned, MAP_BYTES)
+    return ctypes.string_at(tensor_map.getPtr(), MAP_BYTES)
 
 
 @lru_cache(maxsize=1)

@@ -25,6 +25,7 @@ class WorkList(NamedTuple):
 
     buffer: torch.Tensor
     address: int
+    batch: int
     max_items: int
     version_q: int
     version_k: int
@@ -61,6 +62,7 @@ def allocate(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, total_q: in
     return WorkList(
         buffer,
         buffer.data_ptr(),
+        batch,
         max_items,
         cu_seqlens_q._version if tracked else -1,
         cu_seqlens_k._version if tracked else -1,

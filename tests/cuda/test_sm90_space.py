@@ -17,7 +17,15 @@ from jagtile.runtime.errors import IllegalConfigError
 
 SPACE = Sm90ForwardSpace()
 D128 = KernelSpec.parse("fwd_bf16_d128")
-BASE = Sm90ForwardConfig(block_m=128, block_n=128, num_stages=2, q_stages=1, overlap=True, ctas_per_sm=1)
+BASE = Sm90ForwardConfig(
+    block_m=128,
+    block_n=128,
+    num_stages=2,
+    q_stages=1,
+    overlap=True,
+    lazy_rescale=False,
+    ctas_per_sm=1,
+)
 SPECS = [
     KernelSpec.parse(name)
     for name in (
@@ -54,7 +62,7 @@ def test_every_spec_has_a_legal_default(spec: KernelSpec) -> None:
     ],
 )
 def test_an_illegal_tile_is_refused_with_its_arithmetic(change: dict[str, int], reason: str) -> None:
-    config = replace(BASE, **change)  # type: ignore[arg-type]
+    config = replace(BASE, **change)
     rejection = SPACE.rejection(D128, config)
     assert rejection is not None
     assert reason in rejection
@@ -93,9 +101,10 @@ def test_rendering_is_reproducible_and_as_reviewed() -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-@pytest.mark.parametrize("overlap", [True, False])
-def test_rendered_lines_are_tidy(spec: KernelSpec, overlap: bool) -> None:
-    text = render(Variant("sm_90a", spec, replace(SPACE.default(spec), overlap=overlap))).text  # type: ignore[type-var]
+@pytest.mark.parametrize("change", [{}, {"overlap": False}, {"lazy_rescale": True}, {"num_stages": 3, "q_stages": 2}])
+def test_rendered_lines_are_tidy(spec: KernelSpec, change: dict[str, int]) -> None:
+    config = replace(SPACE.default(spec), **change)
+    text = render_unchecked(Variant("sm_90a", spec, config)).text
     for line in text.splitlines():
         assert line == line.rstrip()
     assert "\n\n\n" not in text
@@ -129,7 +138,7 @@ def test_a_matrix_of_legal_variants_compiles_clean() -> None:
 
 @pytest.mark.nvcc
 def test_one_step_over_the_register_limit_is_rejected_by_ptxas() -> None:
-    config = Sm90ForwardConfig(block_m=192, block_n=96, num_stages=2, q_stages=1, overlap=True, ctas_per_sm=1)
+    config = replace(BASE, block_m=192, block_n=96)
     variant = Variant("sm_90a", D128, config)
     assert SPACE.rejection(D128, config) is not None
     assert "C7512" in _compile_unchecked(variant)

@@ -16,6 +16,8 @@ struct WorkItem {  // 32 bytes, read as two int4
 
 struct alignas(64) WorkListHeader {
   int items;
+  int longest;        // key blocks of the longest item
+  int total;          // key blocks of all items
   int next_tile;      // claimed tiles beyond the first of each CTA
   int finished_ctas;  // the last one to finish rewinds the counters for the next launch
 };
@@ -53,6 +55,14 @@ __device__ __forceinline__ int block_exclusive_scan(int value, int& prefix, int*
   const int total = warp_sums[31];
   __syncthreads();
   return total;
+}
+
+// Query heads whose tiles are interleaved. Few keep K and V in L2 (p.heads_per_group, whole groups of one kv head); but a
+// group should give every CTA twice the work of the longest tile, or the last group's longest tiles end alone.
+__device__ __forceinline__ int interleaved_heads(const WorkListHeader& list, const Params& p) {
+  const int wanted = 2 * list.longest * static_cast<int>(gridDim.x) / max(list.total, 1) + 1;
+  const int whole = (wanted + p.gqa_ratio - 1) / p.gqa_ratio * p.gqa_ratio;
+  return min(max(whole, p.heads_per_group), p.heads);
 }
 
 // Once per CTA, after its last claim: the last CTA makes the list ready for the next launch.
@@ -99,6 +109,7 @@ __device__ __forceinline__ WorkItem work_item(const Params& p, const int* first_
 extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(const __grid_constant__ Params p) {
   __shared__ int warp_sums[32];
   __shared__ int bucket_begin[kWorkBuckets];
+  __shared__ int longest, total;
   WorkListHeader* header = static_cast<WorkListHeader*>(p.work_list);
   WorkItem* items = work_items(p.work_list);
   int* first_tile = reinterpret_cast<int*>(items + p.max_items);
@@ -119,11 +130,18 @@ extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(co
   }
   tiles = min(tiles, p.max_items);
   if (threadIdx.x < kWorkBuckets) bucket_begin[threadIdx.x] = 0;
+  if (threadIdx.x == 0) longest = total = 0;
   __syncthreads();
 
+  int own_longest = 0, own_total = 0;
   for (int tile = threadIdx.x; tile < tiles; tile += 1024) {
-    atomicAdd(&bucket_begin[work_bucket(work_item(p, first_tile, tile).kv_blocks)], 1);
+    const int kv_blocks = work_item(p, first_tile, tile).kv_blocks;
+    atomicAdd(&bucket_begin[work_bucket(kv_blocks)], 1);
+    own_longest = max(own_longest, kv_blocks);
+    own_total += kv_blocks;
   }
+  atomicMax(&longest, own_longest);
+  atomicAdd(&total, own_total);
   __syncthreads();
   int begin;
   block_exclusive_scan(threadIdx.x < kWorkBuckets ? bucket_begin[threadIdx.x] : 0, begin, warp_sums);
@@ -149,6 +167,8 @@ extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(co
   }
   if (threadIdx.x == 0) {
     header->items = tiles;
+    header->longest = longest;
+    header->total = total;
     header->next_tile = 0;
     header->finished_ctas = 0;
   }

@@ -1,4 +1,4 @@
-// jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_o1_c1
+// jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_o1_l0_c1
 //
 // Forward attention over a jagged batch, one kernel for one case:
 //   target      sm_90a
@@ -11,9 +11,10 @@
 //   num_stages          2
 //   q_stages            2
 //   overlap             true
+//   lazy_rescale        false
 //   ctas_per_sm         1
 // Generated; edit the template, not this text. To see it again:
-//   jagtile generate sm_90a/fwd_bf16_d128_causal/persistent_m128_n128_s2_q2_o1_c1
+//   jagtile generate sm_90a/fwd_bf16_d128_causal/persistent_m128_n128_s2_q2_o1_l0_c1
 //
 // One persistent CTA an SM: 2 math warpgroups of 64 query rows each, one warpgroup that feeds them.
 //   warp 0      copies K tiles into shared memory (TMA, clipped at the sequence's end), the last block first
@@ -195,7 +196,7 @@ __device__ __forceinline__ void load_blocks(Control& control, RingBarriers<kStag
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_o1_c1(const __grid_constant__ Params p) {
+jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_o1_l0_c1(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t q_tiles = smem_address(shared);
   const uint32_t k_tiles = q_tiles + 65536;
@@ -238,18 +239,19 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_o1_c1(const __grid_const
     } else if (warp == 1 && elect_one()) {
       // The first tile goes by CTA number, the rest by a shared counter.
       WorkListHeader* list = static_cast<WorkListHeader*>(p.work_list);
-      const int group_tiles = list->items * p.heads_per_group;
+      const int heads_per_group = interleaved_heads(*list, p);
+      const int group_tiles = list->items * heads_per_group;
       const int tiles = list->items * p.heads;
       RingPosition<kTileSlots> at;
       for (int tile = blockIdx.x;; tile = gridDim.x + atomicAdd(&list->next_tile, 1), at.advance()) {
         Tile& claimed = control.tiles[at.slot];
         control.tile.wait_empty(at);
         if (tile < tiles) {
-          const int head_group = tile / group_tiles;
-          const int inside = tile - head_group * group_tiles;
-          const int index = inside / p.heads_per_group;
-          claimed.item = work_items(list)[index];
-          claimed.head = head_group * p.heads_per_group + inside - index * p.heads_per_group;
+          const int first_head = tile / group_tiles * heads_per_group;
+          const int inside = tile % group_tiles;
+          const int heads = min(heads_per_group, p.heads - first_head);
+          claimed.item = work_items(list)[inside / heads];
+          claimed.head = first_head + inside % heads;
         } else {
           claimed.head = -1;
         }
@@ -272,6 +274,13 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_o1_c1(const __grid_const
   RingPosition<kQStages> q_at;
   RingPosition<kStages> k_at, v_at;
   uint32_t stored_q = 0;  // the leader's: empty barrier of the Q buffer that the previous tile's O is leaving through
+  auto free_stored_q = [&] {
+    if (stored_q) {
+      tma_store_wait_read();
+      mbarrier_arrive(stored_q);
+      stored_q = 0;
+    }
+  };
   for (;; tile_at.advance()) {
     control.tile.wait_full(tile_at);
     const int head = control.tiles[tile_at.slot].head;
@@ -295,11 +304,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_o1_c1(const __grid_const
       int block = item.kv_blocks - 1;
       control.k.wait_full(k_at);
       issue_scores(scores, q_tile, k_tiles + k_at.slot * kKBytes);
-      if (stored_q) {
-        tma_store_wait_read();
-        mbarrier_arrive(stored_q);
-        stored_q = 0;
-      }
+      free_stored_q();
       wgmma_wait<0>();
       pin_registers(scores);
       if (leader) control.k.arrive_empty(k_at);
@@ -309,7 +314,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_o1_c1(const __grid_const
         mask_scores(scores, min(item.k_length, upper_limit) - first_column,
                     min(item.k_length, upper_limit + 8) - first_column);
       }
-      online_softmax<true>(scores, rows, rescale, scale_log2);
+      online_softmax<true, false>(scores, rows, rescale, scale_log2);
       pack_probabilities(probabilities, scores);
 
       // Blocks on the diagonal.
@@ -324,7 +329,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_o1_c1(const __grid_const
         k_at.advance();
         const int first_column = block * kBlockN + thread_column;
         mask_scores(scores, upper_limit - first_column, upper_limit + 8 - first_column);
-        online_softmax<true>(scores, rows, rescale, scale_log2);
+        online_softmax<true, false>(scores, rows, rescale, scale_log2);
         wgmma_wait<0>();
         pin_registers(output);
         pin_registers(probabilities);
@@ -344,7 +349,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_o1_c1(const __grid_const
         pin_registers(scores);
         if (leader) control.k.arrive_empty(k_at);
         k_at.advance();
-        online_softmax<false>(scores, rows, rescale, scale_log2);
+        online_softmax<false, false>(scores, rows, rescale, scale_log2);
         wgmma_wait<0>();
         pin_registers(output);
         pin_registers(probabilities);
@@ -360,6 +365,8 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_o1_c1(const __grid_const
       pin_registers(output);
       if (leader) control.v.arrive_empty(v_at);
       v_at.advance();
+    } else {
+      free_stored_q();
     }
 
     // Normalise, write lse, send O out through the Q buffer.
@@ -371,7 +378,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_o1_c1(const __grid_const
       const int row = item.row + thread_row + 8 * h;
       if (p.lse != nullptr && lane % 4 == 0 && row < item.q_length) {
         p.lse[static_cast<long long>(head) * p.total_q + item.q_begin + row] =
-            sum == 0.0f ? -INFINITY : (rows.maximum[h] * scale_log2 + log2f(sum)) * 0.693147180559945f;
+            sum == 0.0f ? -INFINITY : (rows.reference[h] * scale_log2 + log2f(sum)) * 0.693147180559945f;
       }
     }
     scale_rows(output, inverse);
@@ -394,5 +401,5 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_o1_c1(const __grid_const
     __syncwarp();
     if (lane == 0) control.tile.arrive_empty(tile_at);
   }
-  if (stored_q) tma_store_wait_read();
+  free_stored_q();
 }

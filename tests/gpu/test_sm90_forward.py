@@ -1,0 +1,186 @@
+"""Hopper forward kernels against the float64 oracle: every mechanism of the template on nasty batches."""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+
+import pytest
+import torch
+
+from jagtile.generator.build import build_one
+from jagtile.generator.oracle import errors, reference, tolerance
+from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig, Sm90ForwardSpace
+from jagtile.generator.spec import KernelSpec
+from jagtile.generator.tile import Variant
+from jagtile.generator.workloads import JaggedBatch, Workload, random_workload
+from jagtile.runtime import cuda
+from jagtile.runtime.cuda import CudaForwardKernel
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(120),
+    pytest.mark.skipif(not HOPPER, reason="needs a CUDA GPU of compute capability 9.0"),
+]
+
+SPECS = (
+    "fwd_bf16_d8",
+    "fwd_bf16_d32_causal",
+    "fwd_bf16_d64",
+    "fwd_bf16_d64_causal",
+    "fwd_bf16_d72_causal",
+    "fwd_bf16_d96",
+    "fwd_bf16_d128",
+    "fwd_bf16_d128_causal",
+    "fwd_fp16_d128_causal",
+    "fwd_fp16_d128",
+    "fwd_bf16_d64_dv128",
+    "fwd_bf16_d192_dv128_causal",
+    "fwd_bf16_d256",
+    "fwd_bf16_d256_causal",
+)
+MECHANISMS = {
+    "default": {},
+    "sequential": {"overlap": False},
+    "lazy": {"lazy_rescale": True},
+    "two Q buffers": {"q_stages": 2, "block_n": 64},
+    "three stages": {"num_stages": 3, "block_n": 32, "q_stages": 2, "lazy_rescale": True},
+    "three math warpgroups": {"block_m": 192, "block_n": 48},
+    "one math warpgroup": {"block_m": 64, "block_n": 32},
+    "two CTAs an SM": {"block_m": 64, "block_n": 32, "ctas_per_sm": 2, "q_stages": 2},
+}
+EDGES = (0, 1, 63, 64, 65, 0, 129, 300, 1, 127, 128, 577)
+
+
+@lru_cache(maxsize=None)
+def kernel(spec: KernelSpec, mechanism: str) -> CudaForwardKernel:
+    space = Sm90ForwardSpace()
+    base = space.default(spec).to_dict()
+    base.pop("algorithm")
+    config = Sm90ForwardConfig(**{**base, **MECHANISMS[mechanism]})
+    if reason := space.rejection(spec, config):
+        pytest.skip(f"{config.name} is not legal: {reason}")
+    return cuda.load(build_one(Variant("sm_90a", spec, config)), torch.device("cuda", torch.cuda.current_device()))
+
+
+def in_nan(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values inside a larger NaN-filled buffer: strided rows and heads, NaN on every side."""
+    tokens, heads, dim = tensor.shape
+    storage = torch.full((tokens + 300, heads + 1, dim + 8), float("nan"), dtype=tensor.dtype, device=tensor.device)
+    view = storage[150 : 150 + tokens, :heads, :dim]
+    return view.copy_(tensor)
+
+
+def run(loaded: CudaForwardKernel, w: Workload, b: JaggedBatch, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    out = in_nan(torch.empty((w.total_q, w.num_heads, w.head_dim_v), dtype=b.q.dtype, device="cuda"))
+    out.fill_(float("nan"))
+    lse = torch.full((w.num_heads, w.total_q), float("nan"), device="cuda")
+    bottom_right = w.causal_alignment == "bottom_right"
+    loaded.forward(b.q, b.k, b.v, b.cu_seqlens_q, b.cu_seqlens_k, out, lse, scale, bottom_right)
+    return out, lse
+
+
+def assert_right(loaded: CudaForwardKernel, w: Workload, seed: int, scale: float = 0.1) -> None:
+    batch = w.make("cuda", loaded.meta.spec.split("_")[1], seed)  # type: ignore[arg-type]
+    b = batch._replace(q=in_nan(batch.q), k=in_nan(batch.k), v=in_nan(batch.v))
+    expected, expected_lse = reference(*b[:5], is_causal=w.is_causal, causal_alignment=w.causal_alignment, scale=scale)
+    for _ in range(3):  # the work list is built by the first and rewound by each
+        out, lse = run(loaded, w, b, scale)
+        assert errors(out, expected).rel <= tolerance(out.dtype)
+        torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-4, atol=1e-3)
+
+
+def workloads(spec: KernelSpec, rng: random.Random) -> list[Workload]:
+    kind = (spec.head_dim, spec.head_dim_v, spec.causal)
+    many = (300,) * 40
+    few_keys = tuple((0, 1, 257)[i % 3] for i in range(40))
+    return [
+        Workload("edges", EDGES, EDGES, 4, 2, *kind),
+        Workload("edges, cross", EDGES, EDGES[::-1], 2, 2, *kind, causal_alignment="bottom_right"),
+        # Many tiles a CTA, some of them without any visible key.
+        Workload("rows without keys", many, few_keys, 16, 4, *kind, causal_alignment="bottom_right"),
+        *(
+            random_workload(
+                rng,
+                head_dim=spec.head_dim,
+                head_dim_v=spec.head_dim_v,
+                is_causal=spec.causal,
+                max_seqlen=700,
+                max_batch=20,
+            )
+            for _ in range(3)
+        ),
+    ]
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_numbers_match_the_oracle(name: str, mechanism: str) -> None:
+    spec = KernelSpec.parse(name)
+    rng = random.Random(f"{name} {mechanism}")
+    for w in workloads(spec, rng):
+        if w.total_q and w.total_k:
+            assert_right(kernel(spec, mechanism), w, seed=rng.randrange(1 << 30))
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-3, 2.0])
+def test_any_scale(scale: float) -> None:
+    spec = KernelSpec.parse("fwd_bf16_d64_causal")
+    w = Workload("edges", EDGES, EDGES, 4, 2, 64, 64, is_causal=True)
+    batch = w.make("cuda", "bf16", 5)
+    expected, _ = reference(*batch[:5], is_causal=True, scale=scale)
+    out, _ = run(kernel(spec, "default"), w, batch, scale)
+    assert errors(out, expected).rel <= tolerance(torch.bfloat16)
+
+
+def test_nan_in_one_sequence_stays_there() -> None:
+    spec = KernelSpec.parse("fwd_bf16_d128")
+    w = Workload("neighbours", (100, 77, 130, 5), (70, 200, 61, 9), 4, 2, 128, 128)
+    b = w.make("cuda", "bf16", 6)
+    expected, _ = reference(*b[:5])
+    for q_begin, q_end, k_begin, k_end in ((100, 177, 70, 270), (307, 312, 331, 340)):
+        b.q[q_begin:q_end] = float("nan")
+        b.k[k_begin:k_end] = float("nan")
+        b.v[k_begin:k_end] = float("nan")
+    out, _ = run(kernel(spec, "default"), w, b, 128**-0.5)
+    for begin, end in ((0, 100), (177, 307)):
+        assert errors(out[begin:end], expected[begin:end]).rel <= tolerance(torch.bfloat16)
+
+
+def test_int64_and_mixed_offsets() -> None:
+    spec = KernelSpec.parse("fwd_bf16_d64")
+    w = Workload("edges", EDGES, EDGES[::-1], 2, 2, 64, 64)
+    b = w.make("cuda", "bf16", 7)
+    expected, _ = reference(*b[:5])
+    for q_type, k_type in ((torch.int64, torch.int64), (torch.int32, torch.int64), (torch.int64, torch.int32)):
+        offsets = {"cu_seqlens_q": b.cu_seqlens_q.to(q_type), "cu_seqlens_k": b.cu_seqlens_k.to(k_type)}
+        out, _ = run(kernel(spec, "default"), w, b._replace(**offsets), 64**-0.5)
+        assert errors(out, expected).rel <= tolerance(torch.bfloat16)
+
+
+def test_changed_offsets_are_seen() -> None:
+    spec = KernelSpec.parse("fwd_bf16_d64")
+    w = Workload("before", (64, 200), (64, 200), 2, 2, 64, 64)
+    b = w.make("cuda", "bf16", 8)
+    run(kernel(spec, "default"), w, b, 0.125)
+    b.cu_seqlens_q[1] = 130
+    b.cu_seqlens_k[1] = 130
+    expected, _ = reference(*b[:5], scale=0.125)
+    out, _ = run(kernel(spec, "default"), w, b, 0.125)
+    assert errors(out, expected).rel <= tolerance(torch.bfloat16)
+
+
+def test_layouts_that_tma_cannot_address() -> None:
+    spec = KernelSpec.parse("fwd_bf16_d64")
+    w = Workload("edges", EDGES, EDGES, 2, 2, 64, 64)
+    b = w.make("cuda", "bf16", 9)
+    expected, _ = reference(*b[:5])
+
+    def odd(tensor: torch.Tensor) -> torch.Tensor:
+        tokens, heads, dim = tensor.shape
+        storage = torch.empty(tokens * heads * (dim + 3) + 1, dtype=tensor.dtype, device="cuda")
+        return storage[1:].view(tokens, heads, dim + 3)[..., :dim].copy_(tensor)
+
+    out, _ = run(kernel(spec, "default"), w, b._replace(q=odd(b.q), k=odd(b.k), v=odd(b.v)), 0.125)
+    assert errors(out, expected).rel <= tolerance(torch.bfloat16)
