@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ MECHANISMS = {
 EDGES = (0, 1, 63, 64, 65, 0, 129, 300, 1, 127, 128, 577)
 
 
-@lru_cache(maxsize=None)
+@cache
 def kernel(spec: KernelSpec, mechanism: str) -> CudaForwardKernel:
     space = Sm90ForwardSpace()
     base = space.default(spec).to_dict()
