@@ -59,13 +59,17 @@ def render(variant: Variant) -> Source:
 def render_unchecked(variant: Variant) -> Source:
     """As ``render``, without asking the space: for tests that compile what the arithmetic rejects."""
     space = variant.space
-    text = environment().get_template(space.template).render(
-        variant=variant,
-        spec=variant.spec,
-        config=variant.config,
-        symbol=variant.symbol,
-        template=space.template,
-        **space.context(variant.spec, variant.config),
+    text = (
+        environment()
+        .get_template(space.template)
+        .render(
+            variant=variant,
+            spec=variant.spec,
+            config=variant.config,
+            symbol=variant.symbol,
+            template=space.template,
+            **space.context(variant.spec, variant.config),
+        )
     )
     suffix = Path(space.template.removesuffix(".j2")).suffix
     return Source(text, suffix, _headers(text))

@@ -50,7 +50,9 @@ class KernelSpec:
         """The spec of a canonical name; ValueError says what a name looks like."""
         match = _NAME.fullmatch(name)
         if match is None:
-            raise ValueError(f"spec {name!r} is not a name like fwd_bf16_d128, fwd_bf16_d192_dv128 or fwd_fp16_d64_causal")
+            raise ValueError(
+                f"spec {name!r} is not a name like fwd_bf16_d128, fwd_bf16_d192_dv128 or fwd_fp16_d64_causal"
+            )
         head_dim = int(match["d"])
         return KernelSpec(
             direction=cast(Direction, match["direction"]),
