@@ -66,10 +66,12 @@ def print_table(
 
 
 def text(value: object) -> str:
-    """A table cell: nothing for None, four significant digits for a float, the first of a long text."""
+    """A table cell: nothing for None, a float without an exponent where it is large, the first of a long text."""
     if value is None:
         return ""
-    shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    shown = str(value)
     return shown if len(shown) <= _CELL else f"{shown[: _CELL - 1]}…"
 
 

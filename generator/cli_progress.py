@@ -8,6 +8,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from jagtile.generator.cli_common import text
 from jagtile.generator.tile import config_from_dict
 from jagtile.generator.workloads import Workload
 from jagtile.tuning_db.schema import TuningRecord
@@ -60,9 +61,9 @@ class TuneProgress:
         if record.state == "ok" and record.time_us is not None:
             if self._best is None or record.time_us < (self._best.time_us or 0.0):
                 self._best = record
-                self._bar.update(self._task, best=f"best {name} {record.time_us:.4g} us")
+                self._bar.update(self._task, best=f"best {name} {text(record.time_us)} us")
             if record.phase == "search":
-                self._plain(f"  {name}: {record.time_us:.4g} us")
+                self._plain(f"  {name}: {text(record.time_us)} us")
         else:
             reason = (record.reason.strip().splitlines() or [""])[0]
             self._say(f"  {name}: {record.state}: {shorten(reason, _REASON_CHARACTERS, placeholder=' ...')}")
@@ -74,10 +75,10 @@ class TuneProgress:
         self._say(f"finals, {regime}: {configs} configs")
         self._bar.reset(self._task, total=configs, description=f"{self._spec} finals, {regime}", best="")
 
-    def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def _plain(self, text: str) -> None:
+    def _plain(self, line: str) -> None:
         """A line where there is no bar to show it."""
         if not self._console.is_terminal:
-            self._say(text)
+            self._say(line)
