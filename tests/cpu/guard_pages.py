@@ -1,4 +1,4 @@
-"""Script: run kernels on tensors that end, or begin, where a protected page lies. Arguments: path, meta.json, path, ..."""
+"""Script: run kernels on tensors that end, or begin, where a protected page lies. Arguments: path, meta.json, ..."""
 
 import ctypes
 import mmap
