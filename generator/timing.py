@@ -45,19 +45,24 @@ class GraphTimer:
         self.cache_bytes = int(torch.cuda.get_device_properties(device).L2_cache_size)
 
     def sampler(self, launch: Launch, sets: int, sample_ms: float) -> Sampler:
-        for index in range(sets):  # each set once before the capture: the launcher keeps a work list for each
-            launch(index)
-        torch.cuda.synchronize(self.device)
+        from jagtile.runtime.cuda.work_list import reuse_while_capturing
+
         begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        begin.record()
-        for index in range(3):
-            launch(index)
-        end.record()
-        end.synchronize()
-        launches = _launches(begin.elapsed_time(end) / 3, sets, sample_ms)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for index in range(sets):  # each set once before the capture: the launcher keeps a work list for each
+                launch(index)
+            begin.record()
+            for index in range(3):
+                launch(index)
+            end.record()
+            end.synchronize()
+        launches = _launches(begin.elapsed_time(end) / 3, sets, sample_ms)
+        # The work lists are left out: a batch's layers share one, built once.
+        with reuse_while_capturing(), torch.cuda.graph(graph, stream=stream):
             for index in range(launches):
                 launch(index)
         graph.replay()

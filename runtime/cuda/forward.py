@@ -108,9 +108,9 @@ class CudaForwardKernel:
             self._put_map(data, 3, target, total_q, heads, head_dim_v, _Q_ROWS)
 
         stream: int = torch._C._cuda_getCurrentRawStream(self._device)
-        capturing: bool = torch._C._cuda_isCurrentStreamCapturing()
+        rebuilt = work_list.rebuilt_now()
         key = (self._block_m, self._block_n, self._causal, bottom_right, stream)
-        found = None if capturing else work_list.find(cu_seqlens_q, cu_seqlens_k, key)
+        found = None if rebuilt else work_list.find(cu_seqlens_q, cu_seqlens_k, key)
         items = found or work_list.allocate(cu_seqlens_q, cu_seqlens_k, total_q, self._block_m)
         params.SCALARS.pack_into(
             data,
@@ -134,7 +134,7 @@ class CudaForwardKernel:
         )
         if found is None:
             self._launch(self._builder, 1, _BUILDER_THREADS, 0, stream, block.arguments)
-            if not capturing:
+            if not rebuilt:
                 work_list.keep(cu_seqlens_q, cu_seqlens_k, key, items)
         grid = min(self._slots, items.max_items * heads)
         self._launch(self._kernel, grid, self._threads, self._smem, stream, block.arguments)

@@ -10,6 +10,8 @@ reused: the build is captured with the attention and runs again at each replay, 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,28 @@ from jagtile.runtime.cuda.params import work_list_bytes
 
 _ATTRIBUTE = "_jagtile_work_lists"
 _MAX_LISTS = 64  # on one offsets tensor; streams and tile shapes are few
+
+
+_reused_while_capturing = False
+
+
+@contextmanager
+def reuse_while_capturing() -> Iterator[None]:
+    """For graphs whose offsets never change, such as a timer's: captured launches use the lists that exist.
+
+    It holds for the whole process. The lists must have been built on the stream that captures.
+    """
+    global _reused_while_capturing
+    before, _reused_while_capturing = _reused_while_capturing, True
+    try:
+        yield
+    finally:
+        _reused_while_capturing = before
+
+
+def rebuilt_now() -> bool:
+    """Whether a launch now must bring its own list: it is being captured into a graph whose offsets may change."""
+    return not _reused_while_capturing and torch._C._cuda_isCurrentStreamCapturing()
 
 
 class WorkList(NamedTuple):
