@@ -2,7 +2,8 @@
 
 A kernel asks the dynamic linker for ``libgomp.so.1``. Some torch wheels bundle the library under that name, and it is
 shared as it is; others rename it, and a second runtime with a second pool of spinning threads would be started. Putting
-torch's into the global scope first makes the kernels' symbols resolve to it.
+torch's into the global scope first makes the kernels' symbols resolve to it. Kernels of clang++ ask for LLVM's libomp
+and do start a pool of their own.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ struct WorkItem {
   int64_t q_begin, k_begin;  // first tokens of the sequence
   int64_t first_row;
   int rows;
-  int keys;          // that its last row sees
-  int64_t diagonal;  // causal: token t sees the keys up to t + diagonal
+  int keys;                  // that its last row sees
+  int64_t diagonal;          // causal: token t sees the keys up to t + diagonal
   double cost;
 };
 
