@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,14 +15,13 @@ from jagtile.generator.cli_common import (
     pick_workloads,
     print_json,
     print_table,
+    shortened,
     torch_device,
     workload_options,
 )
 
 if TYPE_CHECKING:
     from jagtile.generator.bench_types import BenchReport, WorkloadResult
-
-_REASON_CHARACTERS = 160  # in a table; JSON has it whole
 
 
 @click.command()
@@ -141,9 +139,7 @@ def _print_workload(result: WorkloadResult) -> None:
             None if peer.host_us is None else round(peer.host_us),
             "" if peer.error_rel is None else f"{peer.error_rel:.2e}",
             peer.samples or "",
-            ""
-            if peer.state == "ok"
-            else shorten(f"{peer.state}: {peer.reason}", _REASON_CHARACTERS, placeholder=" ..."),
+            "" if peer.state == "ok" else shortened(f"{peer.state}: {peer.reason}"),
         )
         for peer in result.peers
     ]

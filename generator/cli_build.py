@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from textwrap import shorten
 from typing import TYPE_CHECKING
 
 import click
@@ -15,14 +14,13 @@ from jagtile.generator.cli_common import (
     print_json,
     print_table,
     serving_spaces,
+    shortened,
     target_for,
 )
 
 if TYPE_CHECKING:
     from jagtile.generator.build import BuildResult
     from jagtile.generator.tile import Variant
-
-_REASON_CHARACTERS = 160  # in a table; JSON has it whole
 
 
 @click.command()
@@ -85,7 +83,7 @@ def _print(results: list[BuildResult]) -> None:
                 report.spill_bytes if report else "",
                 artifact.meta.launch.get("smem_bytes", "") if artifact else "",
                 f"{report.seconds:.2f}" if report else "",
-                shorten(result.reason.partition("\n")[0], _REASON_CHARACTERS, placeholder=" ..."),
+                shortened(result.reason.partition("\n")[0]),
             )
         )
     states = Counter(result.state for result in results)

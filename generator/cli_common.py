@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., object])
 
 _LOG_WIDTH = 1000
-_CELL = 160  # characters; --json has texts whole
+_REASON = 160  # characters of a reason in a table
 
 
 class GpuMissingError(Exception):
@@ -66,13 +66,18 @@ def print_table(
 
 
 def text(value: object) -> str:
-    """A table cell: nothing for None, a float without an exponent where it is large, the first of a long text."""
+    """A table cell: nothing for None, a float without an exponent where it is large."""
     if value is None:
         return ""
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    shown = str(value)
-    return shown if len(shown) <= _CELL else f"{shown[: _CELL - 1]}…"
+    return str(value)
+
+
+def shortened(reason: str) -> str:
+    """A reason as one line of a table; --json has it whole."""
+    line = " ".join(reason.split())
+    return line if len(line) <= _REASON else f"{line[: _REASON - 4]} ..."
 
 
 def parse_spec(name: str) -> KernelSpec:

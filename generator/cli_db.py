@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jagtile.generator.cli_common import json_option, parse_spec, print_json, print_table
+from jagtile.generator.cli_common import json_option, parse_spec, print_json, print_table, shortened
 
 if TYPE_CHECKING:
     from jagtile.tuning_db.schema import Config, TuningRecord
@@ -131,7 +131,7 @@ def _show_group(database: Database, group: list[TuningRecord], limit: int) -> No
             record.error_rel,
             record.phase,
             record.date[:19],
-            ", ".join(origin for origin, config in chosen.items() if config == name) or _first_line(record.reason),
+            ", ".join(origin for origin, config in chosen.items() if config == name) or shortened(record.reason),
         )
         for (name, _), record in ordered[:limit]
     ]
@@ -159,7 +159,3 @@ def _name(target: str, config: Config) -> str:
         return config_from_dict(target, config).name
     except ValueError:
         return " ".join(f"{knob}={value}" for knob, value in config.items())
-
-
-def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or [""])[0]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from textwrap import shorten
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jagtile.generator.cli_common import text
+from jagtile.generator.cli_common import shortened, text
 from jagtile.generator.tile import config_from_dict
 from jagtile.generator.workloads import Workload
 from jagtile.tuning_db.schema import TuningRecord
-
-_REASON_CHARACTERS = 160  # the whole one is on record
 
 
 class TuneProgress:
@@ -65,8 +62,7 @@ class TuneProgress:
             if record.phase == "search":
                 self._plain(f"  {name}: {text(record.time_us)} us")
         else:
-            reason = (record.reason.strip().splitlines() or [""])[0]
-            self._say(f"  {name}: {record.state}: {shorten(reason, _REASON_CHARACTERS, placeholder=' ...')}")
+            self._say(f"  {name}: {record.state}: {shortened(record.reason)}")
         self._bar.advance(self._task)
 
     def finals_started(self, regime: str, configs: int) -> None:
