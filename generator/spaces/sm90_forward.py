@@ -42,6 +42,10 @@ class Sm90ForwardConfig(TileConfig):
         return self.block_m // 64
 
 
+# (block_m, block_n, q_stages), the best for small head dims first; the last is legal for every head dim.
+_DEFAULT_TILES = ((192, 128, 2), (192, 112, 1), (128, 128, 2), (128, 112, 1), (128, 96, 1), (128, 80, 1))
+
+
 @dataclass(frozen=True)
 class SmemLayout:
     """Bytes of each region of shared memory, in order."""
@@ -134,9 +138,9 @@ class Sm90ForwardSpace:
         return None
 
     def default(self, spec: KernelSpec) -> TileConfig:
-        """Two math warpgroups, two stages, the widest key block up to 128 that is legal."""
-        for block_n in (128, 112, 96, 80, 64, 48, 32):
-            config = Sm90ForwardConfig(128, block_n, 2, 1, True, False, 1)
+        """The first legal one of a few tiles that did well in measurements (docs/performance-log.md)."""
+        for block_m, block_n, q_stages in _DEFAULT_TILES:
+            config = Sm90ForwardConfig(block_m, block_n, 2, q_stages, overlap=True, lazy_rescale=True, ctas_per_sm=1)
             if self.rejection(spec, config) is None:
                 return config
         raise AssertionError(f"no default tile for {spec.name}")
