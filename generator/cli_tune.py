@@ -134,7 +134,6 @@ def _print_result(result: TuneResult) -> None:
     rows = [
         (
             r.regime,
-            r.workload,
             r.chosen.name,
             r.chosen_us,
             r.chosen_tflops,
@@ -145,7 +144,7 @@ def _print_result(result: TuneResult) -> None:
         )
         for r in result.regimes
     ]
-    columns = ("regime", "timed on", "chosen", "us", "TFLOP/s", "gain", "over best", "noise", "configs")
+    columns = ("regime", "chosen", "us", "TFLOP/s", "gain", "over best", "noise", "configs")
     title = (
         f"{result.spec.name} on {result.choices.device.label} ({result.choices.device.slug}), {result.seconds:.0f} s"
     )
