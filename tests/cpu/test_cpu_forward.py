@@ -37,7 +37,7 @@ calls = st.builds(
 
 
 @each_variant
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(call=calls)
 def test_any_jagged_batch_agrees_with_the_oracle(variant: Variant, call: Call, kernel_of: KernelOf) -> None:
     check(kernel_of(variant), variant.spec, call)
