@@ -32,7 +32,7 @@ def list_(as_json: bool) -> None:
         print_json(rows)
         return
     columns = ("device", "label", "spec", "choices", "regimes", "records", "states", "latest")
-    print_table("Tuning database", columns, [[row[name] for name in columns] for row in rows], right="records")
+    print_table("Tuning database", columns, [[row[name] for name in columns] for row in rows], right=("records",))
     click.echo(f"user's: {database.user_root}\nshipped: {database.shipped_root}")
     if not rows:
         click.echo("Nothing is recorded yet: `jagtile tune SPEC` does so.")
@@ -137,7 +137,7 @@ def _show_group(database: Database, group: list[TuningRecord], limit: int) -> No
     ]
     title = f"{first.device} {first.target}/{first.spec}, {first.regime} ({first.workload}): {len(latest)} configs"
     columns = ("config", "state", "us", "IQR", "TFLOP/s", "error", "phase", "date", "chosen by, or why not")
-    print_table(title, columns, rows, right="us,IQR,TFLOP/s,error")
+    print_table(title, columns, rows, right=columns[2:6])
 
 
 def _chosen(database: Database, record: TuningRecord) -> dict[str, str]:

@@ -148,7 +148,7 @@ def _print_result(result: TuneResult) -> None:
     title = (
         f"{result.spec.name} on {result.choices.device.label} ({result.choices.device.slug}), {result.seconds:.0f} s"
     )
-    print_table(title, columns, rows, right="us,TFLOP/s,gain,over best,noise")
+    print_table(title, columns, rows, right=columns[2:7])
     click.echo(f"choices: {result.path}")
 
 
