@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import optuna
 
 TPE_SHARE = 0.6  # of the budget; the rest descends through neighbours
+_EXPLORED_FIRST = 20  # configs of an open-ended search, before turns alternate ...
+_TURNS = 10  # ... in rounds of so many
 _DESCEND_FROM = 4  # of the best configs
 _RUNNER_UP = 0.6  # steps by which each next of them is handicapped
 _LONG_STEP = 0.25  # what a step counts beyond the first along one knob
@@ -35,14 +37,15 @@ class Search:
         target: str,
         spec: KernelSpec,
         *,
-        trials: int,
+        trials: int | None,
         seeds: Sequence[TileConfig] = (),
         seed: int = 0,
         storage: str | None = None,
         study: str = "",
     ) -> None:
-        """``trials``: distinct configs to try, those told beforehand included. ``seeds``: known-good configs, tried
-        first. ``storage``: an Optuna storage URL (default: memory), where ``study`` names the study.
+        """``trials``: distinct configs to try, those told beforehand included; None: the caller stops when it likes.
+        ``seeds``: known-good configs, tried first. ``storage``: an Optuna storage URL (default: memory), where
+        ``study`` names the study.
         """
         self.trials = trials
         self.results: dict[TileConfig, float | None] = {}  # None: it failed
@@ -61,7 +64,8 @@ class Search:
     @property
     def remaining(self) -> int:
         """Configs that may still be asked for."""
-        return max(0, min(self.trials, len(self.legal)) - len(self.results) - len(self._asked))
+        trials = len(self.legal) if self.trials is None else min(self.trials, len(self.legal))
+        return max(0, trials - len(self.results) - len(self._asked))
 
     def best(self) -> list[TileConfig]:
         """Configs that did not fail, the best first."""
@@ -94,11 +98,16 @@ class Search:
             if self._is_fresh(config):
                 return config, None
         unknown = [config for config in self.legal if self._is_fresh(config)]
-        if len(unknown) <= self.remaining:
+        if self.trials is not None and len(unknown) <= self.remaining:
             return unknown[0], None
-        if len(self.results) + len(self._asked) < TPE_SHARE * self.trials:
-            return self._ask_tpe(unknown)
-        return self._nearest(unknown), None
+        return self._ask_tpe(unknown) if self._is_explored_now() else (self._nearest(unknown), None)
+
+    def _is_explored_now(self) -> bool:
+        """Whether TPE asks next. Where the end is not known, turns alternate at the same share."""
+        done = len(self.results) + len(self._asked)
+        if self.trials is not None:
+            return done < TPE_SHARE * self.trials
+        return done < _EXPLORED_FIRST or done % _TURNS < TPE_SHARE * _TURNS
 
     def _is_fresh(self, config: TileConfig) -> bool:
         return config not in self.results and config not in self._asked

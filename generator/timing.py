@@ -43,14 +43,15 @@ class GraphTimer:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.cache_bytes = int(torch.cuda.get_device_properties(device).L2_cache_size)
+        # One for all graphs: work lists are kept by stream, and those that a graph uses must be kept.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def sampler(self, launch: Launch, sets: int, sample_ms: float) -> Sampler:
         from jagtile.runtime.cuda.work_list import reuse_while_capturing
 
         begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        graph, stream = torch.cuda.CUDAGraph(), self._stream
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for index in range(sets):  # each set once before the capture: the launcher keeps a work list for each

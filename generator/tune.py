@@ -19,7 +19,7 @@ from jagtile.generator.measure import Trials, WorkerFacts
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant
 from jagtile.generator.trial import Build, Caller, TrialRunner
-from jagtile.generator.tune_session import TuneSession
+from jagtile.generator.tune_session import Found, TuneSession
 from jagtile.generator.tune_types import DEFAULT_BUDGET, Budget, Progress, RegimeResult, Silent, TuneResult
 from jagtile.generator.worker import Worker
 from jagtile.runtime.problem import REGIMES
@@ -77,7 +77,9 @@ def tune(
 
             runner = TrialRunner(facts.device.target, spec, worker, facts, build or _build, emit, timeout)
             tuner = TuneSession(runner, database, device.type, budget, seed, storage, resume, progress, builder, begin)
-            found = [tuner.search(regime, len(regimes) - index) for index, regime in enumerate(regimes)]
+            found: list[Found] = []
+            for index, regime in enumerate(regimes):
+                found.append(tuner.search(regime, len(regimes) - index, found))
             tuner.finals(found)
     return tuner.conclude(found, records, ship, slack)
 

@@ -25,6 +25,7 @@ from jagtile.runtime.errors import TuningError
 from jagtile.tuning_db.schema import ChoiceEntry, Choices, Phase, TuningRecord
 from jagtile.tuning_db.store import Database
 
+_PROVEN = 2  # best configs of an earlier regime that a later one tries first
 _FINALISTS = 3  # of each regime
 _FINALIST_RATIO = 1.1  # a finalist is at most this much slower than its regime's best
 _SEARCH_SHARE = 0.8  # of a budget of seconds; the rest is for the finals
@@ -64,18 +65,19 @@ class TuneSession:
     begin: float
     _failed: set[TileConfig] = field(default_factory=set)
 
-    def search(self, regime: str, regimes_left: int) -> Found:
-        """Spend a regime's share of the budget."""
+    def search(self, regime: str, regimes_left: int, before: Sequence[Found] = ()) -> Found:
+        """Spend a regime's share of the budget; the best of the regimes ``before`` are tried first."""
         spec, target = self.runner.spec, self.runner.target
         device = DeviceId(**msgspec.structs.asdict(self.runner.facts.device))
         workloads = representative(spec, regime, target)
         incumbent = choose_for_regime(spec, regime, device, self.database).variant.config
         good = [incumbent, default_variant(spec, target).config]
+        proven = [config for found in before for config in found.search.best()[:_PROVEN]]
         search = Search(
             target,
             spec,
-            trials=10**9 if self.budget.trials is None else self.budget.trials,
-            seeds=good,
+            trials=self._trials(),
+            seeds=[*good, *proven],
             seed=self.seed,
             storage=self.storage,
             study=f"{device.slug}/{target}/{spec.name}/{regime}",
@@ -201,6 +203,10 @@ class TuneSession:
     def _current_records(self) -> list[tuple[TileConfig, TuningRecord]]:
         runner = self.runner
         return current_records(self.database, runner.facts.device.slug, runner.target, runner.spec)
+
+    def _trials(self) -> int | None:
+        """None where only time ends the search; a budget without any limit means the whole space."""
+        return self.budget.trials if self.budget.seconds is not None else self.budget.trials or 10**9
 
     def _deadline(self, regimes_left: int) -> float:
         if self.budget.seconds is None:

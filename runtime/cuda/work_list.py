@@ -19,7 +19,7 @@ import torch
 from jagtile.runtime.cuda.params import work_list_bytes
 
 _ATTRIBUTE = "_jagtile_work_lists"
-_MAX_LISTS = 64  # on one offsets tensor; streams and tile shapes are few
+_MAX_LISTS = 256  # on one offsets tensor: streams x tile shapes
 
 
 _reused_while_capturing = False

@@ -53,6 +53,18 @@ def test_a_budget_beyond_the_space_tries_all_of_it():
     assert search.best()[0] == min(search.legal, key=landscape)
 
 
+def test_a_search_without_a_limit_is_good_whenever_it_is_stopped():
+    within = 0
+    for seed in range(5):
+        search = Search(TARGET, SPEC, trials=None, seed=seed)
+        optimum = min(landscape(config, seed) for config in search.legal)
+        for _ in range(len(search.legal) // 16):
+            for config in search.ask(4):
+                search.tell(config, landscape(config, seed))
+        within += landscape(search.best()[0], seed) <= 1.02 * optimum
+    assert within >= 4
+
+
 def test_seeds_come_first_and_an_illegal_one_is_left_out():
     legal = Search(TARGET, SPEC, trials=10).legal
     foreign = Search(TARGET, KernelSpec.parse("fwd_bf16_d64"), trials=10).legal

@@ -57,12 +57,14 @@ __device__ __forceinline__ int block_exclusive_scan(int value, int& prefix, int*
   return total;
 }
 
-// Query heads whose tiles are interleaved. Few keep K and V in L2 (p.heads_per_group, whole groups of one kv head); but a
-// group should give every CTA twice the work of the longest tile, or the last group's longest tiles end alone.
+// Query heads whose tiles are interleaved. Few keep K and V in L2 (p.heads_per_group); but a group should give every CTA
+// four times the work of the longest tile, or the last group's longest tiles end alone. Groups are whole kv heads, alike.
 __device__ __forceinline__ int interleaved_heads(const WorkListHeader& list, const Params& p) {
-  const int wanted = 2 * list.longest * static_cast<int>(gridDim.x) / max(list.total, 1) + 1;
-  const int whole = (wanted + p.gqa_ratio - 1) / p.gqa_ratio * p.gqa_ratio;
-  return min(max(whole, p.heads_per_group), p.heads);
+  const int kv_heads = p.heads / p.gqa_ratio;
+  const int balanced = 4 * list.longest * static_cast<int>(gridDim.x) / max(list.total, 1) + 1;
+  const int wanted = (max(balanced, p.heads_per_group) + p.gqa_ratio - 1) / p.gqa_ratio;
+  const int groups = max(kv_heads / wanted, 1);
+  return (kv_heads + groups - 1) / groups * p.gqa_ratio;
 }
 
 // Once per CTA, after its last claim: the last CTA makes the list ready for the next launch.
