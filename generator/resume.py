@@ -18,6 +18,7 @@ def current_records(
 ) -> list[tuple[TileConfig, TuningRecord]]:
     """A spec's records on a device whose source is still what their config renders to, oldest first.
 
+    Without crashes and timeouts that a later measurement on the same workload refutes.
     None where nothing has ever worked: then the fault is hardly the configs', and all may be tried anew.
     """
     current = []
@@ -31,7 +32,16 @@ def current_records(
             hashes[config] = source_sha256(Variant(target, spec, config))
         if record.source_sha256 == hashes[config]:
             current.append((config, record))
-    return current if any(record.state == "ok" for _, record in current) else []
+    return _standing(current) if any(record.state == "ok" for _, record in current) else []
+
+
+def _standing(records: list[tuple[TileConfig, TuningRecord]]) -> list[tuple[TileConfig, TuningRecord]]:
+    worked = {(config, r.workload): place for place, (config, r) in enumerate(records) if r.state == "ok"}
+    return [
+        (config, record)
+        for place, (config, record) in enumerate(records)
+        if record.state not in ("crash", "timeout") or worked.get((config, record.workload), -1) < place
+    ]
 
 
 def known_ratios(

@@ -1,11 +1,13 @@
 """One batch of configs on one workload: built, checked, timed together with the control; a record for each.
 
-Whatever becomes of a config becomes its record's state; only a missing compiler or an interrupt is an exception.
+Whatever becomes of a config becomes its record's state; only a missing compiler or an interrupt is an exception. What
+took the worker down is given a second try, alone in a fresh one, before that is held against it.
 """
 
 from __future__ import annotations
 
 import datetime
+import logging
 import statistics
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +19,7 @@ from jagtile.generator.measure import PREPARING, Plan, Verdict, WorkerFacts
 from jagtile.generator.render import render
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import TileConfig, Variant
-from jagtile.generator.worker import WorkerFailure
+from jagtile.generator.worker import STARTING, WorkerFailure
 from jagtile.generator.workloads import Workload
 from jagtile.runtime.artifact import Artifact
 from jagtile.runtime.errors import TuningError
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 Build = Callable[[Sequence[Variant]], "Iterable[BuildResult]"]
 Emit = Callable[[TuningRecord], None]
+
+log = logging.getLogger("jagtile")
 
 _CONTROL = ("control A", "control B")  # labels of the control's two runs
 
@@ -50,7 +54,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Batch:
-    """Outcome of a batch: time over the control's by config, None where it failed; the control in force now."""
+    """Outcome of a batch: time over the control's by config, None where it failed; the control in force now.
+
+    A control that failed is among the ratios even where it was none of the batch.
+    """
 
     ratios: dict[TileConfig, float | None]
     control: TileConfig | None
@@ -98,6 +105,7 @@ class TrialRunner:
         self.prepare(configs if control is None else [*configs, control])
         ratios: dict[TileConfig, float | None] = dict.fromkeys(configs)
         working = [config for config in ratios if self._passes(job, config)]
+        excused: set[TileConfig] = set()  # blamed once, but all right alone
         while working:
             control = control or working[0]
             try:
@@ -106,7 +114,12 @@ class TrialRunner:
                 culprit = control if failure.note in _CONTROL else _named(working, failure.note)
                 if culprit is None:
                     raise _not_the_config(job.workload, failure) from failure
-                self._fail(job, culprit, failure.state, failure.reason)
+                confirmed = failure if culprit in excused else self._failure_alone(job, culprit, failure)
+                if confirmed is None:
+                    excused.add(culprit)
+                    continue
+                self._fail(job, culprit, confirmed.state, confirmed.reason)
+                ratios[culprit] = None
                 working = [config for config in working if config != culprit]
                 control = None if culprit == control else control
                 continue
@@ -131,14 +144,32 @@ class TrialRunner:
     def _check(self, config: TileConfig, artifact: Artifact, workload: Workload) -> Verdict | WorkerFailure:
         key = (config, workload.name)
         if key not in self._verdicts:
-            try:
-                verdict = self.worker.call("check", artifact, workload, timeout=self.timeout)
-                self._verdicts[key] = cast(Verdict, verdict)
-            except WorkerFailure as failure:
-                if failure.note.startswith(PREPARING):
-                    raise _not_the_config(workload, failure) from failure
-                self._verdicts[key] = failure
+            verdict = self._try_check(artifact, workload)
+            if isinstance(verdict, WorkerFailure):
+                _log_second_try(config, verdict)
+                verdict = self._try_check(artifact, workload)
+            self._verdicts[key] = verdict
         return self._verdicts[key]
+
+    def _try_check(self, artifact: Artifact, workload: Workload) -> Verdict | WorkerFailure:
+        try:
+            return cast(Verdict, self.worker.call("check", artifact, workload, timeout=self.timeout))
+        except WorkerFailure as failure:
+            if failure.note == STARTING or failure.note.startswith(PREPARING):
+                raise _not_the_config(workload, failure) from failure
+            return failure
+
+    def _failure_alone(self, job: Job, config: TileConfig, before: WorkerFailure) -> WorkerFailure | None:
+        """How a config that was blamed for a failure fails when it is timed by itself, None where it does not."""
+        _log_second_try(config, before)
+        try:
+            alone = [(config.name, self._artifact(config))]
+            self.worker.call("time", alone, job.workload, job.plan, timeout=self.timeout)
+        except WorkerFailure as failure:
+            if failure.note != config.name:
+                raise _not_the_config(job.workload, failure) from failure
+            return failure
+        return None
 
     def _time(self, job: Job, working: Sequence[TileConfig], control: TileConfig) -> Mapping[str, Sequence[float]]:
         """Samples by label: the configs' names, but the control's two labels for it."""
@@ -217,6 +248,10 @@ class TrialRunner:
 def source_sha256(variant: Variant) -> str:
     """Of the variant's rendered source, "" for an illegal variant: what a record is valid for."""
     return "" if variant.space.rejection(variant.spec, variant.config) else render(variant).sha256
+
+
+def _log_second_try(config: TileConfig, failure: WorkerFailure) -> None:
+    log.info("%s: %s (%s); trying it once more, alone", config.name, failure.state, failure.reason)
 
 
 def _named(configs: Iterable[TileConfig], name: str) -> TileConfig | None:

@@ -21,7 +21,8 @@ from jagtile.generator.tile import Variant
 from jagtile.generator.trial import Build, Caller, TrialRunner
 from jagtile.generator.tune_session import Found, TuneSession
 from jagtile.generator.tune_types import DEFAULT_BUDGET, Budget, Progress, RegimeResult, Silent, TuneResult
-from jagtile.generator.worker import Worker
+from jagtile.generator.worker import Worker, WorkerFailure
+from jagtile.runtime.errors import TuningError
 from jagtile.runtime.problem import REGIMES
 from jagtile.tuning_db.schema import TuningRecord
 from jagtile.tuning_db.store import Database
@@ -57,7 +58,7 @@ def tune(
     ``make_worker`` stand in for the builder and the worker, in tests.
 
     Raises UnsupportedError where no template serves the spec, DatabaseError where nothing can be written,
-    CompilerNotFoundError, and TuningError where no config works.
+    CompilerNotFoundError, and TuningError where the device can't be used or no config works.
     """
     begin = time.monotonic()
     unknown = [regime for regime in regimes if regime not in REGIMES]
@@ -66,7 +67,10 @@ def tune(
     database = database or Database()
     progress = progress or Silent()
     with (make_worker or (lambda: Worker(Trials, str(device), seed)))() as worker:
-        facts = cast(WorkerFacts, worker.call("facts", timeout=max(timeout, 120.0)))
+        try:
+            facts = cast(WorkerFacts, worker.call("facts", timeout=max(timeout, 120.0)))
+        except WorkerFailure as failure:
+            raise TuningError(f"{device} can't be used: {failure.reason}") from None
         with database.writer(facts.device.slug, ship) as writer, ThreadPoolExecutor(1) as builder:
             records: list[TuningRecord] = []
 

@@ -22,6 +22,7 @@ from jagtile.generator.workloads import Workload, representative
 from jagtile.runtime.device import DeviceId
 from jagtile.runtime.dispatch import choose_for_regime, default_variant
 from jagtile.runtime.errors import TuningError
+from jagtile.runtime.problem import REGIMES
 from jagtile.tuning_db.schema import ChoiceEntry, Choices, Phase, TuningRecord
 from jagtile.tuning_db.store import Database
 
@@ -68,9 +69,8 @@ class TuneSession:
     def search(self, regime: str, regimes_left: int, before: Sequence[Found] = ()) -> Found:
         """Spend a regime's share of the budget; the best of the regimes ``before`` are tried first."""
         spec, target = self.runner.spec, self.runner.target
-        device = DeviceId(**msgspec.structs.asdict(self.runner.facts.device))
         workloads = representative(spec, regime, target)
-        incumbent = choose_for_regime(spec, regime, device, self.database).variant.config
+        incumbent = choose_for_regime(spec, regime, self._device(), self.database).variant.config
         good = [incumbent, default_variant(spec, target).config]
         proven = [config for found in before for config in found.search.best()[:_PROVEN]]
         search = Search(
@@ -80,7 +80,7 @@ class TuneSession:
             seeds=[*good, *proven],
             seed=self.seed,
             storage=self.storage,
-            study=f"{device.slug}/{target}/{spec.name}/{regime}",
+            study=f"{self.runner.facts.device.slug}/{target}/{spec.name}/{regime}",
         )
         records = self._current_records() if self.resume else []
         self._failed |= {config for config, record in records if record.state != "ok"}
@@ -129,10 +129,9 @@ class TuneSession:
             job = Job(regime, workload, "search", _PLANS[self.device_type, "search"])
             outcome = self.runner.run(job, list(logs), control)
             control = outcome.control
+            self._failed |= {config for config, ratio in outcome.ratios.items() if ratio is None}
             logs = {c: logs[c] + math.log(ratio) for c, ratio in outcome.ratios.items() if ratio is not None}
         for config in batch:
-            if config not in logs:
-                self._failed.add(config)
             search.tell(config, math.exp(logs[config] / len(workloads)) if config in logs else None)
         return control
 
@@ -154,18 +153,30 @@ class TuneSession:
     def conclude(self, found: Sequence[Found], records: Sequence[TuningRecord], ship: bool, slack: float) -> TuneResult:
         """Choose from the records on disk, write the choices, sum up."""
         facts, key = self.runner.facts.device, f"{self.runner.target}/{self.runner.spec.name}"
-        before = self.database.choices("shipped" if ship else "user", facts.slug) or Choices(device=facts)
-        if key not in before.specs:
-            entry = ChoiceEntry(
-                default=found[0].incumbent.to_dict(), regimes={f.regime: f.incumbent.to_dict() for f in found}
-            )
-            before = msgspec.structs.replace(before, specs={**before.specs, key: entry})
         current = [record for _, record in self._current_records()]
-        choices = choose(current, msgspec.structs.replace(before, device=facts), slack)
         known = [*current, *records]
-        results = tuple(self._result(regime, choices.specs[key], records, known) for regime in found)
-        path = self.database.write_choices(choices, ship)
+        with self.database.changing_choices(facts.slug, ship):
+            before = self.database.choices("shipped" if ship else "user", facts.slug) or Choices(device=facts)
+            if key not in before.specs:
+                before = msgspec.structs.replace(before, specs={**before.specs, key: self._in_force(found, ship)})
+            choices = choose(current, msgspec.structs.replace(before, device=facts), slack)
+            results = tuple(self._result(regime, choices.specs[key], records, known) for regime in found)
+            path = self.database.write_choices(choices, ship)
         return TuneResult(self.runner.spec, choices, path, results, tuple(records), time.monotonic() - self.begin)
+
+    def _in_force(self, found: Sequence[Found], ship: bool) -> ChoiceEntry:
+        """What dispatch takes so far: for the regimes that were tuned and, as a new entry of the user's hides the
+        shipped one, for the others too.
+        """
+        regimes = {f.regime: f.incumbent for f in found}
+        for regime in () if ship else (name for name in REGIMES if name not in regimes):
+            decision = choose_for_regime(self.runner.spec, regime, self._device(), self.database)
+            if decision.source != "default":
+                regimes[regime] = decision.variant.config
+        return ChoiceEntry(
+            default=found[0].incumbent.to_dict(),
+            regimes={regime: config.to_dict() for regime, config in regimes.items()},
+        )
 
     def _result(
         self, found: Found, entry: ChoiceEntry, records: Sequence[TuningRecord], known: Sequence[TuningRecord]
@@ -186,6 +197,10 @@ class TuneSession:
             config = config_from_dict(record.target, record.config)
             timed[config] = timed.get(config, 0.0) + (record.time_us or math.inf)
         chosen = config_from_dict(self.runner.target, entry.regimes[found.regime])
+        if chosen not in timed:  # another tuner's finals are later than ours
+            wanted = (found.regime, "ok", chosen.to_dict())
+            latest = {r.workload: r for r in known if (r.regime, r.state, r.config) == wanted}
+            timed[chosen] = sum(r.time_us or math.inf for r in latest.values())
         flops = sum(workload.flops for workload in found.workloads)
         return RegimeResult(
             regime=found.regime,
@@ -199,6 +214,9 @@ class TuneSession:
             noise=max(record.aa_spread or 0.0 for record in own),
             states=states,
         )
+
+    def _device(self) -> DeviceId:
+        return DeviceId(**msgspec.structs.asdict(self.runner.facts.device))
 
     def _current_records(self) -> list[tuple[TileConfig, TuningRecord]]:
         runner = self.runner

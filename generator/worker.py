@@ -23,6 +23,8 @@ from typing import Literal
 
 Note = Callable[[str], None]
 
+STARTING = "start"  # the note of a process that could not be started
+
 
 class WorkerFailure(Exception):  # noqa: N818 - an outcome to record, not a programming error
     """A call did not return. ``state`` is how it ended, ``note`` what the worker last said it was about to do."""
@@ -51,9 +53,10 @@ class Worker:
 
     def call(self, method: str, *arguments: object, timeout: float) -> object:
         """The method's result. WorkerFailure where it raises, kills its process or says nothing for ``timeout`` s."""
-        note = ""
+        note = STARTING
         try:
             connection = self._connection or self._start()
+            note = ""
             try:
                 connection.send((method, arguments))
             except OSError:
@@ -99,7 +102,7 @@ class Worker:
         self.started += 1
         kind, payload = _receive(ours, self._start_timeout, process)
         if kind != "ready":
-            raise WorkerFailure("crash", f"the worker did not start: {payload}", "start")
+            raise WorkerFailure("crash", f"the worker did not start: {payload}", STARTING)
         return ours
 
     def __enter__(self) -> Worker:

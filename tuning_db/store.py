@@ -8,6 +8,8 @@ set aside with a JagtileWarning that names it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import logging
 import os
 import re
 import socket
@@ -21,20 +23,28 @@ from typing import Literal
 import msgspec
 
 from jagtile.runtime.errors import DatabaseError, JagtileWarning
+from jagtile.runtime.scratch import private_folder
 from jagtile.runtime.settings import settings
 from jagtile.tuning_db.schema import SCHEMA, Choices, DeviceFacts, TuningRecord
 
 Origin = Literal["user", "shipped"]
 
+log = logging.getLogger("jagtile")
+
+_LOCK_SECONDS = 60.0
 _SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHIPPED = Path(__file__).resolve().parent
 
 
 class RecordWriter:
-    """Appends records to one file, a line each, on disk when ``append`` returns. A context manager."""
+    """Appends records to one file, a line each, on disk when ``append`` returns. A context manager.
 
-    def __init__(self, path: Path) -> None:
+    ``shared``: others may have the same file open.
+    """
+
+    def __init__(self, path: Path, *, shared: bool = False) -> None:
         self.path = path
+        self._shared = shared
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -52,8 +62,8 @@ class RecordWriter:
         os.fsync(self._fd)
 
     def close(self) -> None:
-        """Close the file; a file that nothing was written to is removed."""
-        empty = os.fstat(self._fd).st_size == 0
+        """Close the file; one of our own that nothing was written to is removed."""
+        empty = not self._shared and os.fstat(self._fd).st_size == 0
         os.close(self._fd)
         if empty:
             self.path.unlink(missing_ok=True)
@@ -129,9 +139,29 @@ class Database:
     def writer(self, slug: str, ship: bool) -> RecordWriter:
         """A writer of records for a device. DatabaseError, before anything is measured, where it can't be."""
         if ship:
-            return RecordWriter(self.folder("shipped", slug) / "records.jsonl")
+            return RecordWriter(self.folder("shipped", slug) / "records.jsonl", shared=True)
         name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
         return RecordWriter(self.folder("user", slug) / "records" / name)
+
+    @contextlib.contextmanager
+    def changing_choices(self, slug: str, ship: bool) -> Iterator[None]:
+        """Keep this node's other processes from changing a device's choices between our reading and our writing them.
+
+        Where no lock can be had the last writer wins.
+        """
+        import filelock
+
+        path = self.folder("shipped" if ship else "user", slug).resolve()
+        with contextlib.ExitStack() as held:
+            try:
+                folder = private_folder(create=True)
+                assert folder is not None  # it was to be created
+                (folder / "locks").mkdir(exist_ok=True)
+                name = f"choices-{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.lock"
+                held.enter_context(filelock.FileLock(folder / "locks" / name, timeout=_LOCK_SECONDS))
+            except (OSError, NotImplementedError) as error:  # filelock.Timeout is an OSError too
+                log.warning("changing the choices in %s without a lock: %s", path, error)
+            yield
 
     def write_choices(self, choices: Choices, ship: bool) -> Path:
         """Replace the choices of a device atomically; keys sorted and indented, so that a retune is a readable diff."""

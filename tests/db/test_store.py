@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import msgspec
@@ -197,6 +198,34 @@ def test_concurrent_writers_lose_and_mix_nothing(database, ship):
     for process in writers:
         process.join()
     assert {r.session for r in database.records()} == {f"{w}/{n}" for w in range(4) for n in range(50)}
+
+
+def test_a_shipping_writer_with_nothing_to_write_leaves_anothers_records_alone(database):
+    with database.writer(FACTS.slug, ship=True) as busy:
+        write(database, ship=True)
+        busy.append(record())
+    assert len(database.records()) == 1
+
+
+def _choose(user: Path, shipped: Path, number: int) -> None:
+    database = Database(user, shipped)
+    for step in range(10):
+        with database.changing_choices(FACTS.slug, ship=True):
+            before = database.choices("shipped", FACTS.slug) or Choices(device=FACTS)
+            time.sleep(0.002)
+            new = choices(**{f"spec{number}_{step}": 4}).specs
+            database.write_choices(msgspec.structs.replace(before, specs={**before.specs, **new}), ship=True)
+
+
+def test_choices_changed_by_several_processes_at_once_are_all_kept(database):
+    context = multiprocessing.get_context("fork")
+    arguments = [(database.user_root, database.shipped_root, number) for number in range(3)]
+    processes = [context.Process(target=_choose, args=each) for each in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert len(database.choices("shipped", FACTS.slug).specs) == 30
 
 
 def test_what_is_shipped_in_this_repository_is_readable(recwarn):

@@ -13,7 +13,7 @@ from pathlib import Path
 from jagtile.generator.measure import Verdict, WorkerFacts
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import TileConfig, Variant, parse_config
-from jagtile.generator.worker import WorkerFailure
+from jagtile.generator.worker import STARTING, WorkerFailure
 from jagtile.runtime.artifact import Artifact, ArtifactMeta, CompileReport
 from jagtile.tuning_db.schema import DeviceFacts
 
@@ -87,7 +87,8 @@ def _fraction(*parts: object) -> float:
 @dataclass
 class FakeWorker:
     """Answers as ``Trials`` in a ``Worker`` would. ``check`` and ``time`` behave by config name:
-    "incorrect", "crash", "timeout" or "crash while timed".
+    "incorrect", "crash", "timeout" or "crash while timed"; "crash once" and "crash once while timed" are all right the
+    next time, "crash in company" only by itself; with "no worker" not even a process can be had.
     """
 
     behaviour: dict[str, str] = field(default_factory=dict)
@@ -97,6 +98,12 @@ class FakeWorker:
     timed: list[str] = field(default_factory=list)
     checked: list[str] = field(default_factory=list)
     _rng: random.Random = field(default_factory=lambda: random.Random(0))
+    _crashed: set[str] = field(default_factory=set)
+
+    def _is_first(self, name: str, kind: str) -> bool:
+        first = self.behaviour.get(name) == kind and name not in self._crashed
+        self._crashed |= {name} if first else set()
+        return first
 
     def __enter__(self) -> FakeWorker:
         return self
@@ -114,9 +121,12 @@ class FakeWorker:
     def _check(self, made, workload) -> Verdict:
         name = made.meta.key.rpartition("/")[2]
         self.checked.append(name)
-        kind = self.behaviour.get(name)
-        if kind in ("crash", "timeout"):
-            raise WorkerFailure(kind, f"died of {kind}", "check edges")
+        kind = self.behaviour.get(name, "")
+        if kind == "no worker":
+            raise WorkerFailure("crash", "the device is lost", STARTING)
+        if kind in ("crash", "timeout") or self._is_first(name, "crash once"):
+            state = "timeout" if kind == "timeout" else "crash"
+            raise WorkerFailure(state, f"died of {state}", "check edges")
         return Verdict("edges: relative error 0.5 above 0.0028" if kind == "incorrect" else "", 2e-3, 1e-2, 0.1)
 
     def _time(self, candidates, workload, plan) -> dict[str, list[float]]:
@@ -124,7 +134,8 @@ class FakeWorker:
         for label, made in candidates:
             name = made.meta.key.rpartition("/")[2]
             self.timed.append(name)
-            if self.behaviour.get(name) == "crash while timed":
+            crashes = self.behaviour.get(name) == "crash while timed" or self._is_first(name, "crash once while timed")
+            if crashes or (self.behaviour.get(name) == "crash in company" and len(candidates) > 1):
                 raise WorkerFailure("crash", "killed by SIGSEGV", label)
             mean = self.time_of(parse_config(TARGET, name), workload.name)
             samples[label] = [mean * self._rng.gauss(1, self.noise) for _ in range(plan.rounds)]

@@ -18,11 +18,14 @@ from fakes import DEVICE, SPEC, TARGET, FakeBuilder, FakeWorker, landscape
 from jagtile.generator.search import Search
 from jagtile.generator.tile import config_from_dict, spaces_of
 from jagtile.generator.tune import Budget, Silent, tune
+from jagtile.generator.worker import WorkerFailure
 from jagtile.runtime.device import DeviceId
 from jagtile.runtime.dispatch import choose_for_regime
 from jagtile.runtime.errors import DatabaseError, TuningError, UnsupportedError
+from jagtile.runtime.problem import REGIMES
 from jagtile.tuning_db.store import Database
 
+KEY = f"{TARGET}/{SPEC.name}"
 LEGAL = Search(TARGET, SPEC, trials=1).legal
 DEFAULT = spaces_of(TARGET, SPEC)[0].default(SPEC)
 
@@ -108,7 +111,7 @@ def test_what_failed_in_one_regime_is_not_tried_in_the_next(database):
     victim = next(c.name for c in LEGAL if c != DEFAULT)
     worker = FakeWorker({victim: "timeout"})
     run(database, worker, regimes=("short", "long", "medium"), trials=None)
-    assert worker.checked.count(victim) == 1
+    assert worker.checked.count(victim) == 2  # the second time to confirm the first
     assert victim not in worker.timed
 
 
@@ -126,6 +129,50 @@ def test_an_incumbent_that_fails_is_replaced(database, kind):
     assert result.regimes[0].incumbent == DEFAULT
     assert result.regimes[0].incumbent_us is None
     assert result.regimes[0].chosen != DEFAULT
+
+
+@pytest.mark.parametrize("kind", ["crash once", "crash once while timed"])
+def test_a_config_that_is_all_right_by_itself_is_not_condemned(database, kind):
+    victims = {DEFAULT.name: kind, next(c.name for c in LEGAL if c != DEFAULT): kind}
+    result = run(database, FakeWorker(victims), trials=None)
+    assert {r.state for r in result.records} == {"ok"}
+    assert {config_from_dict(TARGET, r.config).name for r in searched(result.records)} == {c.name for c in LEGAL}
+    assert {r.control for r in result.records} == {DEFAULT.name}
+    assert result.regimes[0].incumbent_us is not None
+
+
+def test_a_config_that_crashes_in_company_every_time_is_given_up(database):
+    victim = next(c.name for c in LEGAL if c != DEFAULT)
+    worker = FakeWorker({victim: "crash in company"})
+    result = run(database, worker, trials=None)
+    assert [(config_from_dict(TARGET, r.config).name, r.state) for r in result.records if r.state != "ok"] == [
+        (victim, "crash")
+    ]
+    assert worker.timed.count(victim) == 3  # in company, alone, in company
+
+
+@pytest.mark.parametrize("kind", ["crash", "crash while timed"])
+def test_measuring_anew_refutes_a_crash_on_record(database, kind):
+    run(database, FakeWorker({DEFAULT.name: kind}))
+    loved = FakeWorker(time_of=lambda config, workload: 50.0 if config == DEFAULT else 100.0)
+    assert run(database, loved).regimes[0].chosen != DEFAULT
+    run(database, resume=False)
+    assert run(database, loved).regimes[0].chosen == DEFAULT
+
+
+def test_a_lost_device_ends_the_tune_and_condemns_nobody(database):
+    with pytest.raises(TuningError, match="the device is lost"):
+        run(database, FakeWorker({config.name: "no worker" for config in LEGAL}))
+    assert database.records() == []
+
+
+def test_a_device_that_can_not_be_used_is_told(database):
+    class Unusable(FakeWorker):
+        def _facts(self):
+            raise WorkerFailure("crash", "no kernel image", "read the device's identity")
+
+    with pytest.raises(TuningError, match="cuda can't be used: no kernel image"):
+        run(database, Unusable())
 
 
 def test_where_nothing_works_the_error_counts_the_ends(database):
@@ -167,6 +214,27 @@ def test_shipping_writes_beside_the_code_and_not_to_the_user(database):
     assert result.path == database.shipped_root / DEVICE.slug / "choices.json"
     assert (database.shipped_root / DEVICE.slug / "records.jsonl").exists()
     assert not database.user_root.exists()
+
+
+def test_tuning_one_regime_leaves_the_shipped_choices_of_the_others_in_force(database):
+    shipped = run(database, regimes=("short", "long"), trials=60, ship=True).choices.specs[KEY]
+    (records,) = database.shipped_root.glob("*/records.jsonl")
+    records.write_text(records.read_text().replace('"source_sha256":"', '"source_sha256":"old'))
+    slow = FakeWorker(time_of=lambda config, workload: 300 - landscape(config))
+    entry = run(database, slow, regimes=("short",), trials=60).choices.specs[KEY]
+    assert entry.regimes["short"] != shipped.regimes["short"]
+    assert entry.regimes["long"] == shipped.regimes["long"]
+    assert entry.regimes.keys() == set(REGIMES)
+
+
+def test_a_choice_that_follows_from_another_tuners_later_finals_is_told_with_its_time(database):
+    first = run(database)
+    other = next(r for r in first.records if r.phase == "final" and r.time_us != first.regimes[0].chosen_us)
+    with database.writer(DEVICE.slug, ship=False) as writer:
+        writer.append(msgspec.structs.replace(other, session="later", date="2999", time_us=1.5, aa_spread=0.0))
+    found = run(database, FakeWorker({config.name: "crash" for config in LEGAL if config.to_dict() == other.config}))
+    assert found.regimes[0].chosen.to_dict() == other.config
+    assert found.regimes[0].chosen_us == 1.5
 
 
 def test_the_incumbent_stays_within_the_noise(database):
@@ -269,7 +337,9 @@ def test_a_spec_that_no_template_serves_is_refused(database):
 
 
 SCRIPT = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it, and so would we
 sys.path.insert(0, sys.argv[1])
 import torch
 from fakes import SPEC, FakeBuilder, FakeWorker

@@ -9,7 +9,7 @@ from pathlib import Path
 import broken_jobs
 import pytest
 
-from jagtile.generator.worker import Worker, WorkerFailure
+from jagtile.generator.worker import STARTING, Worker, WorkerFailure
 
 
 @pytest.fixture(scope="module")  # a process takes seconds to start, and every test must cope with a used worker
@@ -65,8 +65,9 @@ def test_a_worker_killed_from_outside_is_replaced(worker):
 
 
 def test_a_worker_that_can_not_start_says_why():
-    with Worker(broken_jobs.Unmakeable) as worker, pytest.raises(WorkerFailure, match="no device here"):
+    with Worker(broken_jobs.Unmakeable) as worker, pytest.raises(WorkerFailure, match="no device here") as failure:
         worker.call("double", 1, timeout=60)
+    assert failure.value.note == STARTING
 
 
 def test_leaving_the_context_ends_the_process():
