@@ -183,7 +183,8 @@ def _check_raggedness(query: NestedTensor, key: NestedTensor, value: NestedTenso
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    """What autocast casts to on the device; None where it is off, and on other devices, some of which have none."""
+    if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 

@@ -44,3 +44,11 @@ def test_key_and_value_with_two_offsets_tensors_compile_too(oracle_kernels):
     )
     out = torch.compile(jagtile.sdpa, backend="aot_eager", fullgraph=True)(query, key, value)
     torch.testing.assert_close(out._values, jagtile.sdpa(query, key, value)._values)
+
+
+def test_autocast_holds_inside_a_graph(oracle_kernels):
+    x = torch.nested.nested_tensor_from_jagged(torch.randn(7, 4, 8), torch.tensor([0, 3, 7])).transpose(1, 2)
+    compiled = torch.compile(lambda x: jagtile.sdpa(x, x, x), backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compiled(x).dtype == torch.bfloat16
+    assert compiled(x).dtype == torch.float32
