@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
+import jagtile
 from jagtile.generator.cli_common import GpuMissingError, VerificationError
 from jagtile.runtime.errors import (
     CompilerNotFoundError,
@@ -59,6 +60,8 @@ def _exit_code(run: Callable[[], object]) -> int:
         code, message = 2, str(error)
     except (JagtileError, UnsupportedError, IllegalConfigError, SettingError) as error:
         code, message = 1, str(error)
+    except OSError as error:  # a file that an option names, or a full disk
+        code, message = 1, str(error)
     else:
         return result if isinstance(result, int) else 0
     click.echo(f"Error: {message}", err=True)
@@ -66,7 +69,7 @@ def _exit_code(run: Callable[[], object]) -> int:
 
 
 @click.command(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
-@click.version_option(package_name="jagtile", message="%(version)s")
+@click.version_option(jagtile.__version__, message="%(version)s")
 def cli() -> None:
     """Attention kernels for jagged batches: generate, build, tune, look up.
 

@@ -94,6 +94,10 @@ def bench(
     chosen = pick_workloads(workloads, **described)
     name = dtype or ("fp32" if where.type == "cpu" else "bf16")
 
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.touch()  # better told now than when all is measured
+
     def on_result(report: BenchReport) -> None:
         if output is not None:  # after each workload: an interrupted run has what was measured
             output.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")

@@ -209,6 +209,12 @@ def test_bad_requests_exit_with_1(run):
     assert "no peer fa9" in run("bench", "cpu-d64", "--skip", "fa9", code=1).output
 
 
+def test_a_place_that_results_can_not_be_written_to_is_told_before_anything_is_measured(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_module, "bench", None)
+    (tmp_path / "file").write_text("")
+    assert "Error: " in run("bench", "tiny-d64", "-o", str(tmp_path / "file" / "x.json"), code=1).output
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_asking_for_one_exits_with_3(run):
     assert "jagtile doctor" in run("bench", "u4k-d128", "--device", "cuda", code=3).output

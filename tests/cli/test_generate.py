@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import jagtile
 from jagtile.generator.cli import VERBS
 
 SPEC = "fwd_bf16_d64_causal"
@@ -29,6 +30,17 @@ print([name for name in ("optuna", "jinja2", "rich.table") if name in sys.module
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_version_is_told_without_an_installation_too(run):
+    assert run("--version").output.strip() == jagtile.__version__
+
+
+def test_a_file_that_can_not_be_written_is_told_in_a_line(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    output = run("generate", SPEC, "-o", str(tmp_path / "file" / "x.cu"), code=1).output
+    assert output.startswith("Error: ")
+    assert "file" in output
 
 
 def test_a_spec_gives_the_source_of_its_default_variant(run, run_json):

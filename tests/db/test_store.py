@@ -226,11 +226,3 @@ def test_choices_changed_by_several_processes_at_once_are_all_kept(database):
     for process in processes:
         process.join()
     assert len(database.choices("shipped", FACTS.slug).specs) == 30
-
-
-def test_what_is_shipped_in_this_repository_is_readable(recwarn):
-    database = Database()
-    for facts in database.devices("shipped"):
-        assert database.choices("shipped", facts.slug).device == facts
-        assert all(r.device == facts.slug for r in database.records(device=facts.slug))
-    assert not [w for w in recwarn if issubclass(w.category, JagtileWarning)]

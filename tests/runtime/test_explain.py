@@ -33,6 +33,7 @@ def empty_world(plain_spaces, monkeypatch, tmp_path):
     monkeypatch.setattr(explain, "cached", lambda variant: cache.get(variant.name))
     monkeypatch.setattr(loader, "load", None)
     monkeypatch.setitem(sys.modules, "jagtile.generator.build", None)
+    monkeypatch.setattr("jagtile.tuning_db.store._SHIPPED", tmp_path / "shipped")
     with settings.override(cache_dir=tmp_path):
         yield cache
 
