@@ -20,7 +20,8 @@ from msgspec.structs import replace
 from jagtile.generator.bench_types import PeerResult, Plan, State, WorkloadResult, describe, failure
 from jagtile.generator.measure import PREPARING, Trials, WorkerFacts
 from jagtile.generator.oracle import tolerance
-from jagtile.generator.peers import OURS, PEERS, Peer, Prepared
+from jagtile.generator.peer import Peer, Prepared
+from jagtile.generator.peers import OURS, PEERS
 from jagtile.generator.spec import DType
 from jagtile.generator.spot_check import BUDGET_FLOPS, SpotCheck, spot_check
 from jagtile.generator.timing import timer_for

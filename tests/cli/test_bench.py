@@ -16,7 +16,9 @@ from jagtile.generator.bench_types import BenchReport, PeerResult, Plan, describ
 from jagtile.generator.bench_worker import Bencher
 from jagtile.generator.measure import WorkerFacts
 from jagtile.generator.oracle import errors, reference
-from jagtile.generator.peers import PEERS, Prepared, document_mask
+from jagtile.generator.peer import Prepared
+from jagtile.generator.peers import PEERS
+from jagtile.generator.peers_torch import document_mask
 from jagtile.generator.worker import WorkerFailure
 from jagtile.generator.workloads import Workload, random_workload
 from jagtile.tuning_db.schema import DeviceFacts
