@@ -9,6 +9,7 @@ import torch
 
 from jagtile.runtime.artifact import Artifact, ArtifactMeta
 from jagtile.runtime.cuda import driver, params, tensor_map, work_list
+from jagtile.runtime.errors import UnsupportedError
 
 _LOG2_E = 1.4426950408889634
 _BUILDER = "jagtile_build_work_list"
@@ -17,6 +18,14 @@ _Q_ROWS = 64  # of one math warpgroup
 _ELEMENT_BYTES = 2
 _L2_SHARE = 32 << 20  # bytes of K and V that the heads in flight together may take
 _SMALLEST_SCALE = 1e-30
+_TMA_ALIGNMENT = 16  # of addresses and strides, in bytes
+_MAX_LAYOUTS = 4096  # remembered a kernel: the strides of head-major tensors change with every batch
+_MAP_WORDS = tuple(
+    index * tensor_map.MAP_BYTES // 8 for index in range(len(params.MAPS))
+)  # each begins with an address
+
+# Whether there are two tokens or more of q and of k, heads, heads_kv, strides of q, k, v, out: what maps depend on.
+_Layout = tuple[bool, bool, int, int, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 class _Block(threading.local):
@@ -24,6 +33,7 @@ class _Block(threading.local):
 
     def __init__(self) -> None:
         self.data = bytearray(params.BLOCK_BYTES)
+        self.words = memoryview(self.data).cast("Q")
         self._fixed = (ctypes.c_char * params.BLOCK_BYTES).from_buffer(self.data)
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._fixed))
         self.arguments = ctypes.addressof(self._pointers)
@@ -47,7 +57,7 @@ class CudaForwardKernel:
             self._kernel = driver.function(module, self.meta.symbol, self._smem)
             self._builder = driver.function(module, _BUILDER)
         self._launch = driver.Launcher(self._device)
-        self._map_templates: dict[tuple[int, ...], bytes] = {}
+        self._maps: dict[_Layout, bytes] = {}
         self._block = _Block()
 
     def forward(
@@ -87,33 +97,30 @@ class CudaForwardKernel:
     ) -> None:
         total_q, heads, head_dim = q.shape
         total_k, heads_kv, head_dim_v = v.shape
+        addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+        layout = (total_q > 1, total_k > 1, heads, heads_kv, q.stride(), k.stride(), v.stride(), out.stride())
+        maps = self._maps.get(layout)
         block = self._block
-        data = block.data
-        # Layouts that TMA cannot address are copied; every ordinary one, packed QKV views included, is not.
-        if not self._put_map(data, 0, q, total_q, heads, head_dim, _Q_ROWS):
-            q = q.clone(memory_format=torch.contiguous_format)
-            self._put_map(data, 0, q, total_q, heads, head_dim, _Q_ROWS)
-        if total_k == 0:  # nothing is loaded, but maps must be maps
-            data[tensor_map.MAP_BYTES : 3 * tensor_map.MAP_BYTES] = data[: tensor_map.MAP_BYTES] * 2
+        if maps is not None and (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % _TMA_ALIGNMENT == 0:
+            block.data[: len(maps)] = maps
+            words = block.words
+            words[_MAP_WORDS[0]], words[_MAP_WORDS[1]], words[_MAP_WORDS[2]], words[_MAP_WORDS[3]] = addresses
+        elif _addressable(q) and _addressable(k) and _addressable(v) and _addressable(out):
+            maps = self._encode_maps(layout, (q, k, v, out))
+            block.data[: len(maps)] = maps
         else:
-            if not self._put_map(data, 1, k, total_k, heads_kv, head_dim, self._block_n):
-                k = k.clone(memory_format=torch.contiguous_format)
-                self._put_map(data, 1, k, total_k, heads_kv, head_dim, self._block_n)
-            if not self._put_map(data, 2, v, total_k, heads_kv, head_dim_v, self._block_n):
-                v = v.clone(memory_format=torch.contiguous_format)
-                self._put_map(data, 2, v, total_k, heads_kv, head_dim_v, self._block_n)
-        target = out
-        if not self._put_map(data, 3, out, total_q, heads, head_dim_v, _Q_ROWS):
-            target = torch.empty_like(out, memory_format=torch.contiguous_format)
-            self._put_map(data, 3, target, total_q, heads, head_dim_v, _Q_ROWS)
+            self._forward_copies(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
+            return
 
         stream: int = torch._C._cuda_getCurrentRawStream(self._device)
-        rebuilt = work_list.rebuilt_now()
         key = (self._block_m, self._block_n, self._causal, bottom_right, stream)
-        found = None if rebuilt else work_list.find(cu_seqlens_q, cu_seqlens_k, key)
-        items = found or work_list.allocate(cu_seqlens_q, cu_seqlens_k, total_q, self._block_m)
+        found = None if work_list.rebuilt_now() else work_list.find(cu_seqlens_q, cu_seqlens_k, key)
+        items = found or work_list.allocate(cu_seqlens_q, total_q, total_k, self._block_m)
+        tiles = items.max_items * heads
+        if tiles > work_list.MAX_TILES:
+            raise UnsupportedError(f"up to {tiles} tiles of queries and heads; served: {work_list.MAX_TILES}")
         params.SCALARS.pack_into(
-            data,
+            block.data,
             params.SCALARS_OFFSET,
             cu_seqlens_q.data_ptr(),
             cu_seqlens_k.data_ptr(),
@@ -134,36 +141,66 @@ class CudaForwardKernel:
         )
         if found is None:
             self._launch(self._builder, 1, _BUILDER_THREADS, 0, stream, block.arguments)
-            if not rebuilt:
-                work_list.keep(cu_seqlens_q, cu_seqlens_k, key, items)
-        grid = min(self._slots, items.max_items * heads)
-        self._launch(self._kernel, grid, self._threads, self._smem, stream, block.arguments)
+            work_list.keep(cu_seqlens_q, cu_seqlens_k, key, items)
+        self._launch(self._kernel, min(self._slots, tiles), self._threads, self._smem, stream, block.arguments)
+
+    def _forward_copies(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        scale: float,
+        bottom_right: bool,
+    ) -> None:
+        """Layouts that TMA cannot address are copied; every ordinary one, packed QKV views included, is not."""
+        if k.shape[1] > 1 and k.stride(1) == v.stride(1) == 0:  # one head, expanded
+            k, v = k[:, :1], v[:, :1]
+        q, k, v = (t if _addressable(t) else t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
+        target = out if _addressable(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
+        self._forward(q, k, v, cu_seqlens_q, cu_seqlens_k, target, lse, scale, bottom_right)
         if target is not out:
             out.copy_(target)
 
-    def _put_map(
-        self, data: bytearray, index: int, tensor: torch.Tensor, tokens: int, heads: int, dim: int, rows: int
-    ) -> bool:
-        """Write the ragged map of a packed tensor into a parameter block; False where TMA can't address its layout."""
-        address = tensor.data_ptr()
-        strides = tensor.stride()
-        key = (index, tokens > 1, heads, *strides)
-        encoded = self._map_templates.get(key)
-        if encoded is None:
-            # Strides that are never stepped over must be legal all the same.
-            token_stride = strides[0] * _ELEMENT_BYTES if tokens > 1 else 16
-            head_stride = strides[1] * _ELEMENT_BYTES if heads > 1 else 16
-            if strides[2] != 1 or min(token_stride, head_stride) <= 0 or (token_stride | head_stride | address) % 16:
-                return False
-            encoded = tensor_map.encode(address, self._dtype, dim, heads, token_stride, head_stride, rows)
-            if tensor_map.address_comes_first():
-                self._map_templates[key] = encoded
-        if address % 16:
-            return False
-        offset = index * tensor_map.MAP_BYTES
-        data[offset : offset + tensor_map.MAP_BYTES] = encoded
-        params.ADDRESS.pack_into(data, offset, address)
-        return True
+    def _encode_maps(self, layout: _Layout, tensors: tuple[torch.Tensor, ...]) -> bytes:
+        """The ragged maps of q, k, v and out, remembered where all but their addresses follows from the layout."""
+        rows = (_Q_ROWS, self._block_n, self._block_n, _Q_ROWS)
+        maps = b"".join(self._encode_map(*pair, tensors[0].data_ptr()) for pair in zip(tensors, rows, strict=True))
+        if tensor_map.address_comes_first():
+            if len(self._maps) >= _MAX_LAYOUTS:
+                self._maps.clear()
+            self._maps[layout] = maps
+        return maps
+
+    def _encode_map(self, tensor: torch.Tensor, rows: int, any_address: int) -> bytes:
+        """``any_address`` stands in for that of a tensor without elements."""
+        _, heads, dim = tensor.shape
+        token_stride, head_stride = _stepped_strides(tensor)
+        address = tensor.data_ptr() or any_address
+        return tensor_map.encode(address, self._dtype, dim, heads, token_stride, head_stride, rows)
+
+
+def _stepped_strides(tensor: torch.Tensor) -> tuple[int, int]:
+    """Bytes from token to token and from head to head; what is never stepped over gets a stride that is legal."""
+    tokens, heads, _ = tensor.shape
+    token_stride, head_stride, _ = tensor.stride()
+    return (
+        token_stride * _ELEMENT_BYTES if tokens > 1 else _TMA_ALIGNMENT,
+        head_stride * _ELEMENT_BYTES if heads > 1 else _TMA_ALIGNMENT,
+    )
+
+
+def _addressable(tensor: torch.Tensor) -> bool:
+    """Whether TMA can address a tensor's layout: nothing expanded, rows that begin at multiples of 16 bytes."""
+    token_stride, head_stride = _stepped_strides(tensor)
+    return (
+        tensor.stride(2) == 1
+        and min(token_stride, head_stride) > 0
+        and (token_stride | head_stride | tensor.data_ptr()) % _TMA_ALIGNMENT == 0
+    )
 
 
 def _heads_per_group(heads: int, heads_kv: int, kv_bytes_per_head: int) -> int:

@@ -1,10 +1,10 @@
 """Work lists: built on the device from cu_seqlens, once a batch, and reused by every layer that shares the offsets.
 
-A list depends only on the two offset tensors, the tile sizes and the mask. It is kept on the query offsets tensor
-itself (so it lives as long as they do), under the versions of both tensors: an in-place change through torch makes a
-new list. Writing to the offsets behind torch's back (a raw pointer, a replayed graph) is not seen. Each stream has its
-own list, since a list also holds the tile counter of the launch in flight. While a graph is being captured nothing is
-reused: the build is captured with the attention and runs again at each replay, so offsets may change between replays.
+A list depends only on the two offset tensors, the tile sizes and the mask. It is kept for as long as both tensors live,
+under their versions: an in-place change through torch makes a new list. Writing to the offsets behind torch's back (a
+raw pointer, a replayed graph) is not seen. Each stream has its own list, since a list also holds the tile counter of
+the launch in flight. While a graph is being captured nothing is reused: the build is captured with the attention and
+runs again at each replay, so offsets may change between replays.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 
 from jagtile.runtime.cuda.params import work_list_bytes
+from jagtile.runtime.errors import UnsupportedError
 
-_ATTRIBUTE = "_jagtile_work_lists"
-_MAX_LISTS = 256  # on one offsets tensor: streams x tile shapes
-
+MAX_TOKENS = 1 << 30  # of the ragged maps (tensor_map.py)
+MAX_TILES = 1 << 30  # counters are 32-bit
 
 _reused_while_capturing = False
 
@@ -51,9 +51,19 @@ class WorkList(NamedTuple):
     address: int
     batch: int
     max_items: int
+
+
+class _Entry(NamedTuple):
+    built: WorkList
     version_q: int
     version_k: int
+    cu_seqlens_q: weakref.ref[torch.Tensor]
     cu_seqlens_k: weakref.ref[torch.Tensor]
+
+
+# By the identities of both tensors and what else a list depends on. Not on the tensors themselves: an attribute of
+# theirs would be copied and pickled with them.
+_ENTRIES: dict[tuple[int, ...], _Entry] = {}
 
 
 def capacity(total_q: int, batch: int, block_m: int) -> int:
@@ -63,44 +73,44 @@ def capacity(total_q: int, batch: int, block_m: int) -> int:
 
 def find(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, key: tuple[int, ...]) -> WorkList | None:
     """The list made for these offsets as they are now, or None."""
-    lists: dict[tuple[int, ...], WorkList] | None = getattr(cu_seqlens_q, _ATTRIBUTE, None)
-    if lists is None:
-        return None
-    found = lists.get((id(cu_seqlens_k), *key))
+    found = _ENTRIES.get((id(cu_seqlens_q), id(cu_seqlens_k), *key))
     if (
         found is not None
+        and found.cu_seqlens_q() is cu_seqlens_q
+        and found.cu_seqlens_k() is cu_seqlens_k
         and found.version_q == cu_seqlens_q._version
         and found.version_k == cu_seqlens_k._version
-        and found.cu_seqlens_k() is cu_seqlens_k
     ):
-        return found
+        return found.built
     return None
 
 
-def allocate(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, total_q: int, block_m: int) -> WorkList:
-    """An unbuilt list for the offsets."""
+def allocate(cu_seqlens_q: torch.Tensor, total_q: int, total_k: int, block_m: int) -> WorkList:
+    """An unbuilt list for the offsets. UnsupportedError for more tokens than kernels can count."""
+    if max(total_q, total_k) > MAX_TOKENS:
+        raise UnsupportedError(f"{total_q} queries and {total_k} keys; served: up to {MAX_TOKENS} tokens each")
     batch = cu_seqlens_q.numel() - 1
     max_items = capacity(total_q, batch, block_m)
     buffer = torch.empty(work_list_bytes(max_items, batch), dtype=torch.uint8, device=cu_seqlens_q.device)
-    tracked = not cu_seqlens_q.is_inference() and not cu_seqlens_k.is_inference()
-    return WorkList(
-        buffer,
-        buffer.data_ptr(),
-        batch,
-        max_items,
-        cu_seqlens_q._version if tracked else -1,
-        cu_seqlens_k._version if tracked else -1,
-        weakref.ref(cu_seqlens_k),
-    )
+    return WorkList(buffer, buffer.data_ptr(), batch, max_items)
 
 
 def keep(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, key: tuple[int, ...], built: WorkList) -> None:
-    """Remember a list on its offsets. Inference tensors count no versions: their lists are never reused."""
-    if built.version_q < 0:
+    """Remember a built list for as long as both tensors live.
+
+    Not one of inference tensors, which count no versions, nor one whose build a graph captured and has not run.
+    """
+    if cu_seqlens_q.is_inference() or cu_seqlens_k.is_inference() or torch._C._cuda_isCurrentStreamCapturing():
         return
-    lists: dict[tuple[int, ...], WorkList] | None = getattr(cu_seqlens_q, _ATTRIBUTE, None)
-    if lists is None or len(lists) >= _MAX_LISTS:
-        lists = {}
-        setattr(cu_seqlens_q, _ATTRIBUTE, lists)
-    full_key = (id(cu_seqlens_k), *key)
-    lists[full_key] = built
+    full_key = (id(cu_seqlens_q), id(cu_seqlens_k), *key)
+
+    def forget(_: object) -> None:
+        _ENTRIES.pop(full_key, None)
+
+    _ENTRIES[full_key] = _Entry(
+        built,
+        cu_seqlens_q._version,
+        cu_seqlens_k._version,
+        weakref.ref(cu_seqlens_q, forget),
+        weakref.ref(cu_seqlens_k, forget),
+    )

@@ -1,0 +1,253 @@
+"""The forward launcher up to the driver, on tensors of the CPU: the block that it fills, the lists that it keeps."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import struct
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from jagtile.runtime import UnsupportedError
+from jagtile.runtime.cuda import forward, params, tensor_map, work_list
+
+HEADS, DIM, BLOCK_M, BLOCK_N, SLOTS = 4, 64, 128, 96, 132
+
+
+class Driver:
+    """Stands in for the CUDA driver and torch's CUDA: records launches with the block as it was."""
+
+    def __init__(self) -> None:
+        self.capturing = False
+        self.stream = 0
+        self.encoded = 0
+        self.launches: list[tuple[str, int, dict[str, int]]] = []
+
+    def encode(self, address: int, *layout: object) -> bytes:
+        """A map that holds the address, then its heads, strides in bytes and box rows."""
+        self.encoded += 1
+        _dtype, dim, heads, token_stride, head_stride, rows = layout
+        return struct.pack("<6Q", address, dim, heads, token_stride, head_stride, rows).ljust(tensor_map.MAP_BYTES)
+
+    def launch(self, name: str, grid: int, block: bytearray) -> None:
+        scalars = params.SCALARS.unpack_from(block, params.SCALARS_OFFSET)
+        fields = dict(zip([*params.POINTERS, *params.INTEGERS], scalars, strict=False))
+        for index, which in enumerate(params.MAPS):
+            fields[which] = struct.unpack_from("<6Q", block, index * tensor_map.MAP_BYTES)
+        self.launches.append((name, grid, fields))
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, *_ in self.launches]
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    fake = Driver()
+    for name, answer in {
+        "_cuda_getDevice": lambda: 0,
+        "_cuda_getCurrentRawStream": lambda _: fake.stream,
+        "_cuda_isCurrentStreamCapturing": lambda: fake.capturing,
+    }.items():
+        monkeypatch.setattr(torch._C, name, answer, raising=False)
+    monkeypatch.setattr(tensor_map, "encode", fake.encode)
+    monkeypatch.setattr(tensor_map, "address_comes_first", lambda: True)
+    monkeypatch.setattr(work_list, "_ENTRIES", {})
+    return fake
+
+
+@pytest.fixture
+def kernel(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> forward.CudaForwardKernel:
+    monkeypatch.setattr(torch.cuda, "device", lambda _: torch.no_grad())
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=SLOTS), raising=False
+    )
+    fake = SimpleNamespace(
+        bind_primary_context=lambda _: None,
+        load_module=lambda _: None,
+        function=lambda _module, symbol, _smem=0: symbol,
+        Launcher=lambda _: (
+            lambda name, grid, _threads, _smem, _stream, _arguments: driver.launch(name, grid, loaded._block.data)
+        ),
+    )
+    monkeypatch.setattr(forward, "driver", fake)
+    launch = {
+        "block_m": BLOCK_M,
+        "block_n": BLOCK_N,
+        "num_threads": 384,
+        "smem_bytes": 1,
+        "ctas_per_sm": 1,
+        "causal": 0,
+    }
+    meta = SimpleNamespace(launch=launch, spec="fwd_bf16_d64", symbol="attention")
+    artifact = SimpleNamespace(meta=meta, path=SimpleNamespace(read_bytes=lambda: b""))
+    loaded = forward.CudaForwardKernel(artifact, torch.device("cuda", 0))  # type: ignore[arg-type]
+    return loaded
+
+
+def tensors(total: int = 500, heads_kv: int = HEADS) -> tuple[torch.Tensor, ...]:
+    shapes = [(total, HEADS, DIM), (total, heads_kv, DIM), (total, heads_kv, DIM), (total, HEADS, DIM)]
+    return tuple(torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes)
+
+
+def offsets(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def launch(kernel: forward.CudaForwardKernel, cu_q: torch.Tensor, cu_k: torch.Tensor, qkvo=None) -> None:
+    q, k, v, out = qkvo or tensors()
+    kernel.forward(q, k, v, cu_q, cu_k, out, None, 0.125, False)
+
+
+# --- the block
+
+
+def test_the_block_tells_where_the_tensors_are(driver, kernel):
+    cu = offsets(0, 100, 500)
+    for _ in range(2):  # the second time from remembered maps
+        qkvo = tensors()
+        launch(kernel, cu, cu, qkvo)
+        name, grid, block = driver.launches[-1]
+        assert (name, grid) == ("attention", (500 // BLOCK_M + 2) * HEADS)
+        strides = (2 * HEADS * DIM, 2 * DIM)
+        for tensor, which, rows in zip(qkvo, params.MAPS, (64, BLOCK_N, BLOCK_N, 64), strict=True):
+            assert block[which] == (tensor.data_ptr(), DIM, HEADS, *strides, rows)
+        assert (block["batch"], block["total_q"], block["cu_seqlens_q"]) == (2, 500, cu.data_ptr())
+    assert driver.encoded == len(params.MAPS)
+
+
+def test_maps_are_encoded_anew_where_the_address_is_not_all_that_changes(driver, kernel, monkeypatch):
+    monkeypatch.setattr(tensor_map, "address_comes_first", lambda: False)
+    cu = offsets(0, 500)
+    for _ in range(2):
+        launch(kernel, cu, cu)
+    assert driver.encoded == 2 * len(params.MAPS)
+
+
+def test_as_many_layouts_are_remembered_as_fit(driver, kernel, monkeypatch):
+    monkeypatch.setattr(forward, "_MAX_LAYOUTS", 3)
+    cu = offsets(0, 100)
+    for total in range(100, 110):
+        head_major = torch.zeros(HEADS, total, DIM, dtype=torch.bfloat16).transpose(0, 1)
+        launch(kernel, cu, cu, (head_major,) * 4)
+    assert len(kernel._maps) <= 3
+
+
+@pytest.mark.parametrize("odd", range(4))
+def test_what_tma_cannot_address_is_copied(driver, kernel, odd):
+    qkvo = list(tensors())
+    qkvo[odd] = torch.zeros(500 * HEADS * (DIM + 3) + 1, dtype=torch.bfloat16)[1:].view(500, HEADS, DIM + 3)[..., :DIM]
+    launch(kernel, offsets(0, 500), offsets(0, 500), qkvo)
+    block = driver.launches[-1][2]
+    for index, (tensor, which) in enumerate(zip(qkvo, params.MAPS, strict=True)):
+        assert block[which][0] % 16 == 0
+        assert (block[which][0] == tensor.data_ptr()) == (index != odd)
+
+
+def test_one_head_of_keys_and_values_expanded_to_many_is_not_copied(driver, kernel):
+    q, k, v, out = tensors(heads_kv=1)
+    launch(kernel, offsets(0, 500), offsets(0, 500), (q, k.expand(-1, HEADS, -1), v.expand(-1, HEADS, -1), out))
+    block = driver.launches[-1][2]
+    assert (block["map_k"][0], block["map_v"][0]) == (k.data_ptr(), v.data_ptr())
+    assert (block["heads"], block["gqa_ratio"]) == (HEADS, HEADS)
+
+
+def test_no_keys_at_all_are_served(driver, kernel):
+    q, _, _, out = tensors()
+    none = torch.zeros(0, HEADS, DIM, dtype=torch.bfloat16)
+    launch(kernel, offsets(0, 500), offsets(0, 0), (q, none, none, out))
+    assert driver.names == ["jagtile_build_work_list", "attention"]
+
+
+@pytest.mark.parametrize(("limit", "text"), [("MAX_TOKENS", "500 queries"), ("MAX_TILES", "20 tiles")])
+def test_more_than_the_kernel_can_count_is_refused(driver, kernel, monkeypatch, limit, text):
+    monkeypatch.setattr(work_list, limit, 10)
+    with pytest.raises(UnsupportedError, match=text):
+        launch(kernel, offsets(0, 100, 500), offsets(0, 100, 500))
+    assert not driver.launches
+
+
+# --- work lists
+
+
+def builds(driver: Driver) -> int:
+    return driver.names.count("jagtile_build_work_list")
+
+
+def test_a_list_is_built_once_for_all_layers(driver, kernel):
+    cu_q, cu_k = offsets(0, 100, 500), offsets(0, 200, 500)
+    for _ in range(3):
+        launch(kernel, cu_q, cu_k)
+    assert driver.names == ["jagtile_build_work_list", *["attention"] * 3]
+
+
+def test_a_list_is_built_anew_for_changed_offsets_and_for_another_stream(driver, kernel):
+    cu_q, cu_k = offsets(0, 100, 500), offsets(0, 200, 500)
+    launch(kernel, cu_q, cu_k)
+    cu_q[1] = 101
+    launch(kernel, cu_q, cu_k)
+    cu_k[1] = 201
+    launch(kernel, cu_q, cu_k)
+    driver.stream = 1
+    launch(kernel, cu_q, cu_k)
+    assert builds(driver) == 4
+
+
+def test_lists_of_inference_tensors_are_not_kept(driver, kernel):
+    with torch.inference_mode():
+        cu = offsets(0, 100, 500)
+    launch(kernel, cu, cu)
+    launch(kernel, cu, cu)
+    assert builds(driver) == 2
+
+
+def test_every_captured_launch_builds_its_own_list(driver, kernel):
+    cu = offsets(0, 100, 500)
+    launch(kernel, cu, cu)
+    driver.capturing = True
+    launch(kernel, cu, cu)
+    launch(kernel, cu, cu)
+    assert builds(driver) == 3
+    with work_list.reuse_while_capturing():
+        launch(kernel, cu, cu)
+    assert builds(driver) == 3
+
+
+def test_a_list_that_a_capture_has_not_run_is_not_kept(driver, kernel):
+    cu = offsets(0, 100, 500)
+    driver.capturing = True
+    with work_list.reuse_while_capturing():
+        launch(kernel, cu, cu)
+    driver.capturing = False
+    launch(kernel, cu, cu)
+    assert builds(driver) == 2
+
+
+def test_a_list_goes_with_either_of_its_offsets(driver, kernel):
+    cu_q = offsets(0, 100, 500)
+    for _ in range(3):  # constant queries over growing keys, as in decoding
+        launch(kernel, cu_q, offsets(0, 200, 500))
+    gc.collect()
+    assert not work_list._ENTRIES
+    cu_k = offsets(0, 200, 500)
+    launch(kernel, cu_q, cu_k)
+    assert len(work_list._ENTRIES) == 1
+    del cu_q
+    gc.collect()
+    assert not work_list._ENTRIES
+
+
+def test_offsets_can_be_saved_and_copied_after_a_launch(driver, kernel):
+    cu = offsets(0, 100, 500)
+    launch(kernel, cu, cu)
+    file = io.BytesIO()
+    torch.save(cu, file)
+    file.seek(0)
+    for other in (torch.load(file), copy.deepcopy(cu)):
+        assert torch.equal(other, cu)
+        before = builds(driver)
+        launch(kernel, other, other)
+        assert builds(driver) == before + 1
