@@ -16,6 +16,7 @@ from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.problem import DTYPE_NAMES
 
 ALIGNMENTS = ("top_left", "bottom_right")
+MAX_SCALE = 1e30  # kernels take it as float32
 
 
 def check_batch(
@@ -33,13 +34,14 @@ def check_batch(
     check_packed("v", v, "(total_k, H_kv, D_v)")
     check_operands(q, k, v, ("q", "k", "v"))
     device = q.device
-    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, device)
-    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, device)
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(
-            f"cu_seqlens_q has {cu_seqlens_q.shape[0]} offsets, cu_seqlens_k {cu_seqlens_k.shape[0]}: both must have "
-            f"one more than there are sequences"
-        )
+    offsets_q = check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, device)
+    if cu_seqlens_k is not cu_seqlens_q:
+        offsets_k = check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, device)
+        if offsets_q != offsets_k:
+            raise ValueError(
+                f"cu_seqlens_q has {offsets_q} offsets, cu_seqlens_k {offsets_k}: both must have one more than there "
+                f"are sequences"
+            )
     if max_seqlen_q is not None:
         check_max_seqlen("max_seqlen_q", max_seqlen_q)
     if max_seqlen_k is not None:
@@ -49,35 +51,36 @@ def check_batch(
 def check_operands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, names: tuple[str, str, str]) -> None:
     """q (total_q, H, D), k (total_k, H_kv, D), v (total_k, H_kv, D_v): one dtype, one device, shapes that fit."""
     q_name, k_name, v_name = names
-    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     dtype, device = q.dtype, q.device
-    for name, tensor in ((k_name, k), (v_name, v)):
-        if tensor.dtype != dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype}, {q_name} {dtype}: all three must have the same dtype")
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, {q_name} on {device}: all three must be on one device")
+    if not (dtype == k.dtype == v.dtype and device == k.device == v.device):
+        name, other = (v_name, v) if k.dtype == dtype and k.device == device else (k_name, k)
+        if other.dtype != dtype:
+            raise ValueError(f"{name} has dtype {other.dtype}, {q_name} {dtype}: all three must have the same dtype")
+        raise ValueError(f"{name} is on {other.device}, {q_name} on {device}: all three must be on one device")
     if not (q.is_cuda or q.is_cpu or q.is_meta):
         raise UnsupportedError(f"{q_name} is on {device}; served: {SERVED_DEVICES}")
     if dtype not in DTYPE_NAMES:
         served = ", ".join(str(served) for served in DTYPE_NAMES)
         raise UnsupportedError(f"{q_name} has dtype {dtype}; served: {served}")
-    if k_shape[2] != q_shape[2]:
-        raise ValueError(f"{k_name} has head_dim {k_shape[2]}, {q_name} {q_shape[2]}: they must be equal")
-    if k_shape[:2] != v_shape[:2]:
+    _, heads, head_dim = q.shape
+    total_k, heads_kv, head_dim_k = k.shape
+    total_v, heads_v, head_dim_v = v.shape
+    if head_dim_k != head_dim:
+        raise ValueError(f"{k_name} has head_dim {head_dim_k}, {q_name} {head_dim}: they must be equal")
+    if total_v != total_k or heads_v != heads_kv:
         raise ValueError(
-            f"{v_name} has {v_shape[0]} tokens and {v_shape[1]} heads, {k_name} {k_shape[0]} and {k_shape[1]}: "
-            f"they must be equal"
+            f"{v_name} has {total_v} tokens and {heads_v} heads, {k_name} {total_k} and {heads_kv}: they must be equal"
         )
-    if not q_shape[1] or not k_shape[1] or q_shape[1] % k_shape[1]:
+    if not heads or not heads_kv or heads % heads_kv:
         raise ValueError(
-            f"{q_name} has {q_shape[1]} heads, {k_name} {k_shape[1]}: the former must be a multiple of the latter, "
-            f"both at least 1"
+            f"{q_name} has {heads} heads, {k_name} {heads_kv}: the former must be a multiple of the latter, both at "
+            f"least 1"
         )
-    for name, head_dim in ((q_name, q_shape[2]), (v_name, v_shape[2])):
-        if head_dim < 1:
+    if not (0 < head_dim <= MAX_HEAD_DIM and 0 < head_dim_v <= MAX_HEAD_DIM):
+        name, wrong = (v_name, head_dim_v) if 0 < head_dim <= MAX_HEAD_DIM else (q_name, head_dim)
+        if wrong < 1:
             raise ValueError(f"{name} has head_dim 0; it must be between 1 and {MAX_HEAD_DIM}")
-        if head_dim > MAX_HEAD_DIM:
-            raise UnsupportedError(f"{name} has head_dim {head_dim}; served: 1 to {MAX_HEAD_DIM}")
+        raise UnsupportedError(f"{name} has head_dim {wrong}; served: 1 to {MAX_HEAD_DIM}")
     if torch.is_grad_enabled():
         for name, tensor in zip(names, (q, k, v), strict=True):
             if tensor.requires_grad:
@@ -100,22 +103,24 @@ def check_packed(name: str, tensor: object, layout: str) -> None:
         raise ValueError(f"{name} is a nested tensor; varlen_attention takes packed ones {layout}: use jagtile.sdpa")
     if tensor.dim() != 3:
         raise ValueError(f"{name} must have three dimensions {layout}, got the shape {tuple(tensor.shape)}")
-    if tensor.stride(2) != 1 and tensor.shape[2] > 1:
+    if tensor.stride()[2] != 1 and tensor.shape[2] > 1:
         raise ValueError(f"{name} must have a last stride of 1, got the strides {tensor.stride()}: use .contiguous()")
 
 
-def check_cu_seqlens(name: str, cu_seqlens: object, device: torch.device) -> None:
-    """cu_seqlens: (B+1,), int32 or int64, contiguous, on the operands' device."""
+def check_cu_seqlens(name: str, cu_seqlens: object, device: torch.device) -> int:
+    """cu_seqlens: (B+1,), int32 or int64, contiguous, on the operands' device. Returns B+1."""
     if not isinstance(cu_seqlens, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of B+1 offsets, got {type(cu_seqlens).__name__}")
-    if cu_seqlens.dim() != 1 or not cu_seqlens.shape[0]:
-        raise ValueError(f"{name} must have the shape (B+1,), got {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.dtype != torch.int32 and cu_seqlens.dtype != torch.int64:
-        raise ValueError(f"{name} must be int32 or int64, got {cu_seqlens.dtype}")
+    shape, dtype = cu_seqlens.shape, cu_seqlens.dtype
+    if len(shape) != 1 or not shape[0]:
+        raise ValueError(f"{name} must have the shape (B+1,), got {tuple(shape)}")
+    if dtype != torch.int32 and dtype != torch.int64:
+        raise ValueError(f"{name} must be int32 or int64, got {dtype}")
     if cu_seqlens.device != device:
         raise ValueError(f"{name} is on {cu_seqlens.device}, q on {device}: they must be on one device")
-    if cu_seqlens.stride(0) != 1 and cu_seqlens.shape[0] > 1:
+    if not cu_seqlens.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got the stride {cu_seqlens.stride(0)}: use .contiguous()")
+    return shape[0]
 
 
 def check_max_seqlen(name: str, max_seqlen: object) -> None:
@@ -147,8 +152,8 @@ def softmax_scale(scale: object, head_dim: int) -> float:
         return 1.0 / math.sqrt(head_dim)
     if not isinstance(scale, (float, int)):
         raise TypeError(f"scale must be a float or None, got {type(scale).__name__}; float(scale) makes one")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    if not -MAX_SCALE <= scale <= MAX_SCALE:
+        raise ValueError(f"scale must be finite, and at most {MAX_SCALE:g} in size, got {scale}")
     return float(scale)
 
 

@@ -42,8 +42,8 @@ def forward(
         covered = check_offsets_on_host("cu_seqlens_q", cu_seqlens_q, total_q)
         if cu_seqlens_k is not cu_seqlens_q or total_k < covered:
             check_offsets_on_host("cu_seqlens_k", cu_seqlens_k, total_k)
-    out = torch.empty((total_q, heads, head_dim_v), dtype=q.dtype, device=q.device)
-    lse = torch.empty((heads, total_q), dtype=torch.float32, device=q.device) if return_lse else None
+    out = q.new_empty(total_q, heads, head_dim_v)
+    lse = q.new_empty(heads, total_q, dtype=torch.float32) if return_lse else None
     if batch and total_q and total_k:
         regime = regime_index(batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0)
         route = (q.dtype, head_dim, head_dim_v, is_causal, device_index, regime)

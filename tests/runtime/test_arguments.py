@@ -152,7 +152,8 @@ ERRORS = {
         "causal_alignment must be one of top_left, bottom_right, got 'bottom-right'",
     ),
     "scale is a tensor": ({"scale": torch.tensor(1.0)}, TypeError, "scale must be a float or None, got Tensor"),
-    "scale is not finite": ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+    "scale is not finite": ({"scale": float("nan")}, ValueError, "scale must be finite.*got nan"),
+    "scale is beyond float32": ({"scale": -(10**400)}, ValueError, "at most 1e.30 in size, got -1000"),
 }
 
 
