@@ -15,6 +15,7 @@ import msgspec
 from jagtile.tuning_db.schema import ChoiceEntry, Choices, Config, TuningRecord
 
 SLACK = 0.02  # a config this much slower than a regime's best may still serve it
+_MAX_NOISE = 0.1  # for which a config may be preferred that is not the incumbent
 _MAX_SUBSETS = 200_000  # looked at for one size, beyond which the cover is found greedily
 
 Name = str  # canonical JSON of a config
@@ -27,7 +28,7 @@ def choose(records: Iterable[TuningRecord], incumbent: Choices, slack: float = S
     Specs and regimes without records keep the incumbent's entries. ``records`` must be of current sources. Of a
     regime's records the latest final session counts, for lack of one the latest record of each config. A config that
     was wrong, crashed or hung anywhere is never chosen. The slack of a regime is ``slack`` or, where larger, its
-    measured noise; within the noise the incumbent stays.
+    measured noise up to 10 %; within the noise, however large, the incumbent stays.
     """
     by_spec: dict[str, list[TuningRecord]] = defaultdict(list)
     for record in records:
@@ -54,10 +55,12 @@ def _entry(records: Sequence[TuningRecord], incumbent: ChoiceEntry | None, slack
     if not times:
         return None
     kept = {} if incumbent is None else {r: _name(incumbent.regimes.get(r, incumbent.default)) for r in times}
-    allowed = {
-        regime: {name for name, ratio in ratios.items() if ratio <= 1 + max(slack, noise[regime])}
-        for regime, ratios in times.items()
-    }
+    allowed = {}
+    for regime, ratios in times.items():
+        most = 1 + max(slack, min(noise[regime], _MAX_NOISE))
+        allowed[regime] = {name for name, ratio in ratios.items() if ratio <= most}
+        if ratios.get(kept.get(regime, ""), math.inf) <= 1 + noise[regime]:
+            allowed[regime].add(kept[regime])
     cover = _cover(times, allowed, kept)
     regimes = {
         regime: _pick(times[regime], allowed[regime], cover, kept.get(regime), noise[regime]) for regime in times

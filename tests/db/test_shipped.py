@@ -7,6 +7,8 @@ import warnings
 import msgspec
 import pytest
 
+from jagtile.generator.choose import choose
+from jagtile.generator.resume import current_records
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant, config_from_dict
 from jagtile.generator.trial import source_sha256
@@ -63,6 +65,13 @@ def test_every_shipped_choice_is_legal_and_was_measured(choices: Choices, key: s
         assert {record.phase for record in own} >= {"final"}, f"{variant.name} was never in the finals"
         if source_sha256(variant) not in {record.source_sha256 for record in own}:
             warnings.warn(f"{variant.name} was tuned with another source: retune with --ship", stacklevel=1)
+
+
+@pytest.mark.parametrize(("choices", "key"), ENTRIES)
+def test_the_shipped_choices_follow_from_the_shipped_records(choices: Choices, key: str, tmp_path):
+    spec = KernelSpec.parse(key.rpartition("/")[2])
+    records = current_records(Database(tmp_path), choices.device.slug, choices.device.target, spec)
+    assert choose([record for _, record in records], choices).specs[key] == choices.specs[key]
 
 
 @pytest.mark.parametrize(("choices", "key"), ENTRIES)

@@ -68,6 +68,14 @@ def test_the_slack_is_never_below_the_measured_noise():
     assert chosen(choose(records, incumbent(long="b"), slack=0.0)) == {"long": "b"}
 
 
+def test_large_noise_keeps_the_incumbent_but_excuses_no_other_config():
+    loud = [record(c, "long", t, aa_spread=0.6) for c, t in (("a", 100.0), ("b", 140.0), ("c", 108.0))]
+    assert chosen(choose(loud, incumbent(long="b"))) == {"long": "b"}
+    quiet = table(a={"short": 150.0}, b={"short": 100.0}, c={"short": 101.0})
+    assert chosen(choose(loud + quiet, NONE)) == {"short": "c", "long": "c"}
+    assert chosen(choose(loud[:2] + quiet, NONE)) == {"short": "b", "long": "a"}
+
+
 @pytest.mark.parametrize("state", ["incorrect", "crash", "timeout"])
 def test_a_config_that_failed_in_one_regime_is_chosen_in_none(state):
     records = table(a={"short": 1.0, "long": 1.0}, b={"short": 2.0, "long": 2.0})
