@@ -73,29 +73,15 @@ class CudaForwardKernel:
         bottom_right: bool,
     ) -> None:
         """Launch on the current stream of the tensors' device (see ForwardKernel)."""
-        if q.shape[0] == 0:
+        total_q, heads, head_dim = q.shape
+        if total_q == 0:
+            return
+        if torch._C._cuda_getDevice() != self._device:
+            with torch.cuda.device(self._device):
+                self.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
             return
         if scale < 0.0:  # the running maximum assumes a positive scale
             q, scale = -q, -scale
-        if torch._C._cuda_getDevice() == self._device:
-            self._forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
-        else:
-            with torch.cuda.device(self._device):
-                self._forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
-
-    def _forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cu_seqlens_q: torch.Tensor,
-        cu_seqlens_k: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-        scale: float,
-        bottom_right: bool,
-    ) -> None:
-        total_q, heads, head_dim = q.shape
         total_k, heads_kv, head_dim_v = v.shape
         addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
         layout = (total_q > 1, total_k > 1, heads, heads_kv, q.stride(), k.stride(), v.stride(), out.stride())
@@ -161,7 +147,7 @@ class CudaForwardKernel:
             k, v = k[:, :1], v[:, :1]
         q, k, v = (t if _addressable(t) else t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
         target = out if _addressable(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
-        self._forward(q, k, v, cu_seqlens_q, cu_seqlens_k, target, lse, scale, bottom_right)
+        self.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, target, lse, scale, bottom_right)
         if target is not out:
             out.copy_(target)
 
