@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     import torch
@@ -189,6 +190,13 @@ def workload_options(function: F) -> F:
     return function
 
 
+def _given(*names: str) -> list[str]:
+    """Those of the verb's options that are on the command line."""
+    context = click.get_current_context()
+    found = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    return [f"--{name.replace('_', '-')}" for name in found]
+
+
 def pick_workloads(
     workloads: Sequence[str],
     *,
@@ -200,9 +208,13 @@ def pick_workloads(
     causal: bool,
     alignment: str,
 ) -> list[Workload]:
-    """The workloads that names, patterns (``u4k-*``) and a lengths file stand for. UsageError for an unknown one."""
+    """The workloads that names, patterns (``u4k-*``) and a lengths file stand for. UsageError for an unknown one, and for
+    options that would describe a file where none is given.
+    """
     from jagtile.generator.workloads import from_lengths_file, named
 
+    if lengths is None and (idle := _given("heads", "heads_kv", "head_dim", "head_dim_v", "causal", "alignment")):
+        raise click.UsageError(f"{', '.join(idle)}: only with --lengths FILE; a named workload has its own")
     known = named()
     picked: dict[str, Workload] = {}
     for pattern in workloads:

@@ -69,7 +69,7 @@ def show(spec: str | None, device: str | None, regime: str | None, failed: bool,
     if not records:
         wanted = ", ".join(f"{name} {value}" for name, value in filters.items() if value is not None)
         raise click.ClickException(
-            f"no records{' of ' + wanted if wanted else ''}; `jagtile db list` shows what there is"
+            f"no {'failed ' if failed else ''}records{' of ' + wanted if wanted else ''}; `jagtile db list` shows what there is"
         )
     for group in _groups(records):
         _show_group(database, group, limit)

@@ -209,6 +209,8 @@ def test_bad_requests_exit_with_1(run):
     assert "no workload 'nope'; there are" in run("bench", "nope", code=1).output
     assert "no peer fa9; there are jagtile" in run("bench", "cpu-d64", "--peers", "fa9", code=1).output
     assert "no peer fa9" in run("bench", "cpu-d64", "--skip", "fa9", code=1).output
+    idle = run("bench", "cpu-d64", "--causal", "--head-dim", "128", code=1).output
+    assert "--head-dim, --causal: only with --lengths FILE" in idle
 
 
 def test_a_place_that_results_can_not_be_written_to_is_told_before_anything_is_measured(run, monkeypatch, tmp_path):

@@ -67,6 +67,10 @@ def test_show_prints_whole_records_as_json(run_json):
     assert failed["config"] == BAD.to_dict()
 
 
+def test_where_nothing_failed_that_is_said(run):
+    assert "no failed records of" in run("db", "show", SPEC.name, "--regime", "short", "--failed", code=1).output
+
+
 def test_show_limits_the_rows(run):
     shown = run("db", "show", SPEC.name, "--device", SLUG, "--limit", "1").stdout
     assert FAST.name in shown
