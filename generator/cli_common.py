@@ -208,8 +208,9 @@ def pick_workloads(
     causal: bool,
     alignment: str,
 ) -> list[Workload]:
-    """The workloads that names, patterns (``u4k-*``) and a lengths file stand for. UsageError for an unknown one, and for
-    options that would describe a file where none is given.
+    """The workloads that names, patterns (``u4k-*``) and a lengths file stand for.
+
+    UsageError for an unknown one, and for options that would describe a file where none is given.
     """
     from jagtile.generator.workloads import from_lengths_file, named
 

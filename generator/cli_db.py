@@ -68,8 +68,9 @@ def show(spec: str | None, device: str | None, regime: str | None, failed: bool,
         return
     if not records:
         wanted = ", ".join(f"{name} {value}" for name, value in filters.items() if value is not None)
+        kind = "failed records" if failed else "records"
         raise click.ClickException(
-            f"no {'failed ' if failed else ''}records{' of ' + wanted if wanted else ''}; `jagtile db list` shows what there is"
+            f"no {kind}{' of ' + wanted if wanted else ''}; `jagtile db list` shows what there is"
         )
     for group in _groups(records):
         _show_group(database, group, limit)
