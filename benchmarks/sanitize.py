@@ -1,0 +1,76 @@
+"""Runs Hopper forward kernels on small nasty batches, for compute-sanitizer to watch.
+
+    compute-sanitizer --tool memcheck --report-api-errors no --kernel-name regex:jagtile python benchmarks/sanitize.py
+
+Likewise racecheck, initcheck and synccheck. Arguments name variants; without any, the shipped choices of the GPU at
+hand are run. Each launch is compared with the float64 oracle, on the CPU, so that only our kernels touch the GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from jagtile.generator.build import build
+from jagtile.generator.oracle import errors, reference, tolerance
+from jagtile.generator.spec import KernelSpec
+from jagtile.generator.tile import Variant, config_from_dict
+from jagtile.generator.workloads import Workload
+from jagtile.runtime import cuda
+from jagtile.runtime.device import device_id
+from jagtile.runtime.kernel import ForwardKernel
+from jagtile.tuning_db.store import Database
+
+LENGTHS = (0, 1, 65, 0, 200, 300)
+
+
+def shipped_variants(device: torch.device) -> list[Variant]:
+    """Every variant that the shipped choices name, once."""
+    choices = Database().choices("shipped", device_id(device).slug)
+    found: dict[Variant, None] = {}
+    for key, entry in choices.specs.items() if choices else ():
+        target, spec = key.split("/")
+        for config in (entry.default, *entry.regimes.values()):
+            found[Variant(target, KernelSpec.parse(spec), config_from_dict(target, config))] = None
+    return list(found)
+
+
+def check(variant: Variant, loaded: ForwardKernel, w: Workload, device: torch.device) -> float:
+    """The relative error of two launches in a row on one work list."""
+    batch = w.make("cpu", variant.spec.dtype, seed=3)
+    on_gpu = [tensor.to(device) for tensor in batch[:5]]
+    nan = float("nan")
+    out = torch.full((w.total_q, w.num_heads, w.head_dim_v), nan, dtype=batch.q.dtype).to(device)
+    lse = torch.full((w.num_heads, w.total_q), nan).to(device)
+    for _ in range(2):
+        q, k, v, cu_seqlens_q, cu_seqlens_k = on_gpu
+        bottom_right = w.causal_alignment == "bottom_right"
+        loaded.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, w.head_dim**-0.5, bottom_right)
+    expected, _ = reference(*batch[:5], is_causal=w.is_causal, causal_alignment=w.causal_alignment)
+    return errors(out.cpu(), expected).rel
+
+
+def main() -> None:
+    """Print a line a variant; exit 1 where one is wrong."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    variants = [Variant.parse(name) for name in sys.argv[1:]] or shipped_variants(device)
+    wrong = 0
+    for result in build(variants):
+        if result.artifact is None:
+            raise SystemExit(f"{result.variant.name}: {result.reason}")
+        loaded = cuda.load(result.artifact, device)
+        spec = result.variant.spec
+        kind = (spec.head_dim, spec.head_dim_v, spec.causal)
+        workloads = (
+            Workload("edges", LENGTHS, LENGTHS, 4, 2, *kind),
+            Workload("edges, cross", LENGTHS, LENGTHS[::-1], 2, 1, *kind, causal_alignment="bottom_right"),
+        )
+        worst = max(check(result.variant, loaded, w, device) for w in workloads)
+        wrong += not worst <= tolerance(spec.dtype)
+        print(f"{result.variant.name}: relative error {worst:.2e}", flush=True)
+    raise SystemExit(wrong > 0)
+
+
+if __name__ == "__main__":
+    main()
