@@ -1,0 +1,63 @@
+"""FlashAttention's function by another import: same arguments, same meaning, and a clear no to what is not served."""
+
+from __future__ import annotations
+
+import inspect
+import random
+
+import pytest
+import torch
+
+import jagtile
+from jagtile.compat import flash_attn_varlen_func
+from jagtile.generator.oracle import errors, reference, tolerance
+from jagtile.generator.workloads import JaggedBatch, Workload, random_workload
+
+CROSS = Workload("cross", (3, 0, 17, 40), (9, 4, 0, 25), 4, 2, 32, 32)
+
+
+def call(b: JaggedBatch, **options):
+    return flash_attn_varlen_func(
+        b.q, b.k, b.v, b.cu_seqlens_q, b.cu_seqlens_k, b.max_seqlen_q, b.max_seqlen_k, **options
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_it_computes_bottom_right_attention(causal: bool) -> None:
+    rng = random.Random(3)
+    for w in (CROSS, random_workload(rng, head_dim=32, cross=True)):
+        b = w.make("cpu", "fp32", seed=1)
+        expected, expected_lse = reference(*b[:5], is_causal=causal, causal_alignment="bottom_right", scale=0.3)
+        out, lse, probs = call(b, causal=causal, softmax_scale=0.3, return_attn_probs=True)
+        assert errors(out, expected).rel <= tolerance(torch.float32)
+        torch.testing.assert_close(lse, expected_lse.float())
+        assert probs is None
+        assert torch.equal(call(b, causal=causal, softmax_scale=0.3, deterministic=True), out)
+
+
+def test_a_window_of_no_later_keys_is_causal() -> None:
+    b = CROSS.make("cpu", "fp32", seed=2)
+    assert torch.equal(call(b, window_size=[-1, 0]), call(b, causal=True))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("dropout_p", 0.1),
+        ("softcap", 20.0),
+        ("alibi_slopes", torch.ones(4)),
+        ("block_table", torch.zeros(4, 1, dtype=torch.int32)),
+        ("window_size", (128, 0)),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(option: str, value: object) -> None:
+    with pytest.raises(jagtile.UnsupportedError, match=f"^{option} is .*; served: "):
+        call(CROSS.make("cpu", "fp32"), **{option: value})
+
+
+def test_the_arguments_are_flash_attentions_in_its_order() -> None:
+    names = (
+        "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k dropout_p softmax_scale causal window_size softcap "
+        "alibi_slopes deterministic return_attn_probs block_table"
+    )
+    assert list(inspect.signature(flash_attn_varlen_func).parameters) == names.split()
