@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD/.pkg${PYTHONPATH:+:$PYTHONPATH}"
 python="${PYTHON:-python3}"
 
+"$python" -m jagtile.generator.cli doctor 2>&1 | tee "$out/doctor.log"
 "$python" -m pytest -q -n "${JOBS:-8}" tests/gpu 2>&1 | tee "$out/tests.log" | tail -1
 "$python" benchmarks/sanitize.py >"$out/sanitize.log" # builds the kernels, so that the sanitizer does not watch that
 for tool in memcheck racecheck initcheck synccheck; do
