@@ -23,7 +23,19 @@ from jagtile.tuning_db.store import Database
 
 State = Literal["ok", "missing", "wrong"]
 
-_PACKAGES = ("torch", "numpy", "jinja2", "ninja", "optuna", "click", "rich", "msgspec", "cuda-pathfinder", "triton")
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "jinja2",
+    "ninja",
+    "optuna",
+    "click",
+    "rich",
+    "msgspec",
+    "cuda-pathfinder",
+    "cuda-bindings",
+    "triton",
+)
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,9 +60,14 @@ def _versions() -> Iterator[Finding]:
         try:
             yield _ok("versions", package, metadata.version(package))
         except metadata.PackageNotFoundError:
-            if package != "triton":  # which only a peer needs
+            if _is_needed(package):
                 advice = f"pip install {package}"
                 yield Finding(topic="versions", name=package, state="missing", value="not installed", advice=advice)
+
+
+def _is_needed(package: str) -> bool:
+    """Triton only by a peer, cuda-bindings only where torch can use a GPU."""
+    return package != "triton" and (package != "cuda-bindings" or torch.version.cuda is not None)
 
 
 def _devices() -> Iterator[Finding]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import pytest
+import torch
 
 from jagtile.generator import toolchain
 from jagtile.generator.doctor import examine
@@ -65,3 +68,15 @@ def test_a_device_without_choices_is_told_to_tune(findings, tmp_path):
     for finding in untuned:
         assert "jagtile tune" in finding.advice
         assert finding.name.endswith("(here)")
+
+
+@pytest.mark.parametrize(("cuda", "told"), [(None, False), ("13.0", True)])
+def test_cuda_bindings_are_missed_only_where_torch_can_use_a_gpu(findings, monkeypatch, cuda, told):
+    def version(package):
+        if package == "cuda-bindings":
+            raise metadata.PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert (("versions", "cuda-bindings") in findings()) == told
