@@ -49,6 +49,7 @@ class BuildResult:
     artifact: Artifact | None = None
     reason: str = ""
     report: CompileReport | None = None
+    compiler: str = ""  # version of the one that had its say, if one had
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,9 @@ def _prepare(variant: Variant) -> _Job | BuildResult:
 
 def _from_store(store: ArtifactStore, job: _Job) -> BuildResult | None:
     artifact = store.get(job.key)
-    return None if artifact is None else BuildResult(job.variant, "ok", artifact, report=artifact.meta.report)
+    if artifact is None:
+        return None
+    return BuildResult(job.variant, "ok", artifact, report=artifact.meta.report, compiler=artifact.meta.compiler)
 
 
 def _build_missing(store: ArtifactStore, missing: dict[str, _Job], jobs: int) -> Generator[BuildResult, None, None]:
@@ -204,18 +207,18 @@ def _compile(store: ArtifactStore, jobs: Sequence[_Job], parallel: int) -> Itera
 
 def _judged(store: ArtifactStore, job: _Job, compiled: Compiled) -> BuildResult:
     """Judge one finished compilation, and publish what may be used."""
-    binary = compiled.folder / job.binary_name
+    binary, compiler = compiled.folder / job.binary_name, job.toolchain.version
     problem = _exit_problem(compiled) or elf.defect(binary, job.variant.symbol)
     if problem is not None:
-        return BuildResult(job.variant, "compile", reason=_failure(store, job, compiled, problem))
+        return BuildResult(job.variant, "compile", reason=_failure(store, job, compiled, problem), compiler=compiler)
     report = TARGETS[job.variant.target].report(compiled.output, job.variant.symbol, compiled.seconds)
     rejected = ptxas.rejection(report)
     if rejected is not None:
         state, reason = rejected
         log.debug("%s is %s: %s", job.variant.name, state, reason)
-        return BuildResult(job.variant, state, reason=reason, report=report)
+        return BuildResult(job.variant, state, reason=reason, report=report, compiler=compiler)
     artifact = store.publish(job.key, binary, _meta(job, report))
-    return BuildResult(job.variant, "ok", artifact, report=report)
+    return BuildResult(job.variant, "ok", artifact, report=report, compiler=compiler)
 
 
 def _exit_problem(compiled: Compiled) -> str | None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from jagtile.generator.spec import KernelSpec
+from jagtile.generator.targets import TARGETS
 from jagtile.generator.tile import TileConfig, Variant, config_from_dict
 from jagtile.generator.trial import source_sha256
 from jagtile.generator.workloads import Workload
@@ -18,8 +19,9 @@ def current_records(
 ) -> list[tuple[TileConfig, TuningRecord]]:
     """A spec's records on a device whose source is still what their config renders to, oldest first.
 
-    Without crashes and timeouts that a later measurement on the same workload refutes.
-    None where nothing has ever worked: then the fault is hardly the configs', and all may be tried anew.
+    Without crashes and timeouts that a later measurement on the same workload refutes, and without the verdicts of
+    another compiler than the one at hand. None where nothing has ever worked: then the fault is hardly the configs',
+    and all may be tried anew.
     """
     current = []
     hashes: dict[TileConfig, str] = {}
@@ -30,9 +32,21 @@ def current_records(
             continue
         if config not in hashes:
             hashes[config] = source_sha256(Variant(target, spec, config))
-        if record.source_sha256 == hashes[config]:
+        if record.source_sha256 == hashes[config] and not _is_foreign_verdict(record):
             current.append((config, record))
     return _standing(current) if any(record.state == "ok" for _, record in current) else []
+
+
+def _is_foreign_verdict(record: TuningRecord) -> bool:
+    """Whether another compiler refused the config: this one may not. Records of old do not name theirs."""
+    if record.state not in ("compile", "spill", "rejected") or not record.compiler:
+        return False
+    return record.compiler != compiler_at_hand(record.target)
+
+
+def compiler_at_hand(target: str) -> str:
+    """The version of a target's compiler on this machine."""
+    return TARGETS[target].find().version
 
 
 def _standing(records: list[tuple[TileConfig, TuningRecord]]) -> list[tuple[TileConfig, TuningRecord]]:

@@ -227,7 +227,7 @@ class TrialRunner:
             "config": config.to_dict(),
             "phase": job.phase,
             "source_sha256": source_sha256(self.variant(config)),
-            "compiler": result.artifact.meta.compiler if result.artifact else "",
+            "compiler": result.compiler,
             "driver": self.facts.driver,
             "torch": self.facts.torch,
             "jagtile": jagtile.__version__,

@@ -18,6 +18,7 @@ from jagtile.runtime.artifact import Artifact, ArtifactMeta, CompileReport
 from jagtile.tuning_db.schema import DeviceFacts
 
 TARGET = "sm_90a"
+COMPILER = "fake 1.0"
 SPEC = KernelSpec.parse("fwd_bf16_d128")
 DEVICE = DeviceFacts(
     slug="sm90-132sm", label="Fake", target=TARGET, units=132, bandwidth_gbs=4800.0, compute_capability="9.0"
@@ -31,6 +32,7 @@ class FakeBuildResult:
     artifact: Artifact | None
     reason: str = ""
     report: CompileReport = field(default_factory=CompileReport)
+    compiler: str = COMPILER
 
 
 def artifact(variant: Variant) -> Artifact:
@@ -45,7 +47,7 @@ def artifact(variant: Variant) -> Artifact:
         size=0,
         sha256="",
         source_sha256="",
-        compiler="fake 1.0",
+        compiler=COMPILER,
         launch={},
         report=CompileReport(),
     )

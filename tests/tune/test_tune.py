@@ -13,8 +13,9 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from fakes import DEVICE, SPEC, TARGET, FakeBuilder, FakeWorker, landscape
+from fakes import COMPILER, DEVICE, SPEC, TARGET, FakeBuilder, FakeWorker, landscape
 
+from jagtile.generator import resume
 from jagtile.generator.search import Search
 from jagtile.generator.tile import config_from_dict, spaces_of
 from jagtile.generator.tune import Budget, Silent, tune
@@ -207,6 +208,16 @@ def test_records_of_another_source_are_not_taken(database):
     for path in (database.user_root / DEVICE.slug / "records").iterdir():
         path.write_text(path.read_text().replace('"source_sha256":"', '"source_sha256":"old'))
     assert len(searched(run(database, trials=12).records)) == 12
+
+
+@pytest.mark.parametrize(("compiler", "again"), [(COMPILER, False), ("another 2.0", True)])
+def test_what_one_compiler_refused_is_tried_again_with_another(database, monkeypatch, compiler, again):
+    monkeypatch.setattr(resume, "compiler_at_hand", lambda target: compiler)
+    run(database, builder=FakeBuilder({DEFAULT.name: "spill"}))
+    assert {r.compiler for r in database.records() if r.state == "spill"} == {COMPILER}
+    builder = FakeBuilder()
+    run(database, builder=builder)
+    assert (DEFAULT.name in builder.built) == again
 
 
 def test_shipping_writes_beside_the_code_and_not_to_the_user(database):
