@@ -17,7 +17,7 @@ ELEMENT = {"bf16": "bf16", "fp16": "f16"}
 # multiples of 8, and the sum over warpgroups must not exceed what the launch allocates.
 REGISTERS = {(1, 1): (56, 256), (1, 2): (40, 216), (2, 1): (24, 240), (3, 1): (32, 160)}
 # Registers for S, P and O that ptxas 13.0 schedules without serialising wgmma (C7512) or spilling: compiled for seven
-# head dims, causal and not, one step of block_n to either side of each limit.
+# head dims, causal and not, around each limit; (1, 1) is the largest of two that were tried, and clean.
 FRAGMENT_LIMIT = {(1, 1): 208, (1, 2): 176, (2, 1): 212, (3, 1): 132}
 # With 128 registers at launch ptxas refuses (C7602) an instruction of more accumulators, whatever setmaxnreg adds.
 INSTRUCTION_LIMIT = {(1, 1): 128, (1, 2): 96, (2, 1): 128, (3, 1): 96}
