@@ -1,6 +1,6 @@
 """Runs Hopper forward kernels on small nasty batches, for compute-sanitizer to watch.
 
-    compute-sanitizer --tool memcheck --report-api-errors no --kernel-name regex:jagtile python benchmarks/sanitize.py
+    compute-sanitizer --tool memcheck --report-api-errors no --kernel-name kns=jagtile python benchmarks/sanitize.py
 
 Likewise racecheck, initcheck and synccheck. Arguments name variants; without any, the shipped choices of the GPU at
 hand are run. Each launch is compared with the float64 oracle, on the CPU, so that only our kernels touch the GPU.
