@@ -13,14 +13,17 @@ SMEM_BYTES = 227 * 1024  # what one CTA may have
 SMEM_BYTES_PER_SM = 228 * 1024  # of which each resident CTA takes 1 KB more than it asks for
 CONTROL_BYTES = 1024  # tile slots and barriers
 ELEMENT = {"bf16": "bf16", "fp16": "f16"}
+# Probabilities are scaled by 2^-headroom, and may grow 2^(headroom + 1)-fold before a block is computed again. fp16 has
+# few exponents: those of 2^-8 of the largest and less lose bits.
+HEADROOM = {"bf16": 16, "fp16": 6}
 # (producer, consumer) registers a thread after reallocation, by (math warpgroups, CTAs an SM): setmaxnreg takes
 # multiples of 8, and the sum over warpgroups must not exceed what the launch allocates.
-REGISTERS = {(1, 1): (56, 256), (1, 2): (40, 216), (2, 1): (24, 240), (3, 1): (32, 160)}
-# Registers for S, P and O that ptxas 13.0 schedules without serialising wgmma (C7512) or spilling: compiled for seven
-# head dims, causal and not, around each limit; (1, 1) is the largest of two that were tried, and clean.
-FRAGMENT_LIMIT = {(1, 1): 208, (1, 2): 176, (2, 1): 212, (3, 1): 132}
+REGISTERS = {(1, 1): (56, 256), (1, 2): (40, 216), (2, 1): (24, 240), (3, 1): (32, 160), (4, 1): (24, 112)}
+# Registers for S, P and O that ptxas 13.0 schedules without serialising wgmma (C7512): nine head dims, causal and not,
+# compiled around each limit. At (1, 1) nothing was refused; at (3, 1) D_v 192 spills 8 bytes, which the build rejects.
+FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 176, (2, 1): 212, (3, 1): 132, (4, 1): 84}
 # With 128 registers at launch ptxas refuses (C7602) an instruction of more accumulators, whatever setmaxnreg adds.
-INSTRUCTION_LIMIT = {(1, 1): 128, (1, 2): 96, (2, 1): 128, (3, 1): 96}
+INSTRUCTION_LIMIT = {(1, 1): 128, (1, 2): 96, (2, 1): 128, (3, 1): 96, (4, 1): 64}
 
 
 @dataclass(frozen=True, order=True)
@@ -32,8 +35,6 @@ class Sm90ForwardConfig(TileConfig):
     block_n: int = field(metadata={"short": "n"})  # keys a step
     num_stages: int = field(metadata={"short": "s"})  # K and V buffers each
     q_stages: int = field(metadata={"short": "q"})  # Q buffers: with 2 a tile's epilogue overlaps the next one's start
-    overlap: bool = field(metadata={"short": "o"})  # softmax of block j runs beside the PV product of block j+1
-    lazy_rescale: bool = field(metadata={"short": "l"})  # O is rescaled only where a row's maximum grew 256-fold
     ctas_per_sm: int = field(metadata={"short": "c"})
 
     @property
@@ -101,12 +102,10 @@ class Sm90ForwardSpace:
     def knobs(self, spec: KernelSpec) -> Mapping[str, tuple[Knob, ...]]:
         """The grid; most of it is cut by shared memory and registers."""
         return {
-            "block_m": (128, 192, 64),
+            "block_m": (128, 192, 64, 256),
             "block_n": (128, 112, 96, 80, 64, 48, 32, 144, 160, 176, 192, 208, 224, 240, 256),
             "num_stages": (2, 3, 4),
             "q_stages": (1, 2),
-            "overlap": (True, False),
-            "lazy_rescale": (False, True),
             "ctas_per_sm": (1, 2),
         }
 
@@ -114,8 +113,8 @@ class Sm90ForwardSpace:
         """Shared memory, accumulator registers and instruction shapes."""
         config = cast(Sm90ForwardConfig, config)
         groups = (config.warpgroups, config.ctas_per_sm)
-        if config.block_m not in (64, 128, 192):
-            return f"block_m is 64 a math warpgroup, 1 to 3 of them: 64, 128 or 192, got {config.block_m}"
+        if config.block_m not in (64, 128, 192, 256):
+            return f"block_m is 64 a math warpgroup, 1 to 4 of them: 64, 128, 192 or 256, got {config.block_m}"
         if config.block_n % 16 or not 16 <= config.block_n <= 256:
             return f"block_n must be a multiple of 16 from 16 to 256, as wgmma's shapes are, got {config.block_n}"
         if groups not in REGISTERS:
@@ -140,7 +139,7 @@ class Sm90ForwardSpace:
     def default(self, spec: KernelSpec) -> TileConfig:
         """The first legal one of a few tiles that did well in measurements (docs/performance-log.md)."""
         for block_m, block_n, q_stages in _DEFAULT_TILES:
-            config = Sm90ForwardConfig(block_m, block_n, 2, q_stages, overlap=True, lazy_rescale=True, ctas_per_sm=1)
+            config = Sm90ForwardConfig(block_m, block_n, 2, q_stages, ctas_per_sm=1)
             if self.rejection(spec, config) is None:
                 return config
         raise AssertionError(f"no default tile for {spec.name}")
@@ -158,6 +157,7 @@ class Sm90ForwardSpace:
             "q_panels": max(panels, panels_v),
             "steps_qk": -(-spec.head_dim // 16),
             "out_columns": spec.head_dim_v,
+            "headroom": HEADROOM[spec.dtype],
             "element": ELEMENT[spec.dtype],
             "pack": f"pack_{spec.dtype}",
             "producer_registers": producer,

@@ -16,7 +16,6 @@ _BUILDER = "jagtile_build_work_list"
 _BUILDER_THREADS = 1024
 _Q_ROWS = 64  # of one math warpgroup
 _ELEMENT_BYTES = 2
-_L2_SHARE = 32 << 20  # bytes of K and V that the heads in flight together may take
 _SMALLEST_SCALE = 1e-30
 _TMA_ALIGNMENT = 16  # of addresses and strides, in bytes
 _MAX_LAYOUTS = 4096  # remembered a kernel: the strides of head-major tensors change with every batch
@@ -73,7 +72,7 @@ class CudaForwardKernel:
         bottom_right: bool,
     ) -> None:
         """Launch on the current stream of the tensors' device (see ForwardKernel)."""
-        total_q, heads, head_dim = q.shape
+        total_q, heads, _ = q.shape
         if total_q == 0:
             return
         if torch._C._cuda_getDevice() != self._device:
@@ -82,7 +81,7 @@ class CudaForwardKernel:
             return
         if scale < 0.0:  # the running maximum assumes a positive scale
             q, scale = -q, -scale
-        total_k, heads_kv, head_dim_v = v.shape
+        total_k, heads_kv, _ = v.shape
         addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
         layout = (total_q > 1, total_k > 1, heads, heads_kv, q.stride(), k.stride(), v.stride(), out.stride())
         maps = self._maps.get(layout)
@@ -114,7 +113,6 @@ class CudaForwardKernel:
             lse.data_ptr() if lse is not None else 0,
             items.batch,
             heads,
-            _heads_per_group(heads, heads_kv, total_k * (head_dim + head_dim_v) * _ELEMENT_BYTES),
             heads // heads_kv,
             total_q,
             items.max_items,
@@ -187,13 +185,3 @@ def _addressable(tensor: torch.Tensor) -> bool:
         and min(token_stride, head_stride) > 0
         and (token_stride | head_stride | tensor.data_ptr()) % _TMA_ALIGNMENT == 0
     )
-
-
-def _heads_per_group(heads: int, heads_kv: int, kv_bytes_per_head: int) -> int:
-    """Query heads whose tiles are interleaved: as many as keep the K and V in flight inside L2, in whole kv heads."""
-    if heads_kv * kv_bytes_per_head <= _L2_SHARE:
-        return heads
-    for groups in range(2, heads_kv):
-        if heads_kv % groups == 0 and heads_kv // groups * kv_bytes_per_head <= _L2_SHARE:
-            return heads // groups
-    return heads // heads_kv

@@ -11,7 +11,6 @@ POINTERS = ("cu_seqlens_q", "cu_seqlens_k", "work_list", "lse")
 INTEGERS = (
     "batch",
     "heads",
-    "heads_per_group",
     "gqa_ratio",
     "total_q",
     "max_items",
@@ -30,5 +29,5 @@ WORK_ITEM_BYTES = 32
 
 
 def work_list_bytes(max_items: int, batch: int) -> int:
-    """Header, items, and the builder's scratch of batch + 1 ints."""
-    return WORK_LIST_HEADER_BYTES + max_items * WORK_ITEM_BYTES + (batch + 1) * 4
+    """Header, items in two orders, and the builder's scratch of batch + 1 ints."""
+    return WORK_LIST_HEADER_BYTES + 2 * max_items * WORK_ITEM_BYTES + (batch + 1) * 4

@@ -51,6 +51,6 @@ def test_every_scalar_is_packed() -> None:
     assert list(params.SCALARS.unpack(packed)) == [float(v) if v == values[-1] else v for v in values]
 
 
-@pytest.mark.parametrize(("max_items", "batch", "expected"), [(0, 0, 64 + 4), (10, 3, 64 + 320 + 16)])
+@pytest.mark.parametrize(("max_items", "batch", "expected"), [(0, 0, 64 + 4), (10, 3, 64 + 640 + 16)])
 def test_work_list_bytes(max_items: int, batch: int, expected: int) -> None:
     assert params.work_list_bytes(max_items, batch) == expected

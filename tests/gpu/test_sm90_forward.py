@@ -42,11 +42,10 @@ SPECS = (
 )
 MECHANISMS = {
     "default": {},
-    "sequential": {"overlap": False},
-    "lazy": {"lazy_rescale": True},
     "two Q buffers": {"q_stages": 2, "block_n": 64},
-    "three stages": {"num_stages": 3, "block_n": 32, "q_stages": 2, "lazy_rescale": True},
+    "three stages": {"num_stages": 3, "block_n": 32, "q_stages": 2},
     "three math warpgroups": {"block_m": 192, "block_n": 48},
+    "four math warpgroups": {"block_m": 256, "block_n": 32},
     "one math warpgroup": {"block_m": 64, "block_n": 32},
     "two CTAs an SM": {"block_m": 64, "block_n": 32, "ctas_per_sm": 2, "q_stages": 2},
 }
@@ -98,6 +97,8 @@ def workloads(spec: KernelSpec, rng: random.Random) -> list[Workload]:
     return [
         Workload("edges", EDGES, EDGES, 4, 2, *kind),
         Workload("edges, cross", EDGES, EDGES[::-1], 2, 2, *kind, causal_alignment="bottom_right"),
+        # Math warpgroups without rows hand back many key blocks.
+        Workload("few queries", (5, 64, 130, 1), (2000, 700, 1500, 0), 4, 1, *kind, causal_alignment="bottom_right"),
         # Many tiles a CTA, some of them without any visible key.
         Workload("rows without keys", many, few_keys, 16, 4, *kind, causal_alignment="bottom_right"),
         *(
@@ -132,6 +133,31 @@ def test_any_scale(scale: float) -> None:
     expected, _ = reference(*batch[:5], is_causal=True, scale=scale)
     out, _ = run(kernel(spec, "default"), w, batch, scale)
     assert errors(out, expected).rel <= tolerance(torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["fwd_bf16_d64", "fwd_fp16_d64_causal", "fwd_bf16_d128_causal", "fwd_bf16_d256"])
+@pytest.mark.parametrize("growth", [0.1, 2.0, 40.0])
+@pytest.mark.parametrize("mechanism", ["default", "three math warpgroups", "three stages"])
+def test_scores_that_grow_from_block_to_block(name: str, growth: float, mechanism: str) -> None:
+    """Blocks are visited from the last to the first: maxima outgrow their references, by more than float32 holds."""
+    spec = KernelSpec.parse(name)
+    w = Workload("growing", (130, 0, 700, 5), (130, 40, 1500, 700), 4, 2, spec.head_dim, spec.head_dim_v, spec.causal)
+    b = w.make("cuda", spec.dtype, 11)
+    b.q[:, :2] = b.q[:, :2].abs()  # of two heads the scores grow steadily, of the others in all directions
+    age = torch.cat([torch.arange(length, 0, -1) for length in w.seqlens_k]).to("cuda")
+    b.k.add_((growth / spec.head_dim * age)[:, None, None]).clamp_(-200, 200)
+    expected, expected_lse = reference(*b[:5], is_causal=spec.causal, scale=0.5)
+    out, lse = run(kernel(spec, mechanism), w, b, 0.5)
+    assert errors(out, expected).rel <= tolerance(out.dtype)
+    torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["fwd_bf16_d64", "fwd_bf16_d64_causal"])
+@pytest.mark.parametrize("heads_kv", [6, 2])
+def test_more_heads_than_the_last_ones_that_go_together(name: str, heads_kv: int) -> None:
+    spec = KernelSpec.parse(name)
+    lengths = (*EDGES, *(700,) * 60)
+    assert_right(kernel(spec, "default"), Workload("many", lengths, lengths, 6, heads_kv, 64, 64, spec.causal), seed=12)
 
 
 def test_nan_in_one_sequence_stays_there() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from jagtile.generator.spec import KernelSpec
 from jagtile.runtime.device import DeviceId
-from jagtile.runtime.dispatch import choose, choose_for_regime
+from jagtile.runtime.dispatch import choose, choose_for_regime, default_variant
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.problem import REGIMES, Problem
 from jagtile.tuning_db.schema import ChoiceEntry, Choices, DeviceFacts
@@ -81,6 +83,30 @@ def test_a_farther_relative_serves_where_the_nearest_lacks_the_spec(plain_spaces
         shipped__sm90_78sm=choices(ChoiceEntry(default=plain_spaces(128)), units=78),
     )
     assert choose(problem(), H200, database).source == "relative:sm90-78sm"
+
+
+def test_on_a_gpu_the_other_16_bit_dtype_serves_where_the_spec_has_no_choices_at_all(plain_spaces):
+    fp16 = replace(SPEC, dtype="fp16")
+    database = FakeDatabase(
+        user__sm90_132sm=choices(ChoiceEntry(default=plain_spaces(128), regimes={"long": plain_spaces(128)})),
+        shipped__sm90_78sm=choices(None, units=78),
+    )
+    decision = choose(replace(problem(), spec=fp16), H200, database)
+    assert (decision.source, decision.variant.name) == ("user", "sm_90a/fwd_fp16_d128_causal/plain_b128")
+    assert decision.steps[-1].answer == "taken: fwd_bf16_d128_causal, regime long, plain_b128"
+    own = choices(ChoiceEntry(default=plain_spaces(64)), units=78, spec=fp16)
+    database = FakeDatabase(user__sm90_132sm=choices(ChoiceEntry(default=plain_spaces(128))), shipped__sm90_78sm=own)
+    assert choose(replace(problem(), spec=fp16), H200, database).source == "relative:sm90-78sm"
+
+
+def test_on_the_cpu_16_bit_dtypes_are_tuned_apart():
+    cpu = DeviceId("cpu-avx512bf16", "cpu", "a CPU", 2, 0, "")
+    facts = DeviceFacts(slug=cpu.slug, label=cpu.label, target="cpu", units=2, bandwidth_gbs=0.0, compute_capability="")
+    other = default_variant(replace(SPEC, dtype="bf16"), "cpu").config.to_dict()
+    recorded = Choices(device=facts, specs={f"cpu/{SPEC.name}": ChoiceEntry(default=other)})
+    database = FakeDatabase(user__cpu_avx512bf16=recorded)
+    assert choose_for_regime(SPEC, "long", cpu, database).source == "user"
+    assert choose_for_regime(replace(SPEC, dtype="fp16"), "long", cpu, database).source == "default"
 
 
 def test_the_default_of_the_space_serves_where_nothing_is_recorded(plain_spaces):

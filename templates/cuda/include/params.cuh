@@ -12,11 +12,10 @@ struct alignas(64) Params {
   TensorMap map_out;
   const void* cu_seqlens_q;  // (batch + 1) int32 or int64
   const void* cu_seqlens_k;
-  void* work_list;           // WorkListHeader, then items, then (batch + 1) scratch ints
+  void* work_list;           // WorkListHeader, items in two orders, (batch + 1) scratch ints
   float* lse;                // (heads, total_q) or null
   int batch;
   int heads;
-  int heads_per_group;       // query heads whose tiles are interleaved (keeps their K and V in L2)
   int gqa_ratio;             // heads / heads_kv
   int total_q;
   int max_items;             // capacity of the work list

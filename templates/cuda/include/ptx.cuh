@@ -25,8 +25,20 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+// Whether `value` is true in any thread of a warpgroup; the same in all, and known to the compiler to be.
+__device__ __forceinline__ bool any_of_warpgroup(int barrier, bool value) {
+  uint32_t any;
+  asm volatile(
+      "{\n"
+      ".reg .pred mine, any;\n"
+      "setp.ne.u32 mine, %2, 0;\n"
+      "barrier.cta.red.or.pred any, %1, 128, mine;\n"
+      "selp.u32 %0, 1, 0, any;\n"
+      "}\n"
+      : "=r"(any)
+      : "r"(barrier), "r"(static_cast<uint32_t>(value))
+      : "memory");
+  return __any_sync(0xffffffff, any);
 }
 
 template <int kRegisters>
@@ -122,6 +134,20 @@ __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_grou
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Holds a wgmma_wait that follows back until `value` is computed. ptxas hoists the wait over arithmetic, and so undoes their
+// overlap, but keeps it behind a memory access: here a load that happens for huge values only, and is ignored.
+__device__ __forceinline__ void hold_until_computed(float value, uint32_t smem) {
+  asm volatile(
+      "{\n"
+      ".reg .pred huge;\n"
+      ".reg .b32 ignored;\n"
+      "setp.gt.f32 huge, %0, 0f7F000000;\n"
+      "@huge ld.volatile.shared.b32 ignored, [%1];\n"
+      "}\n" ::"f"(value),
+      "r"(smem)
+      : "memory");
 }
 
 // Keeps the compiler from moving uses of registers that an asynchronous wgmma reads or writes.

@@ -7,14 +7,10 @@
 #include "cuda/include/ptx.cuh"
 
 struct RowState {
-  float reference[2] = {-INFINITY, -INFINITY};  // the raw score that probabilities are relative to: the row's maximum,
-                                                // or (lazy) one that it exceeds by less than kSlack once scaled
+  float reference[2] = {-INFINITY, -INFINITY};  // the raw score that probabilities are relative to: the maximum of some
+                                                // of the row's blocks; -inf: no key seen
   float sum[2] = {0.0f, 0.0f};                  // of this thread's probabilities
 };
-
-// How far, as a power of two, a row's maximum may outgrow a lazy reference before earlier results are rescaled. With 8,
-// probabilities stay below 256 and rescaling is rare after a row's first blocks (FlashAttention-4's lazy rescaling).
-constexpr float kSlack = 8.0f;
 
 // Scores from a row's limit on become -inf; limits count from this thread's first column.
 template <int kRegisters>
@@ -25,38 +21,52 @@ __device__ __forceinline__ void mask_scores(float (&scores)[kRegisters], int upp
   }
 }
 
-// Scores become probabilities. True where earlier results of some row of this warp must be multiplied by `rescale`.
-// kGuarded: a row may have seen no key yet, its reference is -inf.
-template <bool kGuarded, bool kLazy, int kRegisters>
-__device__ __forceinline__ bool online_softmax(float (&scores)[kRegisters], RowState& rows, float (&rescale)[2],
+// Scores become probabilities relative to the row's new maximum; earlier results must be multiplied by `rescale`. Of a row
+// that has seen no key they are zeros. `kHeadroom`: they come out 2^-kHeadroom of what they are.
+template <int kHeadroom, int kRegisters>
+__device__ __forceinline__ void online_softmax(float (&scores)[kRegisters], RowState& rows, float (&rescale)[2],
                                                float scale_log2) {
-  bool outgrown = !kLazy;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    float maximum = kLazy ? fmaxf(scores[2 * h], scores[2 * h + 1]) : rows.reference[h];
+    float maximum = rows.reference[h];
 #pragma unroll
     for (int i = 2 * h; i < kRegisters; i += 4) maximum = fmaxf(maximum, fmaxf(scores[i], scores[i + 1]));
     maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffff, maximum, 1));
     maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffff, maximum, 2));
-    float reference = maximum;
-    if (kLazy) {
-      const bool grown = (maximum - rows.reference[h]) * scale_log2 > kSlack;
-      reference = grown ? maximum : rows.reference[h];
-      outgrown |= grown;
-    }
-    const float offset = kGuarded && reference == -INFINITY ? 0.0f : reference * scale_log2;
-    rescale[h] = exp2_approx(fmaf(rows.reference[h], scale_log2, -offset));
-    rows.reference[h] = reference;
+    const float base = maximum == -INFINITY ? 0.0f : maximum * scale_log2;
+    rescale[h] = exp2_approx(fmaf(rows.reference[h], scale_log2, -base));
+    rows.reference[h] = maximum;
     float sum = 0.0f;
 #pragma unroll
     for (int i = 2 * h; i < kRegisters; i += 4) {
-      scores[i] = exp2_approx(fmaf(scores[i], scale_log2, -offset));
-      scores[i + 1] = exp2_approx(fmaf(scores[i + 1], scale_log2, -offset));
+      scores[i] = exp2_approx(fmaf(scores[i], scale_log2, -(base + kHeadroom)));
+      scores[i + 1] = exp2_approx(fmaf(scores[i + 1], scale_log2, -(base + kHeadroom)));
       sum += scores[i] + scores[i + 1];
     }
     rows.sum[h] = fmaf(rows.sum[h], rescale[h], sum);
   }
-  return kLazy ? __any_sync(0xffffffff, outgrown) : true;
+}
+
+// Scores kBegin to kEnd become probabilities against offsets that are not looked at again; their sums are added up.
+template <int kBegin, int kEnd, int kRegisters>
+__device__ __forceinline__ void exponentials(float (&scores)[kRegisters], const float (&offset)[2], float (&sum)[2],
+                                             float scale_log2) {
+#pragma unroll
+  for (int i = kBegin; i < kEnd; i += 2) {
+    const int h = (i >> 1) & 1;
+    scores[i] = exp2_approx(fmaf(scores[i], scale_log2, -offset[h]));
+    scores[i + 1] = exp2_approx(fmaf(scores[i + 1], scale_log2, -offset[h]));
+    sum[h] += scores[i] + scores[i + 1];
+  }
+}
+
+// Whether any packed probability is 2 or more, infinite or NaN: those have the top bit of the exponent, in bf16 and fp16.
+template <int kSteps>
+__device__ __forceinline__ bool outgrown(const uint32_t (&probabilities)[kSteps][4]) {
+  uint32_t any = 0;
+#pragma unroll
+  for (int i = 0; i < 4 * kSteps; ++i) any |= probabilities[i / 4][i % 4];
+  return (any & 0x40004000) != 0;
 }
 
 template <int kRegisters>

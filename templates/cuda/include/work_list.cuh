@@ -1,10 +1,12 @@
-// The device-built work list: one item a (sequence, query block), longest first; tiles are items x heads.
+// The device-built work list: an item is a block of query rows of a sequence, a tile is an item and a head. Most heads are
+// worked off one after the other, sequence by sequence: what runs at a time shares few K and V, which stay in L2. The
+// last heads go together, dearest items first, so that no long tile is left to end alone.
 #pragma once
 #include <cstdint>
 
 #include "cuda/include/params.cuh"
 
-struct WorkItem {  // 32 bytes, read as two int4
+struct alignas(16) WorkItem {  // 32 bytes, read as two int4
   int q_begin;     // first query token of the sequence in the packed tensor
   int q_length;
   int k_begin;
@@ -12,6 +14,11 @@ struct WorkItem {  // 32 bytes, read as two int4
   int row;         // first query row of the block, within the sequence
   int kv_blocks;   // key blocks that the block visits (0: no visible key)
   int unused[2];
+};
+
+struct alignas(16) Tile {
+  WorkItem item;
+  int head;  // -1: no work left
 };
 
 struct alignas(64) WorkListHeader {
@@ -22,6 +29,7 @@ struct alignas(64) WorkListHeader {
   int finished_ctas;  // the last one to finish rewinds the counters for the next launch
 };
 
+// Dearest first, then, from max_items on, sequence by sequence and the dearest of each first.
 __device__ __forceinline__ WorkItem* work_items(void* work_list) {
   return reinterpret_cast<WorkItem*>(static_cast<char*>(work_list) + sizeof(WorkListHeader));
 }
@@ -57,14 +65,31 @@ __device__ __forceinline__ int block_exclusive_scan(int value, int& prefix, int*
   return total;
 }
 
-// Query heads whose tiles are interleaved. Few keep K and V in L2 (p.heads_per_group); but a group should give every CTA
-// four times the work of the longest tile, or the last group's longest tiles end alone. Groups are whole kv heads, alike.
-__device__ __forceinline__ int interleaved_heads(const WorkListHeader& list, const Params& p) {
-  const int kv_heads = p.heads / p.gqa_ratio;
-  const int balanced = 4 * list.longest * static_cast<int>(gridDim.x) / max(list.total, 1) + 1;
-  const int wanted = (max(balanced, p.heads_per_group) + p.gqa_ratio - 1) / p.gqa_ratio;
-  const int groups = max(kv_heads / wanted, 1);
-  return (kv_heads + groups - 1) / groups * p.gqa_ratio;
+// Query heads that go together at the end: enough that every CTA has twice the work of the longest tile before it.
+__device__ __forceinline__ int balancing_heads(const WorkListHeader& list, const Params& p) {
+  const float needed = 2.0f * list.longest * gridDim.x / max(list.total, 1);
+  const int heads = static_cast<int>(fminf(needed, p.heads)) + p.gqa_ratio;
+  return min(heads - heads % p.gqa_ratio, p.heads);
+}
+
+// Tile number `index` in the order of work.
+__device__ __forceinline__ void claim_tile(Tile& tile, WorkListHeader* list, const Params& p, int balancing,
+                                           uint32_t index) {
+  const WorkItem* items = work_items(list);
+  const uint32_t count = list->items, front = (p.heads - balancing) * count;
+  uint32_t head = 0, together = p.gqa_ratio;  // heads side by side: those of a kv head at least
+  if (index < front) {
+    items += p.max_items;
+  } else {
+    head = p.heads - balancing;
+    together = balancing;
+    index -= front;
+  }
+  const uint32_t place = index / together;
+  tile.head = head + place / count * together + index % together;
+  const int4* from = reinterpret_cast<const int4*>(items + place % count);
+  reinterpret_cast<int4*>(&tile.item)[0] = from[0];
+  reinterpret_cast<int4*>(&tile.item)[1] = from[1];
 }
 
 // Once per CTA, after its last claim: the last CTA makes the list ready for the next launch.
@@ -114,7 +139,8 @@ extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(co
   __shared__ int longest, total;
   WorkListHeader* header = static_cast<WorkListHeader*>(p.work_list);
   WorkItem* items = work_items(p.work_list);
-  int* first_tile = reinterpret_cast<int*>(items + p.max_items);
+  WorkItem* items_by_sequence = items + p.max_items;
+  int* first_tile = reinterpret_cast<int*>(items + 2 * p.max_items);
 
   int tiles = 0;
   for (int base = 0; base < p.batch; base += 1024) {
@@ -164,6 +190,8 @@ extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(co
       if (lane == leader) position = atomicAdd(&bucket_begin[bucket], __popc(peers));
       position = __shfl_sync(peers, position, leader) + __popc(peers & ((1u << lane) - 1));
       items[position] = item;
+      const int blocks = (item.q_length + p.block_m - 1) / p.block_m;
+      items_by_sequence[tile + blocks - 1 - 2 * (item.row / p.block_m)] = item;
     }
     __syncthreads();
   }

@@ -1,4 +1,4 @@
-// jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_o1_l0_c1
+// jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1
 //
 // Forward attention over a jagged batch, one kernel for one case:
 //   target      sm_90a
@@ -10,11 +10,9 @@
 //   block_n             128
 //   num_stages          2
 //   q_stages            2
-//   overlap             true
-//   lazy_rescale        false
 //   ctas_per_sm         1
 // Generated; edit the template, not this text. To see it again:
-//   jagtile generate sm_90a/fwd_bf16_d128_causal/persistent_m128_n128_s2_q2_o1_l0_c1
+//   jagtile generate sm_90a/fwd_bf16_d128_causal/persistent_m128_n128_s2_q2_c1
 //
 // One persistent CTA an SM: 2 math warpgroups of 64 query rows each, one warpgroup that feeds them.
 //   warp 0      copies K tiles into shared memory (TMA, clipped at the sequence's end), the last block first
@@ -22,7 +20,9 @@
 //   warp 2      copies V tiles
 //   warp 3      copies Q tiles
 //   warps 4...  S = Q K^T, online softmax, O += P V (wgmma); O leaves through the Q buffer (TMA)
-// The softmax of a block runs while the tensor cores multiply the P and V of the block before it.
+// The softmax of a block runs while the tensor cores multiply the P and V of the block before it. It skips the block's
+// maximum: probabilities are relative to the row's maximum in earlier blocks, and the few blocks in which some row outgrew
+// that too far are computed again.
 //
 // Shared memory          bytes
 //   Q [2][2]               65536   2 panels of 64 rows x 128 B each; O on its way out
@@ -48,16 +48,14 @@ constexpr int kStepsQK = 8;        // 16-deep products over head_dim 128
 constexpr int kStepsPV = 8;        // over the keys of a block
 constexpr int kOutRegisters = 64;  // accumulators a thread of 64 x 128
 
+constexpr int kHalf = kBlockN / 4 / 4 * 4;  // scores a thread of a block's first columns, in whole groups
+
 constexpr int kQPanelBytes = 64 * 128;
 constexpr int kKVPanelBytes = kBlockN * 128;
 constexpr int kQBytes = 2 * kQPanelBytes;  // one warpgroup's rows, room for its O included
 constexpr int kKBytes = kPanels * kKVPanelBytes;
 constexpr int kVBytes = kPanelsV * kKVPanelBytes;
-
-struct Tile {
-  WorkItem item;
-  int head;  // -1: no work left
-};
+constexpr int kHeadroom = 16;  // probabilities are 2^-kHeadroom of the usual ones
 
 struct Control {
   Tile tiles[kTileSlots];
@@ -148,7 +146,7 @@ __device__ __forceinline__ void pack_probabilities(uint32_t (&probabilities)[kSt
 __device__ __forceinline__ void stage_output(const float (&output)[kOutRegisters], uint32_t panels, int warp, int lane) {
   const uint32_t row = panels + (16 * (warp % 4) + lane % 16) * 128;
 #pragma unroll
-  for (int group = 0; group + 1 < kOutRegisters / 4; group += 2) {
+  for (int group = 0; group + 1 < 16; group += 2) {
     const int columns = group + lane / 16;
     store_matrix_x4(row + columns / 8 * kQPanelBytes + (columns % 8 ^ lane % 8) * 16,
                     pack_bf16(output[4 * group], output[4 * group + 1]),
@@ -196,7 +194,7 @@ __device__ __forceinline__ void load_blocks(Control& control, RingBarriers<kStag
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_o1_l0_c1(const __grid_constant__ Params p) {
+jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t q_tiles = smem_address(shared);
   const uint32_t k_tiles = q_tiles + 65536;
@@ -239,19 +237,14 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_o1_l0_c1(const __grid_co
     } else if (warp == 1 && elect_one()) {
       // The first tile goes by CTA number, the rest by a shared counter.
       WorkListHeader* list = static_cast<WorkListHeader*>(p.work_list);
-      const int heads_per_group = interleaved_heads(*list, p);
-      const int group_tiles = list->items * heads_per_group;
+      const int balancing = balancing_heads(*list, p);
       const int tiles = list->items * p.heads;
       RingPosition<kTileSlots> at;
       for (int tile = blockIdx.x;; tile = gridDim.x + atomicAdd(&list->next_tile, 1), at.advance()) {
         Tile& claimed = control.tiles[at.slot];
         control.tile.wait_empty(at);
         if (tile < tiles) {
-          const int first_head = tile / group_tiles * heads_per_group;
-          const int inside = tile % group_tiles;
-          const int heads = min(heads_per_group, p.heads - first_head);
-          claimed.item = work_items(list)[inside / heads];
-          claimed.head = first_head + inside % heads;
+          claim_tile(claimed, list, p, balancing, tile);
         } else {
           claimed.head = -1;
         }
@@ -291,74 +284,91 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_o1_l0_c1(const __grid_co
     RowState rows;
 
     control.q[warpgroup].wait_full(q_at);
-    if (item.kv_blocks > 0) {
+    const int shift = p.bottom_right ? item.k_length - item.q_length : 0;
+    // The tile's first key blocks, of which this warpgroup's rows see some key; the others are handed back unread.
+    const int last_row = min(item.row + 64 * warpgroup + 63, item.q_length - 1);
+    const int keys = max(min(item.k_length, last_row + shift + 1), 0);
+    const bool idle = item.row + 64 * warpgroup >= item.q_length;
+    const int blocks = idle ? 0 : (keys + kBlockN - 1) / kBlockN;
+    if (blocks < item.kv_blocks) {
+#pragma unroll 1
+      for (int unread = item.kv_blocks - blocks; unread > 0; --unread) {
+        if (warp % 4 == 0) {
+          control.k.wait_full(k_at);
+          if (leader) control.k.arrive_empty(k_at);
+          control.v.wait_full(v_at);
+          if (leader) control.v.arrive_empty(v_at);
+        }
+        k_at.advance();
+        v_at.advance();
+      }
+      named_barrier_sync(1 + warpgroup, 128);  // a parity tells two phases apart: no warp may run ahead or lag
+    }
+    if (blocks > 0) {
       float scores[kBlockN / 2];
       uint32_t probabilities[kStepsPV][4];
-      float rescale[2];
-      // Keys that the thread's upper row sees, and how many leading blocks every row of the warpgroup sees whole.
-      const int shift = p.bottom_right ? item.k_length - item.q_length : 0;
-      const int upper_limit = item.row + thread_row + shift + 1;
-      const int whole_blocks = max(min(item.k_length, item.row + 64 * warpgroup + shift + 1), 0) / kBlockN;
-
-      // The last key block: it alone can be cut by the end of the keys.
-      int block = item.kv_blocks - 1;
-      control.k.wait_full(k_at);
-      issue_scores(scores, q_tile, k_tiles + k_at.slot * kKBytes);
-      free_stored_q();
-      wgmma_wait<0>();
-      pin_registers(scores);
-      if (leader) control.k.arrive_empty(k_at);
-      k_at.advance();
-      {
-        const int first_column = block * kBlockN + thread_column;
-        mask_scores(scores, min(item.k_length, upper_limit) - first_column,
-                    min(item.k_length, upper_limit + 8) - first_column);
-      }
-      online_softmax<true, false>(scores, rows, rescale, scale_log2);
-      pack_probabilities(probabilities, scores);
-
-      // Blocks on the diagonal.
-      for (--block; block >= whole_blocks; --block) {
+      const int upper_limit = item.row + thread_row + shift + 1;  // keys that the thread's upper row sees
+      const int whole_blocks = max(min(item.k_length, item.row + 64 * warpgroup + shift + 1), 0) / kBlockN;  // ... all rows
+      int block = blocks - 1;
+      while (true) {
+        // With masks and the rows' maxima: the last block, those on the diagonal, and where a row outgrew its reference.
         control.k.wait_full(k_at);
         issue_scores(scores, q_tile, k_tiles + k_at.slot * kKBytes);
-        control.v.wait_full(v_at);
-        issue_output(output, probabilities, v_tiles + v_at.slot * kVBytes);
-        wgmma_wait<1>();
+        free_stored_q();
+        wgmma_wait<0>();
         pin_registers(scores);
         if (leader) control.k.arrive_empty(k_at);
         k_at.advance();
-        const int first_column = block * kBlockN + thread_column;
-        mask_scores(scores, upper_limit - first_column, upper_limit + 8 - first_column);
-        online_softmax<true, false>(scores, rows, rescale, scale_log2);
-        wgmma_wait<0>();
-        pin_registers(output);
-        pin_registers(probabilities);
-        if (leader) control.v.arrive_empty(v_at);
-        v_at.advance();
+        if (block >= whole_blocks) {
+          const int first_column = block * kBlockN + thread_column;
+          mask_scores(scores, min(item.k_length, upper_limit) - first_column,
+                      min(item.k_length, upper_limit + 8) - first_column);
+        }
+        float rescale[2];
+        online_softmax<kHeadroom>(scores, rows, rescale, scale_log2);
         scale_rows(output, rescale);
         pack_probabilities(probabilities, scores);
-      }
+        --block;
+        if (block >= whole_blocks) {
+          control.v.wait_full(v_at);
+          issue_output(output, probabilities, v_tiles + v_at.slot * kVBytes);
+          wgmma_wait<0>();
+          pin_registers(output);
+          pin_registers(probabilities);
+          if (leader) control.v.arrive_empty(v_at);
+          v_at.advance();
+          continue;
+        }
 
-      // Blocks that every row sees whole.
-      for (; block >= 0; --block) {
-        control.k.wait_full(k_at);
-        issue_scores(scores, q_tile, k_tiles + k_at.slot * kKBytes);
-        control.v.wait_full(v_at);
-        issue_output(output, probabilities, v_tiles + v_at.slot * kVBytes);
-        wgmma_wait<1>();
-        pin_registers(scores);
-        if (leader) control.k.arrive_empty(k_at);
-        k_at.advance();
-        online_softmax<false, false>(scores, rows, rescale, scale_log2);
-        wgmma_wait<0>();
-        pin_registers(output);
-        pin_registers(probabilities);
-        if (leader) control.v.arrive_empty(v_at);
-        v_at.advance();
-        scale_rows(output, rescale);
-        pack_probabilities(probabilities, scores);
+        // Blocks that every row sees whole. K stays until none of the warpgroup's rows needs the block again.
+        const float offset[2] = {fmaf(rows.reference[0], scale_log2, kHeadroom),
+                                 fmaf(rows.reference[1], scale_log2, kHeadroom)};
+        for (; block >= 0; --block) {
+          control.k.wait_full(k_at);
+          issue_scores(scores, q_tile, k_tiles + k_at.slot * kKBytes);
+          control.v.wait_full(v_at);
+          issue_output(output, probabilities, v_tiles + v_at.slot * kVBytes);
+          wgmma_wait<1>();
+          pin_registers(scores);
+          float sum[2] = {0.0f, 0.0f};
+          exponentials<0, kHalf>(scores, offset, sum, scale_log2);
+          hold_until_computed(sum[0] + sum[1], q_tiles);
+          wgmma_wait<0>();
+          pin_registers(output);
+          pin_registers(probabilities);
+          if (leader) control.v.arrive_empty(v_at);
+          v_at.advance();
+          exponentials<kHalf, kBlockN / 2>(scores, offset, sum, scale_log2);
+          pack_probabilities(probabilities, scores);
+          pin_registers(sum);
+          if (any_of_warpgroup(1 + warpgroup, outgrown(probabilities))) break;
+          rows.sum[0] += sum[0];
+          rows.sum[1] += sum[1];
+          if (leader) control.k.arrive_empty(k_at);
+          k_at.advance();
+        }
+        if (block < 0) break;
       }
-
       control.v.wait_full(v_at);
       issue_output(output, probabilities, v_tiles + v_at.slot * kVBytes);
       wgmma_wait<0>();
@@ -378,7 +388,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_o1_l0_c1(const __grid_co
       const int row = item.row + thread_row + 8 * h;
       if (p.lse != nullptr && lane % 4 == 0 && row < item.q_length) {
         p.lse[static_cast<long long>(head) * p.total_q + item.q_begin + row] =
-            sum == 0.0f ? -INFINITY : (rows.reference[h] * scale_log2 + log2f(sum)) * 0.693147180559945f;
+            sum == 0.0f ? -INFINITY : (rows.reference[h] * scale_log2 + kHeadroom + log2f(sum)) * 0.693147180559945f;
       }
     }
     scale_rows(output, inverse);
