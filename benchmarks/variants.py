@@ -30,6 +30,7 @@ from jagtile.runtime import cuda
 from jagtile.runtime.kernel import ForwardKernel
 
 _COLD_BYTES = 200 << 20  # written before each call, several times the L2
+_BUSY_CYCLES = 2_000_000  # about a millisecond, in which the host enqueues the call
 Call = Callable[[], object]
 
 
@@ -127,6 +128,7 @@ def _time(
     cold = torch.empty(_COLD_BYTES, dtype=torch.uint8, device=device)
     for turn in range(options.samples):
         for name in random.sample(list(calls), len(calls)):
+            torch.cuda._sleep(_BUSY_CYCLES)  # type: ignore[no-untyped-call]
             cold.fill_(turn % 256)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()

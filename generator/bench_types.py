@@ -22,6 +22,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 1.0  # of calls, of each peer on each workload
     min_samples: int = 5
     max_samples: int = 50
+    idle_device: bool = False  # calls start on an idle GPU: what the flush does not hide of the host's time counts
 
 
 class PeerResult(msgspec.Struct, frozen=True, kw_only=True):

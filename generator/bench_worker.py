@@ -1,7 +1,7 @@
 """Worker side of ``bench``: owns the device; checks the peers of a workload, then times them in interleaved rounds.
 
 Before each timed call a buffer larger than the last-level cache is written. On a GPU a time is that between CUDA events
-around one call: it is the device's own, unless the host takes longer to get the call going than the flush takes.
+around one call, and the device is kept busy until the host has enqueued all of it: the time is the device's own.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ from jagtile.runtime.errors import UnsupportedError
 from jagtile.tuning_db.store import Database
 
 _FLUSH_COVER = 4  # bytes written before a call, over those of the last-level cache
+_CYCLES_PER_US = 2000  # at the highest clocks there are
+_HIDDEN_SHARE = 1.5  # of a call's host time, for which the device is kept busy before it, and a little more
+_HIDDEN_EXTRA_US = 50.0
+_MOST_HIDDEN_US = 20000.0
 _PEER_BAR = 4  # times our own tolerance: a peer that is further off computes something else
 
 
@@ -51,8 +55,8 @@ class ColdClock:
         size = _FLUSH_COVER * timer_for(device).cache_bytes
         self._flushed = torch.zeros(size // 4, dtype=torch.int32, device=device)
 
-    def sample(self, call: Callable[[], object]) -> Sample:
-        """Of one call. On a GPU it is enqueued while the flush runs, which hides that much of its host time."""
+    def sample(self, call: Callable[[], object], hidden_us: float) -> Sample:
+        """Of one call. On a GPU it is enqueued while the flush runs and ``hidden_us`` before that pass."""
         if self._device.type == "cpu":
             self._flushed.add_(1)
             start = time.perf_counter()
@@ -61,6 +65,8 @@ class ColdClock:
         begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(self._device)
+        if hidden_us:
+            torch.cuda._sleep(int(hidden_us * _CYCLES_PER_US))  # type: ignore[no-untyped-call]
         self._flushed.add_(1)
         begin.record()
         start = time.perf_counter()
@@ -131,6 +137,7 @@ class _Run:
         self._results: dict[str, PeerResult] = {}
         self._racing: dict[str, Prepared] = {}
         self._samples: dict[str, list[Sample]] = {}
+        self._hidden_us: dict[str, float] = {}
 
     def admit(self, peer: Peer) -> None:
         """Prepare a peer and compare an output of it; it races where that is right."""
@@ -169,7 +176,10 @@ class _Run:
             self._sample(name)
             if name in self._racing:
                 # The first sample tells how long a call takes, and does not count where there are more.
-                turns[name] = _turns(self._samples.pop(name)[0], plan)
+                first = self._samples.pop(name)[0]
+                turns[name] = _turns(first, plan)
+                if first.host_us is not None and not plan.idle_device:
+                    self._hidden_us[name] = min(_HIDDEN_SHARE * first.host_us + _HIDDEN_EXTRA_US, _MOST_HIDDEN_US)
         rounds = max(turns.values(), default=0)
         for index in range(rounds):
             now = [name for name in self._racing if (index + 1) * turns[name] // rounds > index * turns[name] // rounds]
@@ -180,7 +190,9 @@ class _Run:
     def _sample(self, name: str) -> None:
         self._note(name)
         with self._surviving(name):
-            self._samples.setdefault(name, []).append(self._clock.sample(self._racing[name].call))
+            self._samples.setdefault(name, []).append(
+                self._clock.sample(self._racing[name].call, self._hidden_us.get(name, 0.0))
+            )
 
     @contextlib.contextmanager
     def _surviving(self, name: str) -> Iterator[None]:

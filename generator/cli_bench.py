@@ -45,6 +45,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="Seconds until a silent peer is given up.",
 )
+@click.option(
+    "--idle-device",
+    is_flag=True,
+    help="Start every call on an idle GPU, so that the host's time counts too. [default: the device's time alone]",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order of turns.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Also write the results to FILE as JSON."
@@ -60,6 +65,7 @@ def bench(
     seconds: float,
     max_samples: int,
     timeout: float,
+    idle_device: bool,
     seed: int,
     output: Path | None,
     listing: bool,
@@ -110,7 +116,12 @@ def bench(
             where,
             next(known for known in DTYPES if known == name),
             [name for name in picked if name not in skipped],
-            plan=Plan(seconds=seconds, max_samples=max_samples, min_samples=min(5, max_samples)),
+            plan=Plan(
+                seconds=seconds,
+                max_samples=max_samples,
+                min_samples=min(5, max_samples),
+                idle_device=idle_device,
+            ),
             seed=seed,
             timeout=timeout,
             on_peer=_tell,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
+import time
+
 import pytest
 import torch
 
 from jagtile.generator.bench import bench
 from jagtile.generator.bench_types import Plan
+from jagtile.generator.bench_worker import ColdClock
 from jagtile.generator.peers import PEERS
 from jagtile.generator.workloads import named
 
@@ -34,3 +38,18 @@ def test_all_peers_but_the_compiled_one_agree_with_the_oracle(name):
         "torch-varlen",
         "torch-loop",
     }
+
+
+def test_the_hosts_time_is_hidden_unless_asked_for():
+    device = torch.device("cuda", torch.cuda.current_device())
+    clock = ColdClock(device)
+    x = torch.zeros(1 << 20, device=device)
+
+    def slow_to_launch():
+        time.sleep(0.005)
+        return x.add_(1)
+
+    hidden = statistics.median(clock.sample(slow_to_launch, 8000.0).ms for _ in range(5))
+    exposed = statistics.median(clock.sample(slow_to_launch, 0.0).ms for _ in range(5))
+    assert hidden < 0.5
+    assert exposed > 4
