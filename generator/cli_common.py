@@ -122,9 +122,9 @@ def serving_spaces(target: str, spec: KernelSpec) -> tuple[Space, ...]:
 
 
 def _refusals(targets: Sequence[str], spec: KernelSpec) -> list[str]:
-    from jagtile.generator.tile import spaces
+    from jagtile.generator.tile import refusal, spaces
 
-    return [f"{s.target}/{s.algorithm}: {s.serves(spec)}" for s in spaces() if s.target in targets]
+    return [f"{s.target}/{s.algorithm}: {refusal(s, spec)}" for s in spaces() if s.target in targets]
 
 
 def torch_device(name: str | None) -> torch.device:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -24,7 +25,7 @@ from jagtile.generator.worker import Note
 from jagtile.generator.workloads import JaggedBatch, Workload, checks
 from jagtile.runtime.artifact import Artifact
 from jagtile.runtime.device import device_id
-from jagtile.runtime.kernel import ForwardKernel
+from jagtile.runtime.kernel import ForwardKernel, Kernel
 from jagtile.runtime.loader import load
 from jagtile.tuning_db.schema import DeviceFacts
 
@@ -78,7 +79,7 @@ class Trials:
             torch.cuda.set_device(self.device.index or 0)
         self._rng = random.Random(seed)
         self._timer = timer_for(self.device)
-        self._kernels: dict[str, ForwardKernel] = {}
+        self._kernels: dict[str, Kernel] = {}
         self._case = lru_cache(maxsize=8)(self._make_case)
         self._sets = lru_cache(maxsize=1)(self._make_sets)
 
@@ -134,7 +135,7 @@ class Trials:
         key = artifact.meta.key
         if key not in self._kernels:
             self._kernels[key] = load(artifact, self.device)
-        return self._kernels[key]
+        return cast(ForwardKernel, self._kernels[key])
 
     def _make_case(
         self, workload: Workload, dtype: DType, guarded: bool

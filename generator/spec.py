@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import Literal, cast
 
-Direction = Literal["fwd"]
+Direction = Literal["fwd", "bwd"]
 DType = Literal["fp32", "bf16", "fp16"]
 
-DIRECTIONS: tuple[Direction, ...] = ("fwd",)
+DIRECTIONS: tuple[Direction, ...] = ("fwd", "bwd")
 DTYPES: tuple[DType, ...] = ("fp32", "bf16", "fp16")
 MAX_HEAD_DIM = 256
 
@@ -41,7 +41,7 @@ class KernelSpec:
 
     @property
     def name(self) -> str:
-        """Canonical name, e.g. ``fwd_bf16_d128_causal`` or ``fwd_bf16_d192_dv128``."""
+        """Canonical name, e.g. ``fwd_bf16_d128_causal`` or ``bwd_bf16_d192_dv128``."""
         dv = "" if self.head_dim_v == self.head_dim else f"_dv{self.head_dim_v}"
         return f"{self.direction}_{self.dtype}_d{self.head_dim}{dv}{'_causal' if self.causal else ''}"
 
@@ -51,7 +51,7 @@ class KernelSpec:
         match = _NAME.fullmatch(name)
         if match is None:
             raise ValueError(
-                f"spec {name!r} is not a name like fwd_bf16_d128, fwd_bf16_d192_dv128 or fwd_fp16_d64_causal"
+                f"spec {name!r} is not a name like fwd_bf16_d128, fwd_bf16_d192_dv128 or bwd_fp16_d64_causal"
             )
         head_dim = int(match["d"])
         return KernelSpec(

@@ -108,7 +108,7 @@ class Variant:
 
     def check(self) -> None:
         """Raise IllegalConfigError, with the reason, unless the space serves the spec and allows the config."""
-        reason = self.space.serves(self.spec) or self.space.rejection(self.spec, self.config)
+        reason = refusal(self.space, self.spec) or self.space.rejection(self.spec, self.config)
         if reason:
             raise IllegalConfigError(f"{self.name}: {reason}")
 
@@ -143,9 +143,19 @@ def space_for(target: str, algorithm: str) -> Space:
     raise ValueError(f"no algorithm {algorithm!r} for target {target!r}; known: {known}")
 
 
+def refusal(space: Space, spec: KernelSpec) -> str | None:
+    """None where a space's template computes the spec, else the reason why it can't. Unless it says so by a
+    ``direction``, a space computes the forward.
+    """
+    direction = getattr(space, "direction", "fwd")
+    if spec.direction != direction:
+        return f"it computes {direction} specs only"
+    return space.serves(spec)
+
+
 def spaces_of(target: str, spec: KernelSpec) -> tuple[Space, ...]:
     """The spaces of a target whose template can compute the spec."""
-    return tuple(space for space in spaces() if space.target == target and space.serves(spec) is None)
+    return tuple(space for space in spaces() if space.target == target and refusal(space, spec) is None)
 
 
 def config_from_dict(target: str, values: Mapping[str, object]) -> TileConfig:

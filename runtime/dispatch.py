@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from jagtile.generator.spec import DType, KernelSpec
-from jagtile.generator.tile import Variant, config_from_dict, spaces, spaces_of
+from jagtile.generator.tile import Variant, config_from_dict, refusal, spaces, spaces_of
 from jagtile.runtime.device import DeviceId, relatives
 from jagtile.runtime.errors import IllegalConfigError, UnsupportedError
 from jagtile.runtime.problem import Problem, regime
@@ -84,7 +84,7 @@ def default_variant(spec: KernelSpec, target: str) -> Variant:
     serving = spaces_of(target, spec)
     if serving:
         return Variant(target, spec, serving[0].default(spec))
-    reasons = [f"{space.algorithm}: {space.serves(spec)}" for space in spaces() if space.target == target]
+    reasons = [f"{space.algorithm}: {refusal(space, spec)}" for space in spaces() if space.target == target]
     raise UnsupportedError(
         f"no kernel for {spec.name} on target {target}: {'; '.join(reasons) or 'the target has no templates'}"
     )

@@ -34,3 +34,37 @@ class ForwardKernel(Protocol):
     ) -> None:
         """Compute attention of every sequence into ``out`` (and ``lse``)."""
         ...
+
+
+class BackwardKernel(Protocol):
+    """A loaded backward kernel of one variant.
+
+    Shapes as in ``ForwardKernel``: out and lse are what the forward gave; dout (total_q, H, D_v) is the gradient of a
+    loss by out, dlse (H, total_q) float32 that by lse, None for zeros; dq, dk and dv are shaped as q, k and v. All but
+    lse and dlse are of the spec's dtype, last stride 1.
+    """
+
+    meta: ArtifactMeta
+
+    def backward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        dout: torch.Tensor,
+        dlse: torch.Tensor | None,
+        dq: torch.Tensor,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+        scale: float,
+        bottom_right: bool,
+    ) -> None:
+        """Compute the gradients by q, k and v into ``dq``, ``dk`` and ``dv``, zeros for tokens without partners."""
+        ...
+
+
+Kernel = ForwardKernel | BackwardKernel

@@ -15,12 +15,12 @@ from jagtile.runtime.settings import settings
 
 if TYPE_CHECKING:  # at run time these would make `import jagtile` import msgspec
     from jagtile.runtime.artifact import Artifact
-    from jagtile.runtime.kernel import ForwardKernel
+    from jagtile.runtime.kernel import Kernel
 
 log = logging.getLogger("jagtile")
 
 
-def load(artifact: Artifact, device: torch.device) -> ForwardKernel:
+def load(artifact: Artifact, device: torch.device) -> Kernel:
     """A launchable kernel of an artifact on a device."""
     if artifact.meta.target == "cpu":
         from jagtile.runtime import cpu
@@ -44,9 +44,9 @@ class KernelTable:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._kernels: dict[tuple[Variant, torch.device], ForwardKernel] = {}
+        self._kernels: dict[tuple[Variant, torch.device], Kernel] = {}
 
-    def kernel_for(self, variant: Variant, device: torch.device) -> ForwardKernel:
+    def kernel_for(self, variant: Variant, device: torch.device) -> Kernel:
         """The loaded kernel of a variant, built if need be.
 
         Raises NoKernelError where it may not be built or loaded now, CompilerNotFoundError, BuildError or
@@ -123,6 +123,6 @@ def kernel_table() -> KernelTable:
     return _table
 
 
-def kernel_for(variant: Variant, device: torch.device) -> ForwardKernel:
+def kernel_for(variant: Variant, device: torch.device) -> Kernel:
     """``KernelTable.kernel_for`` of the process's table."""
     return _table.kernel_for(variant, device)

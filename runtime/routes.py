@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
-from jagtile.generator.spec import KernelSpec
+from jagtile.generator.spec import Direction, KernelSpec
 from jagtile.generator.tile import Variant
 from jagtile.runtime.device import device_id
 from jagtile.runtime.dispatch import Decision, choose_for_regime, default_variant
@@ -18,7 +18,7 @@ from jagtile.runtime.loader import kernel_table
 from jagtile.runtime.problem import DTYPE_NAMES, REGIMES
 
 if TYPE_CHECKING:
-    from jagtile.runtime.kernel import ForwardKernel
+    from jagtile.runtime.kernel import BackwardKernel, ForwardKernel, Kernel
 
 log = logging.getLogger("jagtile")
 
@@ -27,15 +27,27 @@ Route = tuple[torch.dtype, int, int, bool, int, int]
 
 # Read without a lock by every call, written by ``resolve`` only; the values are owned by the kernel table.
 ROUTES: dict[Route, ForwardKernel] = {}
+BACKWARD_ROUTES: dict[Route, BackwardKernel] = {}
 
 
 def resolve(route: Route) -> ForwardKernel:
-    """Choose, load (build, if need be) and remember the kernel of a route."""
+    """Choose, load (build, if need be) and remember the forward kernel of a route."""
+    kernel = ROUTES[route] = cast("ForwardKernel", _resolve("fwd", route))
+    return kernel
+
+
+def resolve_backward(route: Route) -> BackwardKernel:
+    """As ``resolve``, the backward kernel."""
+    kernel = BACKWARD_ROUTES[route] = cast("BackwardKernel", _resolve("bwd", route))
+    return kernel
+
+
+def _resolve(direction: Direction, route: Route) -> Kernel:
     dtype, head_dim, head_dim_v, is_causal, device_index, regime_index = route
     device = torch.device("cpu") if device_index < 0 else torch.device("cuda", device_index)
-    spec = KernelSpec("fwd", DTYPE_NAMES[dtype], head_dim, head_dim_v, is_causal)
+    spec = KernelSpec(direction, DTYPE_NAMES[dtype], head_dim, head_dim_v, is_causal)
     decision = decide(spec, REGIMES[regime_index], device)
-    kernel = ROUTES[route] = _load(decision, device)
+    kernel = _load(decision, device)
     log.debug("%s, regime %s on %s: %s (%s)", spec.name, decision.regime, device, kernel.meta.symbol, decision.source)
     return kernel
 
@@ -56,11 +68,12 @@ def prepare(spec: KernelSpec, regimes: Sequence[str], device: torch.device) -> t
     index = -1 if device.index is None else device.index
     for decision in decisions:
         route = (dtype, spec.head_dim, spec.head_dim_v, spec.causal, index, REGIMES.index(decision.regime))
-        ROUTES[route] = _load(decision, device)
+        routes = ROUTES if spec.direction == "fwd" else BACKWARD_ROUTES
+        cast("dict[Route, Kernel]", routes)[route] = _load(decision, device)
     return variants
 
 
-def _load(decision: Decision, device: torch.device) -> ForwardKernel:
+def _load(decision: Decision, device: torch.device) -> Kernel:
     """The decision's kernel, or the space's default where the compiler at hand makes nothing usable of the decision."""
     variant = decision.variant
     try:
@@ -80,4 +93,5 @@ def _load(decision: Decision, device: torch.device) -> ForwardKernel:
 def forget() -> None:
     """Drop every route and loaded kernel of this process; the next call looks everything up anew."""
     ROUTES.clear()
+    BACKWARD_ROUTES.clear()
     kernel_table().clear()

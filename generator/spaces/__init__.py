@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from jagtile.generator.spaces.cpu_backward import CpuBackwardSpace
 from jagtile.generator.spaces.cpu_forward import CpuForwardSpace
 from jagtile.generator.spaces.sm90_forward import Sm90ForwardSpace
 from jagtile.generator.tile import Space
 
-ALL: tuple[Space, ...] = (Sm90ForwardSpace(), CpuForwardSpace())
+ALL: tuple[Space, ...] = (Sm90ForwardSpace(), CpuForwardSpace(), CpuBackwardSpace())

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-import threading
-
 import torch
 
-from jagtile.runtime.artifact import Artifact, ArtifactMeta
-from jagtile.runtime.cpu.openmp import share_openmp
-from jagtile.runtime.cpu.params import BAD_OFFSETS, BLOCK, BLOCK_BYTES, NO_MEMORY
-from jagtile.runtime.errors import CorruptArtifactError
+from jagtile.runtime.artifact import Artifact
+from jagtile.runtime.cpu.kernel import CpuKernel
+from jagtile.runtime.cpu.params import BLOCK_BYTES
 
 
-class _Block(threading.local):
-    """A thread's own parameter block: ctypes releases the GIL, so another thread may be filling its own."""
-
-    def __init__(self) -> None:
-        self.data = bytearray(BLOCK_BYTES)
-        self._pinned = (ctypes.c_char * BLOCK_BYTES).from_buffer(self.data)
-        self.address = ctypes.c_void_p(ctypes.addressof(self._pinned))
-
-
-class CpuForwardKernel:
+class CpuForwardKernel(CpuKernel):
     """A loaded CPU forward (see ForwardKernel)."""
 
     def __init__(self, artifact: Artifact) -> None:
-        self.meta: ArtifactMeta = artifact.meta
-        share_openmp()
-        try:
-            self._function = ctypes.CDLL(str(artifact.path))[self.meta.symbol]
-        except (OSError, AttributeError) as error:
-            raise CorruptArtifactError(
-                f"{artifact.path} can't be loaded: {error}; delete it to have it rebuilt"
-            ) from error
-        self._function.argtypes = [ctypes.c_void_p]
-        self._function.restype = ctypes.c_int32
-        self._block = _Block()
+        super().__init__(artifact, BLOCK_BYTES)
 
     def forward(
         self,
@@ -51,44 +28,5 @@ class CpuForwardKernel:
         bottom_right: bool,
     ) -> None:
         """Compute at once (see ForwardKernel). ValueError for offsets that fall or leave the tensors."""
-        total_q, heads, _ = q.shape
-        total_k, heads_kv, _ = k.shape
-        if lse is not None:
-            lse_address, (lse_head, lse_token) = lse.data_ptr(), lse.stride()
-        else:
-            lse_address = lse_head = lse_token = 0
-        block = self._block
-        BLOCK.pack_into(
-            block.data,
-            0,
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
-            out.data_ptr(),
-            lse_address,
-            cu_seqlens_q.data_ptr(),
-            cu_seqlens_k.data_ptr(),
-            *q.stride()[:2],
-            *k.stride()[:2],
-            *v.stride()[:2],
-            *out.stride()[:2],
-            lse_token,
-            lse_head,
-            total_q,
-            total_k,
-            cu_seqlens_q.shape[0] - 1,
-            heads_kv,
-            heads // heads_kv,
-            (cu_seqlens_q.dtype == torch.int64) + 2 * (cu_seqlens_k.dtype == torch.int64),
-            bottom_right,
-            torch.get_num_threads(),
-            scale,
-        )
-        status = self._function(block.address)
-        if status == BAD_OFFSETS:
-            raise ValueError(
-                f"cu_seqlens_q and cu_seqlens_k must never fall, and stay within the {total_q} tokens of q and the "
-                f"{total_k} of k"
-            )
-        if status == NO_MEMORY:
-            raise MemoryError(f"no memory for the work list of {cu_seqlens_q.shape[0] - 1} sequences")
+        block = self._pack(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
+        self._launch(block, q, k, cu_seqlens_q)

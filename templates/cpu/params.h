@@ -1,4 +1,4 @@
-// The one parameter block of every CPU kernel (ABI version 1; runtime/cpu/params.py packs the same bytes).
+// The parameter blocks of the CPU kernels (ABI version 1; runtime/cpu/params.py packs the same bytes).
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ struct Strides {  // in elements; the last stride is 1
   int64_t token, head;
 };
 
-struct Params {
+struct Params {  // of a forward
   const void* q;    // (total_q, heads, head_dim)
   const void* k;    // (total_k, heads_kv, head_dim)
   const void* v;    // (total_k, heads_kv, head_dim_v)
@@ -24,6 +24,16 @@ struct Params {
   int32_t bottom_right;  // causal alignment of unequal lengths
   int32_t threads;       // at most so many
   float scale;           // of the softmax, any sign
+};
+
+struct GradientParams {  // of a backward, which reads out and lse
+  Params forward;
+  const void* dout;   // as out
+  const float* dlse;  // as lse, or null for zeros
+  void* dq;           // as q
+  void* dk;           // as k
+  void* dv;           // as v
+  Strides dout_strides, dlse_strides, dq_strides, dk_strides, dv_strides;
 };
 
 // What a kernel returns.

@@ -16,17 +16,17 @@ from jagtile.generator.toolchain import find_cxx
 from jagtile.runtime.artifact import Artifact
 from jagtile.runtime.cpu import load
 from jagtile.runtime.errors import CompilerNotFoundError
-from jagtile.runtime.kernel import ForwardKernel
+from jagtile.runtime.kernel import Kernel
 from jagtile.runtime.settings import settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # the helpers beside this file
 
-from kernels import VARIANTS
+from kernels import BACKWARD_VARIANTS, VARIANTS
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Variant], Artifact]:
-    """The artifact of one of ``VARIANTS``; the first use builds them all in one run, for all workers of the session."""
+    """The artifact of a listed variant; the first use builds them all in one run, for all workers of the session."""
     try:
         find_cxx()
     except CompilerNotFoundError as error:
@@ -34,12 +34,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Variant], Artif
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with settings.override(cache_dir=shared / "cpu-kernels"):
-        results = build(VARIANTS)
+        results = build(VARIANTS + BACKWARD_VARIANTS)
     assert {result.variant.name: result.reason for result in results if result.artifact is None} == {}
     return {result.variant: result.artifact for result in results}.__getitem__
 
 
 @pytest.fixture(scope="session")
-def kernel_of(built: Callable[[Variant], Artifact]) -> Callable[[Variant], ForwardKernel]:
-    """The loaded kernel of one of ``VARIANTS``."""
+def kernel_of(built: Callable[[Variant], Artifact]) -> Callable[[Variant], Kernel]:
+    """The loaded kernel of a listed variant."""
     return lru_cache(maxsize=None)(lambda variant: load(built(variant)))

@@ -8,23 +8,28 @@ from dataclasses import dataclass
 import torch
 
 from jagtile.generator.oracle import CausalAlignment, errors, reference, tolerance, torch_dtype
+from jagtile.generator.oracle_gradients import gradient_tolerance, reference_gradients
+from jagtile.generator.spaces.cpu_backward import CpuBackwardConfig, CpuBackwardSpace
 from jagtile.generator.spaces.cpu_forward import CpuForwardConfig, CpuForwardSpace
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant
 from jagtile.runtime.isa import host_isa, supports
-from jagtile.runtime.kernel import ForwardKernel
+from jagtile.runtime.kernel import BackwardKernel, ForwardKernel
 
 SPACE = CpuForwardSpace()
+BACKWARD = CpuBackwardSpace()
 NAN = float("nan")
 
 
-def _variant(spec: str, isa: str, block_m: int, block_n: int, vectors: int, rows: int) -> Variant:
-    return Variant("cpu", KernelSpec.parse(spec), CpuForwardConfig(isa, block_m, block_n, vectors, rows))
+def _variant(name: str, isa: str, block_m: int, block_n: int, vectors: int, rows: int) -> Variant:
+    spec = KernelSpec.parse(name)
+    config = CpuForwardConfig if spec.direction == "fwd" else CpuBackwardConfig
+    return Variant("cpu", spec, config(isa, block_m, block_n, vectors, rows))
 
 
-def _default(spec: str) -> Variant:
-    parsed = KernelSpec.parse(spec)
-    return Variant("cpu", parsed, SPACE.default(parsed))
+def _default(name: str) -> Variant:
+    spec = KernelSpec.parse(name)
+    return Variant("cpu", spec, (SPACE if spec.direction == "fwd" else BACKWARD).default(spec))
 
 
 # Every dtype, every instruction set that the host may have, head dims from 1 to 256 with odd ones among them, blocks so
@@ -45,7 +50,19 @@ _WANTED = (
     _variant("fwd_bf16_d9_causal", "generic", 12, 20, 3, 4),
     _variant("fwd_fp16_d12_dv5", "generic", 8, 6, 1, 10),
 )
+_WANTED_BACKWARD = (
+    _default("bwd_fp32_d64"),
+    _default("bwd_bf16_d128_causal"),
+    _default("bwd_fp16_d256_dv200_causal"),
+    _variant("bwd_fp32_d1_dv80_causal", "avx512", 64, 48, 4, 6),
+    _variant("bwd_bf16_d77_dv33", "avx512bf16", 48, 26, 3, 9),
+    _variant("bwd_bf16_d5_dv3_causal", "avx512bf16", 32, 10, 1, 13),
+    _variant("bwd_fp16_d17_dv50_causal", "avx2", 16, 8, 1, 5),
+    _variant("bwd_fp32_d33_dv20_causal", "neon", 32, 24, 4, 6),
+    _variant("bwd_bf16_d9_causal", "generic", 12, 20, 3, 4),
+)
 VARIANTS = [variant for variant in _WANTED if supports(host_isa(), variant.config.isa)]
+BACKWARD_VARIANTS = [variant for variant in _WANTED_BACKWARD if supports(host_isa(), variant.config.isa)]
 
 
 def jagged(
@@ -79,7 +96,7 @@ class Call:
     gqa_ratio: int = 1
     alignment: CausalAlignment = "top_left"
     scale: float | None = None
-    layouts: tuple[str, str, str, str] = ("dense",) * 4  # of q, k, v and out
+    layouts: tuple[str, str, str, str] = ("dense",) * 4  # of q, k, v and out (and their gradients)
     wide_q: bool = False  # cu_seqlens_q is int64
     wide_k: bool = False
     with_lse: bool = True
@@ -87,38 +104,87 @@ class Call:
     seed: int = 0
 
 
+class Inputs:
+    """The tensors of a call, poisoned wherever a kernel has no business."""
+
+    def __init__(self, spec: KernelSpec, call: Call) -> None:
+        self.spec, self.call, self.dtype = spec, call, torch_dtype(spec.dtype)
+        self._generator = torch.Generator().manual_seed(call.seed)
+        offsets_q = torch.tensor([0, *(q for q, _ in call.lengths)]).cumsum(0)
+        offsets_k = torch.tensor([0, *(k for _, k in call.lengths)]).cumsum(0)
+        total_q, total_k = int(offsets_q[-1]) + call.spare, int(offsets_k[-1]) + call.spare
+        heads = call.heads_kv * call.gqa_ratio
+        self.shapes = (
+            (total_q, heads, spec.head_dim),
+            (total_k, call.heads_kv, spec.head_dim),
+            (total_k, call.heads_kv, spec.head_dim_v),
+            (total_q, heads, spec.head_dim_v),
+        )
+        self.q, self.k, self.v = (self.normal(which) for which in range(3))
+        self.cu_q = offsets_q if call.wide_q else offsets_q.int()
+        self.cu_k = offsets_k if call.wide_k else offsets_k.int()
+        self.scale = spec.head_dim**-0.5 if call.scale is None else call.scale
+        self.bottom_right = call.alignment == "bottom_right"
+        self.meaning = {"is_causal": spec.causal, "causal_alignment": call.alignment, "scale": self.scale}
+
+    def normal(self, which: int) -> torch.Tensor:
+        """Random values in the layout of q, k, v or out; NaN for tokens of no sequence."""
+
+        def fill(shape: tuple[int, ...]) -> torch.Tensor:
+            values = torch.randn(shape, generator=self._generator)
+            values[values.shape[0] - self.call.spare :] = NAN
+            return values
+
+        return jagged(self.shapes[which], self.dtype, self.call.layouts[which], fill)[0]
+
+    def poisoned(self, which: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """An output like q, k, v or out, and the storage around it."""
+        fill = lambda shape: torch.full(shape, NAN)  # noqa: E731
+        return jagged(self.shapes[which], self.dtype, self.call.layouts[which], fill)
+
+
 def check(kernel: ForwardKernel, spec: KernelSpec, call: Call) -> None:
     """Run a kernel on poisoned memory and compare with the oracle; nothing outside ``out`` may be written."""
-    dtype = torch_dtype(spec.dtype)
-    generator = torch.Generator().manual_seed(call.seed)
-    offsets_q = torch.tensor([0, *(q for q, _ in call.lengths)]).cumsum(0)
-    offsets_k = torch.tensor([0, *(k for _, k in call.lengths)]).cumsum(0)
-    total_q, total_k = int(offsets_q[-1]) + call.spare, int(offsets_k[-1]) + call.spare
-    heads = call.heads_kv * call.gqa_ratio
+    given = Inputs(spec, call)
+    operands = (given.q, given.k, given.v, given.cu_q, given.cu_k)
+    out, out_storage = given.poisoned(3)
+    lse = torch.full((given.shapes[0][1], given.shapes[0][0]), NAN) if call.with_lse else None
 
-    def normal(shape: tuple[int, ...]) -> torch.Tensor:
-        values = torch.randn(shape, generator=generator)
-        values[values.shape[0] - call.spare :] = NAN
-        return values
+    kernel.forward(*operands, out, lse, given.scale, given.bottom_right)
 
-    q, _ = jagged((total_q, heads, spec.head_dim), dtype, call.layouts[0], normal)
-    k, _ = jagged((total_k, call.heads_kv, spec.head_dim), dtype, call.layouts[1], normal)
-    v, _ = jagged((total_k, call.heads_kv, spec.head_dim_v), dtype, call.layouts[2], normal)
-    out, out_storage = jagged(
-        (total_q, heads, spec.head_dim_v), dtype, call.layouts[3], lambda shape: torch.full(shape, NAN)
-    )
-    lse = torch.full((heads, total_q), NAN) if call.with_lse else None
-    cu_q = offsets_q if call.wide_q else offsets_q.int()
-    cu_k = offsets_k if call.wide_k else offsets_k.int()
-    scale = spec.head_dim**-0.5 if call.scale is None else call.scale
-
-    kernel.forward(q, k, v, cu_q, cu_k, out, lse, scale, call.alignment == "bottom_right")
-
-    expected, expected_lse = reference(
-        q, k, v, cu_q, cu_k, is_causal=spec.causal, causal_alignment=call.alignment, scale=scale
-    )
-    assert errors(out, expected).rel <= tolerance(dtype)
+    expected, expected_lse = reference(*operands, **given.meaning)
+    assert errors(out, expected).rel <= tolerance(given.dtype)
     if lse is not None:
         torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-6, atol=2e-5)
     out.fill_(NAN)
     assert bool(out_storage.isnan().all()), "a kernel wrote outside of out"
+
+
+def check_backward(kernel: BackwardKernel, spec: KernelSpec, call: Call) -> None:
+    """As ``check``, the gradients: of out, and of lse where ``call.with_lse``. Rows without partners must get zeros."""
+    given = Inputs(spec, call)
+    operands = (given.q, given.k, given.v, given.cu_q, given.cu_k)
+    exact_out, exact_lse = reference(*operands, **given.meaning)
+    out = given.normal(3).copy_(exact_out)
+    lse = exact_lse.float()
+    # What no result depends on: gradients of rows that see no key.
+    blind = exact_lse.isneginf()
+    dout = given.normal(3)
+    dout.masked_fill_(blind.T.unsqueeze(2), NAN)
+    dlse = torch.randn(lse.shape).masked_fill_(blind, NAN) if call.with_lse else None
+    grads, storages = zip(*(given.poisoned(which) for which in range(3)), strict=True)
+
+    kernel.backward(*operands, out, lse, dout, dlse, *grads, given.scale, given.bottom_right)
+
+    expected = reference_gradients(*operands, dout, dlse, **given.meaning)
+    # Scores' gradients are differences dP - delta that may cancel: an error is measured by what they are made of.
+    delta = (dout.double() * exact_out).sum(dim=2).T
+    parts = reference_gradients(*operands, dout, delta, **given.meaning)
+    unseen = (expected.dv == 0).all(dim=2)
+    alone = (blind.T, unseen, unseen)
+    for name, grad, want, part, rows, storage in zip("qkv", grads, expected, parts, alone, storages, strict=True):
+        size = max(float(want.norm()), float(part.norm()))
+        assert float((grad.double() - want).norm()) <= gradient_tolerance(given.dtype) * size, f"d{name}"
+        assert not grad[rows].any(), f"d{name} of tokens without partners"
+        grad.fill_(NAN)
+        assert bool(storage.isnan().all()), f"a kernel wrote outside of d{name}"

@@ -26,6 +26,11 @@ def test_the_block_has_the_header_s_layout(tmp_path: Path) -> None:
     offsets["scale"] = params.BLOCK.size - 4
     checks = [f"offsetof(Params, {field}) == {offset}" for field, offset in offsets.items()]
     checks.append(f"sizeof(Params) == {params.BLOCK_BYTES}")
+    gradients = {"dout": 0, "dv": 4 * 8, "dout_strides": 5 * 8, "dv_strides": 13 * 8}
+    checks += [
+        f"offsetof(GradientParams, {field}) == {params.BLOCK_BYTES + offset}" for field, offset in gradients.items()
+    ]
+    checks.append(f"sizeof(GradientParams) == {params.GRADIENT_BLOCK_BYTES}")
     checks.append(f"kBadOffsets == {params.BAD_OFFSETS} && kNoMemory == {params.NO_MEMORY}")
     source = tmp_path / "check.cpp"
     lines = ["#include <cstddef>", '#include "cpu/params.h"', *(f"static_assert({check});" for check in checks)]

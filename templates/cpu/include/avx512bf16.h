@@ -8,9 +8,9 @@ static inline Vec multiply_add(Vec c, WordVec a, WordVec b) {
   return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
 }
 
+static inline HalfVec narrow_bf16(Vec value) { return (HalfVec)_mm512_cvtneps_pbh((__m512)value); }
+
 // Rounds to bf16; the halves of a lane are low and high.
 static inline WordVec pack_pairs(Vec low, Vec high) {
-  const WordVec lower = __builtin_convertvector((HalfVec)_mm512_cvtneps_pbh((__m512)low), WordVec);
-  const WordVec upper = __builtin_convertvector((HalfVec)_mm512_cvtneps_pbh((__m512)high), WordVec);
-  return lower | upper << 16;
+  return __builtin_convertvector(narrow_bf16(low), WordVec) | __builtin_convertvector(narrow_bf16(high), WordVec) << 16;
 }

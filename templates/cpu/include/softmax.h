@@ -52,3 +52,21 @@ static inline void softmax_step(Vec* scores, int keys, float scale_log2, Vec* pe
 #pragma GCC unroll 8
   for (int j = 0; j < kVectors; ++j) total[j] = sum[j];
 }
+
+// From scores and the gradients of the weights, weights 2^(scale_log2 * score - lse) and the gradients of the scaled scores,
+// weight * (gradient - delta), both handed to put(index, weight, gradient) for every vector of the tile. Where kMasked,
+// keys behind a query's last visible one weigh 0.
+template <int kVectors, int kDegree, bool kMasked, typename Put>
+static inline void softmax_gradient(const Vec* scores, const Vec* gradients, int first_key, int keys, float scale_log2,
+                                    const Vec* lse, const Vec* delta, const IntVec* last_visible, Put put) {
+  for (int key = 0; key < keys; ++key) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) {
+      const int at = key * kVectors + j;
+      Vec exponent = scores[at] * scale_log2 - lse[j];
+      if constexpr (kMasked) exponent = select(last_visible[j] >= first_key + key, exponent, broadcast(-INFINITY));
+      const Vec weight = exp2_negative<kDegree>(exponent);
+      put(at, weight, weight * (gradients[at] - delta[j]));
+    }
+  }
+}

@@ -1,4 +1,4 @@
-// The work of a batch, from its offsets: blocks of query rows, longest first.
+// The work of a batch, from its offsets: blocks of query rows, or all those of a sequence, longest first.
 #pragma once
 
 #include <algorithm>
@@ -61,23 +61,63 @@ static inline void append_sequence(std::vector<WorkItem>& items, const Params& p
   }
 }
 
-// False where the offsets fall, or leave the tensors. Rows of q before the first and behind the last sequence see nothing.
-template <int kBlockRows, int kTileRows, bool kCausal>
-static inline bool list_work(std::vector<WorkItem>& items, const Params& p) {
+// Calls visit(q_begin, len_q, k_begin, len_k) for every sequence, and for the tokens of none, which have no partners.
+// False where the offsets fall, or leave the tensors.
+template <typename Visit>
+static inline bool for_each_sequence(const Params& p, Visit visit) {
   const bool wide_q = p.wide_offsets & 1, wide_k = p.wide_offsets & 2;
   int64_t q_begin = offset_at(p.cu_seqlens_q, wide_q, 0), k_begin = offset_at(p.cu_seqlens_k, wide_k, 0);
   if (q_begin < 0 || k_begin < 0) return false;
-  append_sequence<kBlockRows, kTileRows, kCausal>(items, p, 0, std::min(q_begin, p.total_q), 0, 0);
+  visit(0, std::min(q_begin, p.total_q), 0, 0);
+  visit(0, 0, 0, std::min(k_begin, p.total_k));
   for (int sequence = 0; sequence < p.batch; ++sequence) {
     const int64_t q_end = offset_at(p.cu_seqlens_q, wide_q, sequence + 1);
     const int64_t k_end = offset_at(p.cu_seqlens_k, wide_k, sequence + 1);
     if (q_end < q_begin || k_end < k_begin) return false;
     if (q_end > p.total_q || k_end > p.total_k) return false;
-    append_sequence<kBlockRows, kTileRows, kCausal>(items, p, q_begin, q_end - q_begin, k_begin, k_end - k_begin);
+    visit(q_begin, q_end - q_begin, k_begin, k_end - k_begin);
     q_begin = q_end;
     k_begin = k_end;
   }
-  append_sequence<kBlockRows, kTileRows, kCausal>(items, p, q_begin, p.total_q - q_begin, 0, 0);
-  std::stable_sort(items.begin(), items.end(), [](const WorkItem& a, const WorkItem& b) { return a.cost > b.cost; });
+  visit(q_begin, p.total_q - q_begin, 0, 0);
+  visit(0, 0, k_begin, p.total_k - k_begin);
+  return true;
+}
+
+template <typename Item>
+static inline void sort_by_cost(std::vector<Item>& items) {
+  std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
+}
+
+// The forward's work. False as for_each_sequence.
+template <int kBlockRows, int kTileRows, bool kCausal>
+static inline bool list_work(std::vector<WorkItem>& items, const Params& p) {
+  const auto append = [&](int64_t q_begin, int64_t len_q, int64_t k_begin, int64_t len_k) {
+    append_sequence<kBlockRows, kTileRows, kCausal>(items, p, q_begin, len_q, k_begin, len_k);
+  };
+  if (!for_each_sequence(p, append)) return false;
+  sort_by_cost(items);
+  return true;
+}
+
+// All query rows of one sequence for each kv head, as blocks: items[first] to items[last - 1].
+struct WorkGroup {
+  size_t first, last;
+  int64_t k_begin, keys;  // of the sequence
+  double cost;
+};
+
+// The backward's work. False as for_each_sequence.
+template <int kBlockRows, int kTileRows, bool kCausal>
+static inline bool list_groups(std::vector<WorkGroup>& groups, std::vector<WorkItem>& items, const Params& p) {
+  const auto append = [&](int64_t q_begin, int64_t len_q, int64_t k_begin, int64_t len_k) {
+    WorkGroup group = {items.size(), 0, k_begin, len_k, double(len_k)};
+    append_sequence<kBlockRows, kTileRows, kCausal>(items, p, q_begin, len_q, k_begin, len_k);
+    group.last = items.size();
+    for (size_t i = group.first; i < group.last; ++i) group.cost += items[i].cost;
+    if (len_q || len_k) groups.push_back(group);
+  };
+  if (!for_each_sequence(p, append)) return false;
+  sort_by_cost(groups);
   return true;
 }

@@ -31,8 +31,8 @@
 #include <algorithm>
 #include <new>
 
-#include "cpu/include/element.h"
 #include "cpu/include/gemm.h"
+#include "cpu/include/operand.h"
 #include "cpu/include/softmax.h"
 #include "cpu/include/work.h"
 
@@ -71,11 +71,6 @@ struct alignas(64) Scratch {
 };
 thread_local Scratch scratch;
 
-template <int kCount>
-inline Operand read_operand(const Element* from) {
-  return load<WordVec, 2 * kCount>(from);
-}
-
 // Lanes behind the item's last row see what it sees.
 void set_last_visible(const Params& p, const WorkItem& item, int vector) {
   int last = -1;
@@ -94,37 +89,8 @@ void load_queries(const Params& p, const WorkItem& item, int kv_head, int vector
   for_each_row<kLanes>(p, item, vector, [&](int lane, int64_t token, int head) {
     from[lane] = at(static_cast<const Element*>(p.q), p.q_strides, item.q_begin + token, kv_head * p.gqa_ratio + head);
   });
-  const uint32_t sign = p.scale < 0 ? 0x80008000 : 0;
   Operand* to = scratch.q + vector / kVectors * kVectors * kDepth + vector % kVectors;
-  for_each_chunk<kHeadDim, 2 * kLanes>([&](int column, auto count) {
-    Operand block[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) block[lane] = read_operand<count>(from[lane] + column);
-    transpose(block);
-    constexpr int kScalars = (count + 1) / 2;
-    for (int i = 0; i < kScalars; ++i) {
-      to[(column / 2 + i) * tile_vectors] = (Operand)((WordVec)block[i] ^ sign);
-    }
-  });
-}
-
-void load_keys(const Element* k, int64_t stride, int keys) {
-  for (int key = 0; key < keys; ++key) {
-    for_each_chunk<kHeadDim, 2 * kLanes>([&](int column, auto count) {
-      store<sizeof(Operand)>(scratch.k + key * kPitchK + column / 2, read_operand<count>(k + key * stride + column));
-    });
-  }
-}
-
-// Interleaves the keys 2n and 2n + 1; a last one without a partner is paired with zeros.
-void load_values(const Element* v, int64_t stride, int keys) {
-  for (int key = 0; key < keys; key += 2) {
-    for_each_chunk<kHeadDimV, kLanes>([&](int column, auto count) {
-      const Element* even = v + key * stride + column;
-      WordVec pair = __builtin_convertvector(load<HalfVec, 2 * count>(even), WordVec);
-      if (key + 1 < keys) pair |= __builtin_convertvector(load<HalfVec, 2 * count>(even + stride), WordVec) << 16;
-      store<sizeof(pair)>(scratch.v + key / 2 * kPitchV + column, pair);
-    });
-  }
+  load_transposed<kHeadDim>(to, tile_vectors, from, p.scale < 0 ? 0x80008000 : 0);
 }
 
 // Weights to bf16, keys 2n and 2n + 1 as pairs, in place.
@@ -180,12 +146,7 @@ void store_rows(const Params& p, const WorkItem& item, int kv_head, int vector, 
     }
   });
   const Vec* out = scratch.out + vector / kVectors * kVectors * kOutRows + vector % kVectors;
-  for_each_chunk<kHeadDimV, kLanes>([&](int column, auto count) {
-    Vec block[kLanes];
-    for (int i = 0; i < kLanes; ++i) block[i] = select(blind, Vec{}, out[(column + i) * tile_vectors] * inverse);
-    transpose(block);
-    for (int lane = 0; lane < kLanes; ++lane) Element::write<count>(to[lane] + column, block[lane]);
-  });
+  store_transposed<kHeadDimV>(to, [&](int i) { return select(blind, Vec{}, out[i * tile_vectors] * inverse); });
 }
 
 void process(const Params& p, const WorkItem& item, int kv_head) {
@@ -202,8 +163,8 @@ void process(const Params& p, const WorkItem& item, int kv_head) {
   const Element* v = at(static_cast<const Element*>(p.v), p.v_strides, item.k_begin, kv_head);
   for (int key = 0; key < item.keys; key += kBlockKeys) {
     const int keys = std::min(kBlockKeys, item.keys - key);
-    load_keys(k + key * p.k_strides.token, p.k_strides.token, keys);
-    load_values(v + key * p.v_strides.token, p.v_strides.token, keys);
+    load_rows<kHeadDim, kPitchK, Operand>(scratch.k, k + key * p.k_strides.token, p.k_strides.token, keys);
+    load_row_pairs<kHeadDimV, kPitchV>(scratch.v, v + key * p.v_strides.token, p.v_strides.token, keys);
     for (int vector = 0; vector < vectors; vector += kVectors) {
       switch (tile_vectors(vector)) {
         case 1: attend<1>(vector, key, keys, scale_log2); break;

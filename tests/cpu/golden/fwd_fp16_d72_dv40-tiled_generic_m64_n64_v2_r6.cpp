@@ -31,8 +31,8 @@
 #include <algorithm>
 #include <new>
 
-#include "cpu/include/element.h"
 #include "cpu/include/gemm.h"
+#include "cpu/include/operand.h"
 #include "cpu/include/softmax.h"
 #include "cpu/include/work.h"
 
@@ -70,11 +70,6 @@ struct alignas(64) Scratch {
 };
 thread_local Scratch scratch;
 
-template <int kCount>
-inline Operand read_operand(const Element* from) {
-  return Element::read<kCount>(from);
-}
-
 // Q of one vector of rows, transposed, its sign the scale's.
 void load_queries(const Params& p, const WorkItem& item, int kv_head, int vector, int tile_vectors) {
   const Element* from[kLanes];
@@ -82,33 +77,8 @@ void load_queries(const Params& p, const WorkItem& item, int kv_head, int vector
   for_each_row<kLanes>(p, item, vector, [&](int lane, int64_t token, int head) {
     from[lane] = at(static_cast<const Element*>(p.q), p.q_strides, item.q_begin + token, kv_head * p.gqa_ratio + head);
   });
-  const uint32_t sign = p.scale < 0 ? 0x80000000 : 0;
   Operand* to = scratch.q + vector / kVectors * kVectors * kDepth + vector % kVectors;
-  for_each_chunk<kHeadDim, kLanes>([&](int column, auto count) {
-    Operand block[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) block[lane] = read_operand<count>(from[lane] + column);
-    transpose(block);
-    constexpr int kScalars = count;
-    for (int i = 0; i < kScalars; ++i) {
-      to[(column + i) * tile_vectors] = (Operand)((WordVec)block[i] ^ sign);
-    }
-  });
-}
-
-void load_keys(const Element* k, int64_t stride, int keys) {
-  for (int key = 0; key < keys; ++key) {
-    for_each_chunk<kHeadDim, kLanes>([&](int column, auto count) {
-      store<sizeof(Operand)>(scratch.k + key * kPitchK + column, read_operand<count>(k + key * stride + column));
-    });
-  }
-}
-
-void load_values(const Element* v, int64_t stride, int keys) {
-  for (int key = 0; key < keys; ++key) {
-    for_each_chunk<kHeadDimV, kLanes>([&](int column, auto count) {
-      store<sizeof(Vec)>(scratch.v + key * kPitchV + column, Element::read<count>(v + key * stride + column));
-    });
-  }
+  load_transposed<kHeadDim>(to, tile_vectors, from, p.scale < 0 ? 0x80000000 : 0);
 }
 
 // One block of keys, in scratch, for one tile of kTileVectors * kLanes rows.
@@ -146,12 +116,7 @@ void store_rows(const Params& p, const WorkItem& item, int kv_head, int vector, 
     }
   });
   const Vec* out = scratch.out + vector / kVectors * kVectors * kOutRows + vector % kVectors;
-  for_each_chunk<kHeadDimV, kLanes>([&](int column, auto count) {
-    Vec block[kLanes];
-    for (int i = 0; i < kLanes; ++i) block[i] = select(blind, Vec{}, out[(column + i) * tile_vectors] * inverse);
-    transpose(block);
-    for (int lane = 0; lane < kLanes; ++lane) Element::write<count>(to[lane] + column, block[lane]);
-  });
+  store_transposed<kHeadDimV>(to, [&](int i) { return select(blind, Vec{}, out[i * tile_vectors] * inverse); });
 }
 
 void process(const Params& p, const WorkItem& item, int kv_head) {
@@ -167,8 +132,8 @@ void process(const Params& p, const WorkItem& item, int kv_head) {
   const Element* v = at(static_cast<const Element*>(p.v), p.v_strides, item.k_begin, kv_head);
   for (int key = 0; key < item.keys; key += kBlockKeys) {
     const int keys = std::min(kBlockKeys, item.keys - key);
-    load_keys(k + key * p.k_strides.token, p.k_strides.token, keys);
-    load_values(v + key * p.v_strides.token, p.v_strides.token, keys);
+    load_rows<kHeadDim, kPitchK, Operand>(scratch.k, k + key * p.k_strides.token, p.k_strides.token, keys);
+    load_rows<kHeadDimV, kPitchV, Operand>(scratch.v, v + key * p.v_strides.token, p.v_strides.token, keys);
     for (int vector = 0; vector < vectors; vector += kVectors) {
       switch (tile_vectors(vector)) {
         case 1: attend<1>(vector, key, keys, scale_log2); break;

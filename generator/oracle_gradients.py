@@ -1,0 +1,101 @@
+"""The oracle of the backward: gradients of jagged attention in float64, written out rather than left to autograd."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from jagtile.generator.oracle import CausalAlignment, torch_dtype
+from jagtile.generator.spec import DType
+
+# ‖grad − ref‖ / ‖ref‖ that a backward kernel may reach. A sixteen-bit kernel rounds P and dS once more each.
+_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4.5e-3, torch.float16: 5e-4}
+
+_SCORE_BYTES = 1 << 28  # of one block of float64 scores; several such blocks are alive at a time
+
+
+class Gradients(NamedTuple):
+    """Of a loss by q (total_q, H, D), k (total_k, H_kv, D) and v (total_k, H_kv, D_v)."""
+
+    dq: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor
+
+
+def gradient_tolerance(dtype: DType | torch.dtype) -> float:
+    """The largest ``Errors.rel`` that a gradient of a kernel of this dtype may have against ``reference_gradients``."""
+    return _TOLERANCE[torch_dtype(dtype)]
+
+
+def reference_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    causal_alignment: CausalAlignment = "top_left",
+    scale: float | None = None,
+) -> Gradients:
+    """Gradients, in float64, of a loss whose gradients by ``oracle.reference``'s results are dout and dlse.
+
+    dout (total_q, H, D_v), dlse (H, total_q) or None for zeros; the rest as ``oracle.reference`` takes it. A row that
+    sees no key, a key that no row sees, and rows of no sequence have zeros.
+    """
+    heads, head_dim = q.shape[1:]
+    scale = head_dim**-0.5 if scale is None else scale
+    found = Gradients(*(torch.zeros(x.shape, dtype=torch.float64, device=q.device) for x in (q, k, v)))
+    dlse = q.new_zeros((heads, q.shape[0])) if dlse is None else dlse
+    offsets_q, offsets_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for begin_q, end_q, begin_k, end_k in zip(offsets_q, offsets_q[1:], offsets_k, offsets_k[1:], strict=False):
+        len_q, len_k = end_q - begin_q, end_k - begin_k
+        if not len_q or not len_k:
+            continue
+        diagonal = len_k if not is_causal else 0 if causal_alignment == "top_left" else len_k - len_q
+        rows_at_once = max(1, _SCORE_BYTES // (8 * len_k))
+        for head in range(heads):
+            kv = head // (heads // k.shape[1])
+            keys, values = k[begin_k:end_k, kv].double(), v[begin_k:end_k, kv].double()
+            for first in range(0, len_q, rows_at_once):
+                last = min(first + rows_at_once, len_q)
+                rows = slice(begin_q + first, begin_q + last)
+                seen = torch.arange(len_k, device=q.device) <= (
+                    torch.arange(first, last, device=q.device).unsqueeze(1) + diagonal
+                )
+                dq, dk, dv = _block(
+                    q[rows, head].double(),
+                    keys,
+                    values,
+                    dout[rows, head].double(),
+                    dlse[head, rows].double(),
+                    scale,
+                    seen,
+                )
+                found.dq[rows, head] = dq
+                found.dk[begin_k:end_k, kv] += dk
+                found.dv[begin_k:end_k, kv] += dv
+    return found
+
+
+def _block(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor,
+    scale: float,
+    seen: torch.Tensor,
+) -> Gradients:
+    """Some rows of one head against all keys of their sequence; ``seen`` (rows, keys)."""
+    some = seen.any(dim=1, keepdim=True)
+    scores = torch.where(seen, q @ k.T * scale, float("-inf"))
+    weights = torch.where(some, torch.where(some, scores, 0.0).softmax(dim=1), 0.0)
+    dout, dlse = torch.where(some, dout, 0.0), torch.where(some.squeeze(1), dlse, 0.0)
+    dweights = dout @ v.T
+    delta = (weights * dweights).sum(dim=1) - dlse
+    dscores = weights * (dweights - delta.unsqueeze(1)) * scale
+    return Gradients(dscores @ k, dscores.T @ q, weights.T @ dout)
