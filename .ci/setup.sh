@@ -25,6 +25,7 @@ has_everything() {
     local modules="torch numpy jinja2 ninja optuna click rich filelock platformdirs msgspec cuda.pathfinder"
     [[ ",$extras," == *,test,* ]] && modules+=" pytest xdist pytest_timeout hypothesis"
     [[ ",$extras," == *,dev,* ]] && modules+=" ruff mypy"
+    [[ ",$extras," == *,fleet,* ]] && modules+=" psycopg"
     "$1" - $modules <<'PY' 2>/dev/null
 import importlib.util
 import sys

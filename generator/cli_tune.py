@@ -41,7 +41,19 @@ _SHOWN_CANDIDATES = 40
 )
 @click.option("--ship", is_flag=True, help="Write to jagtile's own tuning_db/ instead of the user's overlay.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the search and of the order of turns.")
-@click.option("--storage", metavar="URL", help="An Optuna storage that several machines share. [default: memory]")
+@click.option(
+    "--storage",
+    metavar="URL",
+    help="Share the work with every tuner that names the same storage: postgresql://USER@HOST/DATABASE for several "
+    "machines, sqlite:///FILE or journal:///FILE for one (docs/fleet.md).",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(1),
+    default=60.0,
+    show_default=True,
+    help="With --storage: seconds of silence after which a tuner is taken for gone and its trials are retried.",
+)
 @click.option(
     "--timeout",
     type=click.FloatRange(1),
@@ -60,6 +72,7 @@ def tune(
     ship: bool,
     seed: int,
     storage: str | None,
+    grace: float,
     timeout: float,
     fresh: bool,
     dry_run: bool,
@@ -101,6 +114,7 @@ def tune(
                 ship=ship,
                 seed=seed,
                 storage=storage,
+                grace=grace,
                 timeout=timeout,
                 resume=not fresh,
                 progress=progress,

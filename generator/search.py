@@ -6,12 +6,11 @@ nothing; what is known already is answered from memory; where all that is left f
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from jagtile.generator.fleet import Point
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Knob, TileConfig, legal_configs, spaces_of
 from jagtile.runtime.errors import UnsupportedError
@@ -40,15 +39,13 @@ class Search:
         trials: int | None,
         seeds: Sequence[TileConfig] = (),
         seed: int = 0,
-        storage: str | None = None,
-        study: str = "",
     ) -> None:
         """``trials``: distinct configs to try, those told beforehand included; None: the caller stops when it likes.
-        ``seeds``: known-good configs, tried first. ``storage``: an Optuna storage URL (default: memory), where
-        ``study`` names the study.
+        ``seeds``: known-good configs, tried first.
         """
         self.trials = trials
         self.results: dict[TileConfig, float | None] = {}  # None: it failed
+        self.elsewhere: set[TileConfig] = set()  # configs that others are at work on
         self._spaces = {space.algorithm: space for space in spaces_of(target, spec)}
         if not self._spaces:
             raise UnsupportedError(f"no template of target {target} computes {spec.name}")
@@ -58,14 +55,14 @@ class Search:
         self._seeds = [config for config in dict.fromkeys(seeds) if config in self._legal_set]
         self._rng = random.Random(seed)
         self._asked: dict[TileConfig, optuna.Trial | None] = {}
-        self._seed, self._storage, self._study_name = seed, storage, study
+        self._seed = seed
         self._study: optuna.Study | None = None
 
     @property
     def remaining(self) -> int:
         """Configs that may still be asked for."""
         trials = len(self.legal) if self.trials is None else min(self.trials, len(self.legal))
-        return max(0, trials - len(self.results) - len(self._asked))
+        return max(0, trials - len(self.results) - len(self._asked) - len(self.elsewhere - self.results.keys()))
 
     def best(self) -> list[TileConfig]:
         """Configs that did not fail, the best first."""
@@ -93,6 +90,17 @@ class Search:
         elif self._study is not None and first:
             self._study.add_trial(self._told(config, value))
 
+    def withdraw(self, config: TileConfig) -> None:
+        """Take back an ``ask``: another is at work on the config."""
+        trial = self._asked.pop(config, None)
+        if self._study is not None and trial is not None:
+            _forget(self._study, trial)
+
+    def point(self, config: TileConfig) -> Point:
+        """The config in the joint grid of all algorithms."""
+        own, domains = config.to_dict(), dict(self._domains())
+        return Point({name: own.get(name, domain[0]) for name, domain in domains.items()}, domains)
+
     def _next(self) -> tuple[TileConfig, optuna.Trial | None]:
         for config in self._seeds:
             if self._is_fresh(config):
@@ -104,13 +112,13 @@ class Search:
 
     def _is_explored_now(self) -> bool:
         """Whether TPE asks next. Where the end is not known, turns alternate at the same share."""
-        done = len(self.results) + len(self._asked)
+        done = len(self.results) + len(self._asked) + len(self.elsewhere)
         if self.trials is not None:
             return done < TPE_SHARE * self.trials
         return done < _EXPLORED_FIRST or done % _TURNS < TPE_SHARE * _TURNS
 
     def _is_fresh(self, config: TileConfig) -> bool:
-        return config not in self.results and config not in self._asked
+        return config not in self.results and config not in self._asked and config not in self.elsewhere
 
     def _ask_tpe(self, unknown: Sequence[TileConfig]) -> tuple[TileConfig, optuna.Trial | None]:
         study = self._study = self._study or self._open_study()
@@ -121,7 +129,7 @@ class Search:
                 _answer(study, trial, None)
             elif config in self.results:
                 _answer(study, trial, self.results[config])
-            elif config in self._asked:
+            elif not self._is_fresh(config):
                 _forget(study, trial)
             else:
                 return config, trial
@@ -156,26 +164,17 @@ class Search:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        domains = json.dumps(dict(self._domains()), sort_keys=True)
-        name = f"{self._study_name}/{hashlib.sha256(domains.encode()).hexdigest()[:8]}"
-        study = optuna.create_study(
-            storage=self._storage,
-            study_name=name,
-            load_if_exists=True,
-            direction="minimize",
-            sampler=optuna.samplers.TPESampler(seed=self._seed),
-        )
-        stored = {self._config(trial.params) for trial in study.trials}
-        study.add_trials([self._told(config, value) for config, value in self.results.items() if config not in stored])
+        study = optuna.create_study(direction="minimize", sampler=optuna.samplers.TPESampler(seed=self._seed))
+        study.add_trials([self._told(config, value) for config, value in self.results.items()])
         return study
 
-    def _domains(self) -> Iterator[tuple[str, list[Knob]]]:
+    def _domains(self) -> Iterator[tuple[str, tuple[Knob, ...]]]:
         """Every knob by name, over all algorithms; one that an algorithm does not have is ignored there."""
-        yield "algorithm", list(self._spaces)
+        yield "algorithm", tuple(self._spaces)
         names = dict.fromkeys(knob for grid in self._grids.values() for knob in grid)
         for name in names:
             domains = (grid[name] for grid in self._grids.values() if name in grid)
-            yield name, list(dict.fromkeys(value for domain in domains for value in domain))
+            yield name, tuple(dict.fromkeys(value for domain in domains for value in domain))
 
     def _distributions(self) -> Iterator[tuple[str, optuna.distributions.BaseDistribution]]:
         from optuna.distributions import CategoricalDistribution
@@ -193,9 +192,8 @@ class Search:
     def _told(self, config: TileConfig, value: float | None) -> optuna.trial.FrozenTrial:
         from optuna.trial import TrialState, create_trial
 
-        own = config.to_dict()
         return create_trial(
-            params={name: own.get(name, choices[0]) for name, choices in self._domains()},
+            params=self.point(config).params,
             distributions=dict(self._distributions()),
             value=value,
             state=TrialState.PRUNED if value is None else TrialState.COMPLETE,

@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, cast
 
 import torch
 
 from jagtile.generator.choose import SLACK
+from jagtile.generator.fleet import GRACE_SECONDS, Fleet
 from jagtile.generator.measure import Trials, WorkerFacts
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant
@@ -44,6 +45,7 @@ def tune(
     database: Database | None = None,
     progress: Progress | None = None,
     storage: str | None = None,
+    grace: float = GRACE_SECONDS,
     slack: float = SLACK,
     timeout: float = 30.0,
     resume: bool = True,
@@ -52,13 +54,14 @@ def tune(
 ) -> TuneResult:
     """Find and record the best configs of a spec for some regimes on a device, and choose.
 
-    ``ship``: write to tuning_db/ rather than to the user's overlay. ``storage``: an Optuna storage URL, shared by
-    several machines (default: memory). ``slack``: see ``choose``. ``timeout``: seconds after which a config that shows
-    no sign of life is given up. ``resume``: take configs on record with the same source as measured. ``build`` and
-    ``make_worker`` stand in for the builder and the worker, in tests.
+    ``ship``: write to tuning_db/ rather than to the user's overlay. ``storage``: URL of a storage through which several
+    tuners share the work (docs/fleet.md); one that vanishes is missed after ``grace`` seconds. ``slack``: see
+    ``choose``. ``timeout``: seconds after which a config that shows no sign of life is given up. ``resume``: take
+    configs on record with the same source as measured. ``build`` and ``make_worker`` stand in for the builder and the
+    worker, in tests.
 
     Raises UnsupportedError where no template serves the spec, DatabaseError where nothing can be written,
-    CompilerNotFoundError, and TuningError where the device can't be used or no config works.
+    CompilerNotFoundError, and TuningError where the device or the storage can't be used or no config works.
     """
     begin = time.monotonic()
     unknown = [regime for regime in regimes if regime not in REGIMES]
@@ -71,7 +74,12 @@ def tune(
             facts = cast(WorkerFacts, worker.call("facts", timeout=max(timeout, 120.0)))
         except WorkerFailure as failure:
             raise TuningError(f"{device} can't be used: {failure.reason}") from None
-        with database.writer(facts.device.slug, ship) as writer, ThreadPoolExecutor(1) as builder:
+        name = f"{facts.device.slug}/{facts.device.target}/{spec.name}"
+        with (
+            database.writer(facts.device.slug, ship) as writer,
+            ThreadPoolExecutor(1) as builder,
+            Fleet(storage, name, grace) if storage else nullcontext() as fleet,
+        ):
             records: list[TuningRecord] = []
 
             def emit(record: TuningRecord) -> None:
@@ -80,12 +88,26 @@ def tune(
                 progress.recorded(record)
 
             runner = TrialRunner(facts.device.target, spec, worker, facts, build or _build, emit, timeout)
-            tuner = TuneSession(runner, database, device.type, budget, seed, storage, resume, progress, builder, begin)
+            tuner = TuneSession(
+                runner,
+                database,
+                device.type,
+                budget,
+                seed,
+                fleet,
+                resume,
+                progress,
+                builder,
+                begin,
+                records,
+                writer.append,
+            )
             found: list[Found] = []
             for index, regime in enumerate(regimes):
                 found.append(tuner.search(regime, len(regimes) - index, found))
+            found = tuner.settle(found)
             tuner.finals(found)
-    return tuner.conclude(found, records, ship, slack)
+            return tuner.conclude(found, ship, slack)
 
 
 def _build(variants: Sequence[Variant]) -> Sequence[BuildResult]:

@@ -1,20 +1,25 @@
-"""The steps of one tune: search a regime, time the finalists of all regimes together, conclude."""
+"""The steps of one tune: search a regime, time the finalists of all regimes together, conclude.
+
+In a fleet the configs of a search and the regimes of the finals are shared out; each tuner concludes for itself.
+"""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
 from jagtile.generator.choose import choose
+from jagtile.generator.fleet import Fleet
 from jagtile.generator.measure import Plan
 from jagtile.generator.resume import current_records, known_ratios
 from jagtile.generator.search import Search
+from jagtile.generator.shared_search import SharedSearch, fingerprint
 from jagtile.generator.tile import TileConfig, config_from_dict
 from jagtile.generator.trial import Job, TrialRunner
 from jagtile.generator.tune_types import Budget, Progress, RegimeResult, TuneResult
@@ -24,7 +29,7 @@ from jagtile.runtime.dispatch import choose_for_regime, default_variant
 from jagtile.runtime.errors import TuningError
 from jagtile.runtime.problem import REGIMES
 from jagtile.tuning_db.schema import ChoiceEntry, Choices, Phase, TuningRecord
-from jagtile.tuning_db.store import Database
+from jagtile.tuning_db.store import Database, identity
 
 _PROVEN = 2  # best configs of an earlier regime that a later one tries first
 _FINALISTS = 3  # of each regime
@@ -59,12 +64,15 @@ class TuneSession:
     device_type: str
     budget: Budget
     seed: int
-    storage: str | None
+    fleet: Fleet | None
     resume: bool
     progress: Progress
     builder: ThreadPoolExecutor
     begin: float
+    records: list[TuningRecord]  # of this process so far
+    keep: Callable[[TuningRecord], None]  # writes down a record of another process
     _failed: set[TileConfig] = field(default_factory=set)
+    _finals: list[TuningRecord] = field(default_factory=list)
 
     def search(self, regime: str, regimes_left: int, before: Sequence[Found] = ()) -> Found:
         """Spend a regime's share of the budget; the best of the regimes ``before`` are tried first."""
@@ -73,15 +81,7 @@ class TuneSession:
         incumbent = choose_for_regime(spec, regime, self._device(), self.database).variant.config
         good = [incumbent, default_variant(spec, target).config]
         proven = [config for found in before for config in found.search.best()[:_PROVEN]]
-        search = Search(
-            target,
-            spec,
-            trials=self._trials(),
-            seeds=[*good, *proven],
-            seed=self.seed,
-            storage=self.storage,
-            study=f"{self.runner.facts.device.slug}/{target}/{spec.name}/{regime}",
-        )
+        search = self._make_search(regime, workloads, [*good, *proven])
         records = self._current_records() if self.resume else []
         self._failed |= {config for config, record in records if record.state != "ok"}
         for config in self._failed:
@@ -90,13 +90,53 @@ class TuneSession:
         control = next(working, None)
         for config, ratio in known_ratios(records, regime, workloads, control):
             search.tell(config, ratio)
+        if isinstance(search, SharedSearch):
+            search.control = control
+            search.publish(records)
+            search.sync()
         self.progress.regime_started(regime, workloads[0], len(search.results) + search.remaining, len(search.results))
-        deadline = self._deadline(regimes_left)
-        for batch in self._batches(search):
-            control = self._measure(search, regime, workloads, batch, control)
+        return self._spend(Found(regime, workloads, incumbent, control, search), self._deadline(regimes_left))
+
+    def settle(self, found: Sequence[Found]) -> list[Found]:
+        """Wait until nobody in the fleet searches any more, and try what tuners that are gone left untried."""
+        settled = []
+        for each in found:
+            search = each.search
+            while isinstance(search, SharedSearch):
+                if time.monotonic() < self._deadline(1):
+                    each = self._spend(each, self._deadline(1))
+                search.sync()
+                if not search.elsewhere:
+                    break
+                time.sleep(search.pause)
+            self._failed |= {config for config, value in search.results.items() if value is None}
+            settled.append(each)
+        return settled
+
+    def _make_search(self, regime: str, workloads: tuple[Workload, ...], seeds: Sequence[TileConfig]) -> Search:
+        spec, target, trials = self.runner.spec, self.runner.target, self._trials()
+        if self.fleet is None:
+            return Search(target, spec, trials=trials, seeds=seeds, seed=self.seed)
+        return SharedSearch(
+            target,
+            spec,
+            trials=trials,
+            seeds=seeds,
+            seed=self.seed + self.fleet.number,  # tuners that draw alike would be in each other's way
+            ledger=self.fleet.ledger(f"{regime}/{fingerprint(target, spec, workloads)}"),
+            regime=regime,
+            workloads=workloads,
+            recorded=self.records,
+        )
+
+    def _spend(self, found: Found, deadline: float) -> Found:
+        """Measure batch after batch, until the search has no more to ask or the time is up."""
+        control = found.control
+        for batch in self._batches(found.search):
+            control = self._measure(found, batch, control)
             if time.monotonic() > deadline:
                 break
-        return Found(regime, workloads, incumbent, control, search)
+        return replace(found, control=control)
 
     def _batches(self, search: Search) -> Iterator[list[TileConfig]]:
         """Built batches. On a GPU the next one is built meanwhile; on a CPU that would disturb the timing."""
@@ -115,54 +155,78 @@ class TuneSession:
                 yield batch
                 batch = following or search.ask(size)
 
-    def _measure(
-        self,
-        search: Search,
-        regime: str,
-        workloads: Sequence[Workload],
-        batch: Sequence[TileConfig],
-        control: TileConfig | None,
-    ) -> TileConfig | None:
+    def _measure(self, found: Found, batch: Sequence[TileConfig], control: TileConfig | None) -> TileConfig | None:
         """Measure a batch on the regime's workloads and tell the search; the control in force afterwards."""
         logs = dict.fromkeys(batch, 0.0)
-        for workload in workloads:
-            job = Job(regime, workload, "search", _PLANS[self.device_type, "search"])
+        for workload in found.workloads:
+            job = Job(found.regime, workload, "search", _PLANS[self.device_type, "search"])
             outcome = self.runner.run(job, list(logs), control)
             control = outcome.control
             self._failed |= {config for config, ratio in outcome.ratios.items() if ratio is None}
             logs = {c: logs[c] + math.log(ratio) for c, ratio in outcome.ratios.items() if ratio is not None}
         for config in batch:
-            search.tell(config, math.exp(logs[config] / len(workloads)) if config in logs else None)
+            value = math.exp(logs[config] / len(found.workloads)) if config in logs else None
+            found.search.tell(config, value)
         return control
 
     def finals(self, found: Sequence[Found]) -> None:
-        """Time the best of all regimes, the incumbents and the default together, in every regime."""
+        """Time the best of all regimes, the incumbents and the default together, in every regime.
+
+        In a fleet: in those regimes that no other tuner times with the same configs.
+        """
         spec, target = self.runner.spec, self.runner.target
         pool = [default_variant(spec, target).config]
         for regime in found:
             pool += [regime.incumbent, *([regime.control] if regime.control else []), *_finalists(regime.search)]
-        for regime in found:
-            configs = [config for config in dict.fromkeys(pool) if config not in self._failed]
-            self.progress.finals_started(regime.regime, len(configs))
-            control = regime.control if regime.control in configs else None
-            for workload in regime.workloads:
-                job = Job(regime.regime, workload, "final", _PLANS[self.device_type, "final"])
-                outcome = self.runner.run(job, configs, control)
-                self._failed |= {config for config, ratio in outcome.ratios.items() if ratio is None}
+        pool = [config for config in dict.fromkeys(pool) if config not in self._failed]
+        if self.fleet is None:
+            for regime in found:
+                self._finals += self._final(regime, pool)
+            return
+        ledger = self.fleet.ledger(f"finals/{fingerprint(target, spec, (w for f in found for w in f.workloads))}")
+        names = ", ".join(sorted(config.name for config in pool))
+        keys = {f"{regime.regime}: {names}": regime for regime in found}
+        for key in ledger.share(tuple(keys)):
+            ledger.tell(key, 0.0, self._final(keys[key], pool))
+        self._finals += [record for key in keys for record in ledger.read().results[key].records]
 
-    def conclude(self, found: Sequence[Found], records: Sequence[TuningRecord], ship: bool, slack: float) -> TuneResult:
+    def _final(self, found: Found, pool: Sequence[TileConfig]) -> list[TuningRecord]:
+        """The finals of one regime; their records."""
+        configs, before = [config for config in pool if config not in self._failed], len(self.records)
+        self.progress.finals_started(found.regime, len(configs))
+        control = found.control if found.control in configs else None
+        for workload in found.workloads:
+            job = Job(found.regime, workload, "final", _PLANS[self.device_type, "final"])
+            outcome = self.runner.run(job, configs, control)
+            self._failed |= {config for config, ratio in outcome.ratios.items() if ratio is None}
+        return self.records[before:]
+
+    def conclude(self, found: Sequence[Found], ship: bool, slack: float) -> TuneResult:
         """Choose from the records on disk, write the choices, sum up."""
         facts, key = self.runner.facts.device, f"{self.runner.target}/{self.runner.spec.name}"
-        current = [record for _, record in self._current_records()]
-        known = [*current, *records]
         with self.database.changing_choices(facts.slug, ship):
+            self._export()
+            current = [record for _, record in self._current_records()]
+            known = [*current, *self.records]
             before = self.database.choices("shipped" if ship else "user", facts.slug) or Choices(device=facts)
             if key not in before.specs:
                 before = msgspec.structs.replace(before, specs={**before.specs, key: self._in_force(found, ship)})
             choices = choose(current, msgspec.structs.replace(before, device=facts), slack)
-            results = tuple(self._result(regime, choices.specs[key], records, known) for regime in found)
+            results = tuple(self._result(regime, choices.specs[key], known) for regime in found)
             path = self.database.write_choices(choices, ship)
-        return TuneResult(self.runner.spec, choices, path, results, tuple(records), time.monotonic() - self.begin)
+        return TuneResult(self.runner.spec, choices, path, results, tuple(self.records), time.monotonic() - self.begin)
+
+    def _export(self) -> None:
+        """Write down what the rest of the fleet measured, but for what is on disk here already."""
+        if self.fleet is None:
+            return
+        runner = self.runner
+        own = self.database.records(device=runner.facts.device.slug, target=runner.target, spec=runner.spec.name)
+        missing = {identity(record): record for record in self.fleet.records()}
+        for known in own:
+            missing.pop(identity(known), None)
+        for record in missing.values():
+            self.keep(record)
 
     def _in_force(self, found: Sequence[Found], ship: bool) -> ChoiceEntry:
         """What dispatch takes so far: for the regimes that were tuned and, as a new entry of the user's hides the
@@ -178,11 +242,9 @@ class TuneSession:
             regimes={regime: config.to_dict() for regime, config in regimes.items()},
         )
 
-    def _result(
-        self, found: Found, entry: ChoiceEntry, records: Sequence[TuningRecord], known: Sequence[TuningRecord]
-    ) -> RegimeResult:
-        """``records`` are this run's, ``known`` those before it too."""
-        own = [r for r in records if (r.regime, r.phase, r.state) == (found.regime, "final", "ok")]
+    def _result(self, found: Found, entry: ChoiceEntry, known: Sequence[TuningRecord]) -> RegimeResult:
+        """``known``: all records, those of earlier runs too."""
+        own = [r for r in self._finals if (r.regime, r.state) == (found.regime, "ok")]
         ends = {repr(r.config): r for r in known if r.regime == found.regime or r.state != "ok"}
         states = dict(Counter(str(record.state) for record in ends.values()))
         if not own:

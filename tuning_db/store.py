@@ -36,6 +36,11 @@ _SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SHIPPED = Path(__file__).resolve().parent
 
 
+def identity(record: TuningRecord) -> bytes:
+    """Equal for two copies of one record."""
+    return msgspec.json.encode(record, order="sorted")
+
+
 class RecordWriter:
     """Appends records to one file, a line each, on disk when ``append`` returns. A context manager.
 
@@ -121,20 +126,22 @@ class Database:
         return [choices.device for choices in found if choices is not None]
 
     def records(self, **filters: str) -> list[TuningRecord]:
-        """Every readable record, shipped ones first, in order of writing within a file and of date among all.
+        """Every readable record once, in order of date; of one date shipped ones first, then in order of writing.
 
         ``filters`` are field values that a record must have, e.g. ``device="sm90-132sm", spec="fwd_bf16_d128"``.
         """
         unknown = filters.keys() - set(TuningRecord.__struct_fields__)
         if unknown:
             raise ValueError(f"a record has no field {', '.join(sorted(unknown))}")
-        found = []
+        found: dict[bytes, TuningRecord] = {}
         for origin in ("shipped", "user"):
             slugs = [filters["device"]] if "device" in filters else self._slugs(origin)
             for slug in slugs:
                 for path in self._record_files(origin, slug):
-                    found += [r for r in _read(path) if all(getattr(r, key) == val for key, val in filters.items())]
-        return sorted(found, key=lambda record: record.date)
+                    for record in _read(path):
+                        if all(getattr(record, key) == value for key, value in filters.items()):
+                            found.setdefault(identity(record), record)
+        return sorted(found.values(), key=lambda record: record.date)
 
     def writer(self, slug: str, ship: bool) -> RecordWriter:
         """A writer of records for a device. DatabaseError, before anything is measured, where it can't be."""

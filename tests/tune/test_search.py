@@ -111,16 +111,6 @@ def test_the_last_trials_are_neighbours_of_the_best():
         assert knobs_apart(asked[position], best_so_far) <= 3
 
 
-def test_a_study_in_a_database_is_shared(tmp_path):
-    pytest.importorskip("sqlalchemy")
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    first = Search(TARGET, SPEC, trials=20, seed=1, storage=url, study="s")
-    run(first, landscape)
-    second = Search(TARGET, SPEC, trials=20, seed=2, storage=url, study="s")
-    run(second, landscape)
-    assert len(second._study.trials) > len(first.results)
-
-
 def test_a_spec_without_template_is_refused():
     with pytest.raises(UnsupportedError, match="no template of target nowhere"):
         Search("nowhere", SPEC, trials=1)
