@@ -16,6 +16,7 @@ from jagtile.runtime.checks import (
 )
 from jagtile.runtime.device import resolved
 from jagtile.runtime.errors import UnsupportedError
+from jagtile.runtime.fallback import attention, why_no_kernel
 from jagtile.runtime.ops import forward_for
 from jagtile.runtime.problem import DTYPE_NAMES, REGIMES
 from jagtile.runtime.routes import prepare
@@ -99,7 +100,8 @@ def varlen_attention(
     check_batch(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     check_flag("is_causal", is_causal)
     check_flag("return_lse", return_lse)
-    outputs = forward_for(q)(
+    serve = attention if why_no_kernel(q, v, is_causal) else forward_for(q)
+    outputs = serve(
         q,
         k,
         v,

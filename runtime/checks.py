@@ -11,7 +11,6 @@ import math
 import torch
 
 from jagtile.generator.spec import MAX_HEAD_DIM
-from jagtile.runtime.device import SERVED_DEVICES
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.problem import DTYPE_NAMES
 
@@ -57,10 +56,8 @@ def check_operands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, names: tup
         if other.dtype != dtype:
             raise ValueError(f"{name} has dtype {other.dtype}, {q_name} {dtype}: all three must have the same dtype")
         raise ValueError(f"{name} is on {other.device}, {q_name} on {device}: all three must be on one device")
-    if not (q.is_cuda or q.is_cpu or q.is_meta):
-        raise UnsupportedError(f"{q_name} is on {device}; served: {SERVED_DEVICES}")
-    if dtype not in DTYPE_NAMES:
-        served = ", ".join(str(served) for served in DTYPE_NAMES)
+    if dtype not in DTYPE_NAMES and dtype != torch.float64:
+        served = ", ".join(str(served) for served in (*DTYPE_NAMES, torch.float64))
         raise UnsupportedError(f"{q_name} has dtype {dtype}; served: {served}")
     _, heads, head_dim = q.shape
     total_k, heads_kv, head_dim_k = k.shape
@@ -76,12 +73,9 @@ def check_operands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, names: tup
             f"{q_name} has {heads} heads, {k_name} {heads_kv}: the former must be a multiple of the latter, both at "
             f"least 1"
         )
-    if not (0 < head_dim <= MAX_HEAD_DIM and 0 < head_dim_v <= MAX_HEAD_DIM):
-        name, wrong = (v_name, head_dim_v) if 0 < head_dim <= MAX_HEAD_DIM else (q_name, head_dim)
-        if wrong < 1:
-            raise ValueError(f"{name} has head_dim 0; it must be between 1 and {MAX_HEAD_DIM}")
-        raise UnsupportedError(f"{name} has head_dim {wrong}; served: 1 to {MAX_HEAD_DIM}")
-    if torch.is_grad_enabled():
+    if not (head_dim and head_dim_v):
+        raise ValueError(f"{v_name if head_dim else q_name} has head_dim 0; it must be at least 1")
+    if torch.is_grad_enabled() and dtype in DTYPE_NAMES and max(head_dim, head_dim_v) <= MAX_HEAD_DIM:
         for name, tensor in zip(names, (q, k, v), strict=True):
             if tensor.requires_grad:
                 refuse_grad(name)

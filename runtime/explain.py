@@ -11,7 +11,8 @@ from jagtile.generator.tile import Variant
 from jagtile.runtime.checks import check_batch, check_flag
 from jagtile.runtime.device import DeviceId, device_id, resolved
 from jagtile.runtime.dispatch import ChoiceSource, Decision, choose
-from jagtile.runtime.errors import CompilerNotFoundError
+from jagtile.runtime.errors import CompilerNotFoundError, UnsupportedError
+from jagtile.runtime.fallback import no_kernel
 from jagtile.runtime.loader import cached, kernel_table
 from jagtile.runtime.njt import pack
 from jagtile.runtime.problem import DTYPE_NAMES, Problem
@@ -69,7 +70,8 @@ def explain(
     """Which variant a call would run, from which record or default, and why. It builds and runs no kernel.
 
     Takes what ``varlen_attention`` takes, or three nested tensors as ``sdpa`` does (``enable_gqa`` is for those). Where
-    the call would raise for its operands, so does this; where autocast would cast them, it does.
+    the call would raise for its operands, so does this; where autocast would cast them, it does. UnsupportedError where
+    no kernel would run, with the reason.
     ``print(jagtile.explain(...))`` shows every look-up step.
     """
     check_flag("is_causal", is_causal)
@@ -79,6 +81,9 @@ def explain(
         raise TypeError("cu_seqlens_q and cu_seqlens_k must be tensors of B+1 offsets; only nested tensors go without")
     else:
         check_batch(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    reason = no_kernel(q, v, is_causal)
+    if reason is not None:
+        raise UnsupportedError(f"{reason}: no kernel would run, slow operations of torch would serve this call")
     problem = Problem(
         spec=KernelSpec("fwd", DTYPE_NAMES[q.dtype], q.shape[2], v.shape[2], is_causal),
         batch=cu_seqlens_q.shape[0] - 1,

@@ -13,8 +13,10 @@ import torch
 from torch.nested._internal.nested_tensor import NestedTensor, nested_view_from_values_offsets_lengths
 
 from jagtile.runtime.api import CausalAlignment
-from jagtile.runtime.checks import bottom_right, check_flag, check_operands, refuse_grad, softmax_scale
+from jagtile.runtime.checks import bottom_right, check_flag, check_operands, softmax_scale
 from jagtile.runtime.errors import UnsupportedError
+from jagtile.runtime.fallback import attention, why_no_kernel
+from jagtile.runtime.holes import close_holes, offsets_of, open_holes
 from jagtile.runtime.ops import forward_for
 
 Sdpa = Callable[..., torch.Tensor]
@@ -49,7 +51,8 @@ def sdpa(
     """``F.scaled_dot_product_attention`` on nested tensors of the jagged layout. Forward only.
 
     Args:
-        query: NJT (B, H, j, D), float32, bfloat16 or float16 (under autocast: any but float64 is cast, as torch does).
+        query: NJT (B, H, j, D), or (B, j, D) for all three; float32, bfloat16, float16, or, slowly, float64. Under
+            autocast any but float64 is cast, as torch does. It may have holes (``lengths``), and so may the others.
         key: NJT (B, H_kv, j', D). Its lengths need not be those of query, and any may be zero.
         value: NJT (B, H_kv, j', D_v) with the lengths of key. Where it has not the same offsets tensor as key, the CPU
             compares the two; on CUDA what the host knows is compared here and the values by an assertion on the device.
@@ -63,18 +66,23 @@ def sdpa(
     Returns:
         NJT (B, H, j, D_v) with query's offsets object (so that it can be added to query) and query's cached lengths.
         Its values are a contiguous (total, H, D_v) buffer: ``out.transpose(1, 2)`` is contiguous. Values beyond the
-        last offset belong to no sequence: zero on the CPU, unspecified on CUDA.
+        last offset belong to no sequence: zero on the CPU, unspecified on CUDA. Holes of query are holes of the
+        output, of value 0.
 
     A 4-D NJT that is ragged on dimension 1, (B, j, H, D), gets torch's own meaning: dense attention over H.
 
     Raises:
         ValueError, TypeError: a bad argument.
         UnsupportedError: (a NotImplementedError, hence a RuntimeError) a valid request that is not served: grad,
-            dropout, holes (``lengths``), other dtypes, devices, head dims or numbers of dimensions.
+            dropout, other dtypes or numbers of dimensions.
         NoKernelError, CompilerNotFoundError, BuildError: no kernel can be had; the message says the ways out.
     """
     if _ragged_batch_like(query, key, value):
         return torch_sdpa()(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if _without_heads(query, key, value):
+        given = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+        return sdpa(query, key, value, *given, causal_alignment=causal_alignment).squeeze(1)
     packed = pack(query, key, value, enable_gqa=enable_gqa)
     if attn_mask is not None:
         raise ValueError(f"attn_mask must be None for nested tensors, got {type(attn_mask).__name__}")
@@ -83,7 +91,8 @@ def sdpa(
     if dropout_p != 0:
         raise UnsupportedError(f"dropout_p is {dropout_p}; served: 0")
     check_flag("is_causal", is_causal)
-    outputs = forward_for(packed.q)(
+    serve = attention if why_no_kernel(packed.q, packed.v, is_causal) else forward_for(packed.q)
+    outputs = serve(
         *packed,
         is_causal,
         bottom_right(causal_alignment),
@@ -99,13 +108,13 @@ def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_
     check_flag("enable_gqa", enable_gqa)
     query, key, value = cast(NestedTensor, query), cast(NestedTensor, key), cast(NestedTensor, value)
     _check_raggedness(query, key, value)
-    if torch.is_grad_enabled():
-        with torch._C.DisableTorchFunctionSubclass():  # else each look at requires_grad costs a Python dispatch
-            for name, tensor in zip(_NAMES, (query, key, value), strict=True):
-                if tensor.requires_grad:
-                    refuse_grad(name)
     cast_to = _autocast_dtype(_values(query).device.type)
     q, k, v = (_packed_values(tensor, cast_to) for tensor in (query, key, value))
+    if query._lengths is not None:
+        q = close_holes(q, query._offsets, query._lengths, q.shape[0])
+    if key._lengths is not None or value._lengths is not None:
+        rows = min(k.shape[0], v.shape[0])
+        k, v = (close_holes(x, t._offsets, _lengths(t), rows) for x, t in ((k, key), (v, value)))
     check_operands(q, k, v, _NAMES)
     if q.shape[1] != k.shape[1] and not enable_gqa:
         raise ValueError(
@@ -117,23 +126,42 @@ def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_
 
 def wrap(out: torch.Tensor, query: NestedTensor) -> torch.Tensor:
     """A packed result (total_q, H, D_v) as the NJT (B, H, j, D_v) with query's raggedness and cached lengths."""
-    if torch.compiler.is_compiling():  # the constructor, which is the fastest way, can't be traced
-        lengths = {"min_seqlen": query._maybe_min_seqlen, "max_seqlen": query._maybe_max_seqlen}
-        view = nested_view_from_values_offsets_lengths(out, query._offsets, None, **lengths)  # type: ignore[no-untyped-call]
+    offsets, lengths = query._offsets, query._lengths
+    if lengths is not None:
+        out = open_holes(out, offsets, lengths, _values(query).shape[1])
+    if torch.compiler.is_compiling() or out.requires_grad:  # the constructor, the fastest way, can't be followed
+        cached = {"min_seqlen": query._maybe_min_seqlen, "max_seqlen": query._maybe_max_seqlen}
+        view = nested_view_from_values_offsets_lengths(out, offsets, lengths, **cached)  # type: ignore[no-untyped-call]
         return cast(torch.Tensor, view.transpose(1, 2))
-    return NestedTensor(out.transpose(0, 1), query._offsets, _ragged_idx=2, _metadata_cache=query._metadata_cache)
+    cache = query._metadata_cache
+    return NestedTensor(out.transpose(0, 1), offsets, lengths=lengths, _ragged_idx=2, _metadata_cache=cache)
 
 
 def _values(tensor: NestedTensor) -> torch.Tensor:
     """The values: what torch stores, or under a compiler, where reaching inside a graph input is fragile, a view."""
-    if torch.compiler.is_compiling():
-        return cast(torch.Tensor, tensor.values())  # type: ignore[no-untyped-call]
-    return tensor._values
+    return _tracked_values(tensor) if torch.compiler.is_compiling() else tensor._values
+
+
+def _tracked_values(tensor: NestedTensor) -> torch.Tensor:
+    """A view of the values that autograd and compilers follow."""
+    return cast(torch.Tensor, tensor.values())  # type: ignore[no-untyped-call]
+
+
+def _requires_grad(tensor: NestedTensor) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    with torch._C.DisableTorchFunctionSubclass():  # else the look costs a Python dispatch
+        return tensor.requires_grad
 
 
 def _ragged_batch_like(*tensors: object) -> bool:
     """Whether all are NJTs of at least four dimensions, ragged on dimension 1."""
     return all(isinstance(t, NestedTensor) and t._ragged_idx == 1 and _values(t).dim() >= 3 for t in tensors)
+
+
+def _without_heads(*tensors: object) -> bool:
+    """Whether all are NJTs (B, j, D)."""
+    return all(isinstance(t, NestedTensor) and t._ragged_idx == 1 and _values(t).dim() == 2 for t in tensors)
 
 
 def _check_njts(*tensors: object) -> None:
@@ -149,15 +177,13 @@ def _check_njts(*tensors: object) -> None:
 
 
 def _check_form(name: str, tensor: NestedTensor) -> None:
-    if _values(tensor).dim() != 3 or tensor._ragged_idx != 2:
+    dims = _values(tensor).dim() + 1
+    if dims < 3:
+        raise ValueError(f"{name} must have at least three dimensions, got {dims}; served: (B, H, j, D) and (B, j, D)")
+    if dims != 4 or tensor._ragged_idx != 2:
         raise UnsupportedError(
-            f"{name} has {_values(tensor).dim() + 1} dimensions and is ragged on dimension {tensor._ragged_idx}; "
-            f"served: (B, H, j, D), ragged on dimension 2, e.g. x.view(B, -1, H, D).transpose(1, 2)"
-        )
-    if tensor._lengths is not None:
-        raise UnsupportedError(
-            f"{name} has holes (lengths beside offsets); served: nested tensors without, which .contiguous() before "
-            f"the transpose makes"
+            f"{name} has {dims} dimensions and is ragged on dimension {tensor._ragged_idx}; served: (B, H, j, D), "
+            f"ragged on dimension 2, e.g. x.view(B, -1, H, D).transpose(1, 2), and (B, j, D) for all three"
         )
 
 
@@ -167,19 +193,25 @@ def _check_raggedness(query: NestedTensor, key: NestedTensor, value: NestedTenso
     for name, tensor in (("key", key), ("value", value)):
         if tensor._offsets.shape[0] - 1 != batch:
             raise ValueError(f"{name} has {tensor._offsets.shape[0] - 1} sequences, query {batch}: they must be equal")
-    if key._offsets is value._offsets:
+    if key._offsets is value._offsets and key._lengths is value._lengths:
         return
+    holes = key._lengths is not None or value._lengths is not None
     tokens_k, tokens_v = _values(key).shape[1], _values(value).shape[1]
-    if tokens_k != tokens_v:
+    if tokens_k != tokens_v and not holes:
         raise ValueError(f"value has {tokens_v} tokens, key {tokens_k}: their sequences must have the same lengths")
     if key._offsets.device != value._offsets.device:
         raise ValueError(
             f"value is on {value._offsets.device}, key on {key._offsets.device}: all must be on one device"
         )
-    if torch.compiler.is_compiling() or not key._offsets.is_cpu:
-        torch._assert_async((key._offsets == value._offsets).all(), "key and value differ in their offsets")
-    elif not torch.equal(key._offsets.long(), value._offsets.long()):
+    of_key, of_value = (_lengths(key), _lengths(value)) if holes else (key._offsets, value._offsets)
+    if torch.compiler.is_compiling() or not of_key.is_cpu:
+        torch._assert_async((of_key == of_value).all(), "key and value differ in their offsets")
+    elif not torch.equal(of_key.long(), of_value.long()):
         raise ValueError("value has other offsets than key: their sequences must have the same lengths")
+
+
+def _lengths(tensor: NestedTensor) -> torch.Tensor:
+    return tensor._offsets.diff() if tensor._lengths is None else tensor._lengths
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -191,7 +223,7 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
 
 def _packed_values(tensor: NestedTensor, cast_to: torch.dtype | None) -> torch.Tensor:
     """The values as (total, H, D); copied only for autocast or where the last stride is not 1."""
-    values = _values(tensor).transpose(0, 1)
+    values = (_tracked_values(tensor) if _requires_grad(tensor) else _values(tensor)).transpose(0, 1)
     if cast_to is not None and values.is_floating_point() and values.dtype != torch.float64:
         values = values.to(cast_to)
     return values if values.stride(2) == 1 else values.contiguous()
@@ -199,6 +231,8 @@ def _packed_values(tensor: NestedTensor, cast_to: torch.dtype | None) -> torch.T
 
 def _cu_seqlens(tensor: NestedTensor) -> torch.Tensor:
     offsets = tensor._offsets
+    if tensor._lengths is not None:
+        offsets = offsets_of(tensor._lengths, offsets.dtype)
     if offsets.dtype != torch.int64 and offsets.dtype != torch.int32:
         offsets = offsets.long()
     return offsets.contiguous()

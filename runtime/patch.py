@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import CodeType
 
 import torch
-from torch.nested._internal.nested_tensor import NestedTensor
 
 from jagtile.runtime.errors import JagtileError, JagtileWarning, UnsupportedError
+from jagtile.runtime.fallback import no_target
 from jagtile.runtime.njt import Sdpa, sdpa, torch_sdpa
 
 
@@ -28,6 +31,7 @@ class _Route:
         self._blocks = 0
         self._original: Sdpa | None = None
         self._said: set[str] = set()
+        self._known_codes: weakref.WeakSet[CodeType] = weakref.WeakSet()
 
     def switch(self, on: bool) -> None:
         with self._lock:
@@ -56,11 +60,13 @@ class _Route:
                     f"torch {torch.__version__} has no torch.nested._internal.ops.{self.attribute} to replace: "
                     f"call jagtile.sdpa directly"
                 )
+            self._warn_of_old_graphs()
             self._original = getattr(ops, self.attribute)
             setattr(ops, self.attribute, self.call)
         elif not wanted and self._original is not None:
             setattr(ops, self.attribute, self._original)
             self._original = None
+            self._known_codes.update(compiled_codes())  # their graphs came here
 
     def call(
         self,
@@ -74,22 +80,55 @@ class _Route:
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         """``sdpa``, or torch's implementation for what it does not serve, said once for each reason."""
-        if not torch.compiler.is_compiling():
-            try:
-                return sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-            except UnsupportedError as error:
-                if any(isinstance(t, NestedTensor) and t._lengths is not None for t in (query, key, value)):
-                    # torch's CUDA kernels compute garbage from holes, silently. A NotImplementedError would not get
-                    # through: torch takes it for "not handled here" and goes on.
-                    raise JagtileError(str(error)) from error
-                self._say(str(error))
-        original = self._original or torch_sdpa()
-        return original(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        given = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if fused_allowed():
+            reason = no_target(query.device) if isinstance(query, torch.Tensor) else None
+            if reason is None:
+                try:
+                    return sdpa(*given)
+                except UnsupportedError as error:
+                    reason = str(error)
+            if not torch.compiler.is_compiling():
+                self._say(f"torch's own implementation serves this call: {reason}")
+        return (self._original or torch_sdpa())(*given)
 
-    def _say(self, reason: str) -> None:
-        if reason not in self._said:
-            self._said.add(reason)
-            warnings.warn(f"torch's own implementation serves this call: {reason}", JagtileWarning, stacklevel=2)
+    def _warn_of_old_graphs(self) -> None:
+        new = [code for code in compiled_codes() if code not in self._known_codes]
+        self._known_codes.update(new)
+        names = sorted({code.co_name for code in new if takes_nested_tensors(code)})
+        if names:
+            self._say(
+                f"torch.compile has graphs over nested tensors ({', '.join(names)}), which keep the attention "
+                f"that they were made with: enable jagtile before the first call, or call torch._dynamo.reset()"
+            )
+
+    def _say(self, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(what, JagtileWarning, stacklevel=4)
+
+
+def fused_allowed() -> bool:
+    """Whether the user lets fused kernels run: ``sdpa_kernel([MATH])`` asks for torch's reference numerics."""
+    allowed = torch.backends.cuda
+    return bool(
+        allowed.flash_sdp_enabled()  # type: ignore[no-untyped-call]
+        or allowed.mem_efficient_sdp_enabled()  # type: ignore[no-untyped-call]
+        or allowed.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    )
+
+
+def compiled_codes() -> list[CodeType]:
+    """What torch.compile has compiled and not forgotten, as far as this torch tells."""
+    convert_frame = sys.modules.get("torch._dynamo.convert_frame")
+    references = getattr(getattr(convert_frame, "input_codes", None), "seen", ())
+    return [code for code in (reference() for reference in references) if code is not None]
+
+
+def takes_nested_tensors(code: CodeType) -> bool:
+    """Whether a compiled code has a graph that is guarded by the type of a nested tensor."""
+    entries_of = getattr(sys.modules.get("torch._dynamo.eval_frame"), "_debug_get_cache_entry_list", lambda code: ())
+    return any("NestedTensor" in str(entry.guard_manager) for entry in entries_of(code))
 
 
 _route = _Route()
@@ -98,9 +137,10 @@ _route = _Route()
 def enable() -> None:
     """Route ``F.scaled_dot_product_attention`` on nested tensors here, in all threads. Calling it twice is the same.
 
-    What jagtile does not serve (grad, dropout, float64, devices without kernels) still goes to torch's own
-    implementation, with a JagtileWarning the first time for each reason; so does, without a warning, code under
-    torch.compile. Holes raise JagtileError, because torch's CUDA kernels compute garbage from them.
+    What jagtile does not serve (dropout, devices for which it makes no kernels) still goes to torch's own
+    implementation, with a JagtileWarning the first time for each reason; so does, as asked for, everything where
+    ``torch.nn.attention.sdpa_kernel`` allows no fused backend. Code under torch.compile comes here too; graphs over
+    nested tensors that were made before keep what they hold, and a JagtileWarning names them.
     """
     _route.switch(True)
 

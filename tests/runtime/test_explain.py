@@ -91,6 +91,20 @@ def test_bad_operands_raise_as_in_the_call():
         jagtile.explain(**packed(k=torch.ones(5, 2, 32)))
 
 
+@pytest.mark.parametrize(
+    ("x", "reason"),
+    [
+        (torch.ones(5, 4, 64, dtype=torch.float64), "no kernel computes in torch.float64"),
+        (torch.ones(5, 4, 264), "no kernel takes a head_dim above 256, such as 264"),
+    ],
+    ids=["float64", "a wide head"],
+)
+def test_what_no_kernel_covers_is_told(x, reason, recwarn):
+    with pytest.raises(jagtile.UnsupportedError, match=f"{reason}: no kernel would run, slow operations of torch"):
+        jagtile.explain(x, x, x, CU, CU)
+    assert not recwarn.list
+
+
 def test_a_kernel_in_memory_is_told(monkeypatch):
     monkeypatch.setattr(loader.kernel_table(), "holds", lambda variant, device: device == torch.device("cpu"))
     assert jagtile.explain(**packed()).artifact == "memory"

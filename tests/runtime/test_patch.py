@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 
@@ -9,15 +10,17 @@ import pytest
 import torch
 from torch.nested._internal import ops
 from torch.nested._internal.sdpa import jagged_scaled_dot_product_attention as torchs
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import jagtile
-from jagtile.runtime import patch
+from jagtile.runtime import fallback, patch
 
 
 @pytest.fixture(autouse=True)
 def fresh_route(monkeypatch):
     monkeypatch.setattr(patch, "_route", patch._Route())
+    patch._route._known_codes.update(patch.compiled_codes())  # of other tests
     yield
     jagtile.disable()
 
@@ -128,15 +131,46 @@ def test_arguments_arrive_as_given(oracle_kernels):
 
 
 def test_what_is_not_served_goes_to_torch_and_is_said_once(oracle_kernels):
-    x = njt(dtype=torch.float64)
+    x = njt()
     with jagtile.enabled():
-        with pytest.warns(jagtile.JagtileWarning, match="torch's own implementation serves this call: .*float64"):
-            out = scaled_dot_product_attention(x, x, x)
+        with pytest.warns(
+            jagtile.JagtileWarning, match="torch's own implementation serves this call: dropout_p"
+        ) as said:
+            scaled_dot_product_attention(x, x, x, dropout_p=0.5)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            scaled_dot_product_attention(x, x, x)
-    torch.testing.assert_close(out._values, torchs(x, x, x)._values)
+            scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+    assert len(said) == 1
     assert oracle_kernels.arguments == []
+
+
+def test_a_device_without_kernels_keeps_torchs_own(oracle_kernels, monkeypatch):
+    def no_device_id(device):
+        raise jagtile.UnsupportedError("cuda:0 (compute capability 8.0) is not served")
+
+    monkeypatch.setattr(fallback, "_NO_TARGET", {})
+    monkeypatch.setattr(fallback, "device_id", no_device_id)
+    x = njt()
+    with jagtile.enabled(), pytest.warns(jagtile.JagtileWarning, match=r"torch's own .*compute capability 8\.0"):
+        out = scaled_dot_product_attention(x, x, x)
+    assert oracle_kernels.arguments == []
+    torch.testing.assert_close(out._values, torchs(x, x, x)._values)
+
+
+def test_who_allows_math_only_gets_torchs_own_without_a_word(oracle_kernels):
+    x = njt()
+    with jagtile.enabled(), warnings.catch_warnings():
+        warnings.simplefilter("error", jagtile.JagtileWarning)
+        with sdpa_kernel([SDPBackend.MATH]):
+            out = scaled_dot_product_attention(x, x, x)
+            with pytest.raises(RuntimeError, match="No viable backend"):  # torch's reference has no causal
+                scaled_dot_product_attention(x, x, x, is_causal=True)
+        assert oracle_kernels.arguments == []
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+            assert served_here(oracle_kernels)
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            assert served_here(oracle_kernels)
+    torch.testing.assert_close(out._values, torchs(x, x, x)._values)
 
 
 def test_training_goes_to_torch(oracle_kernels):
@@ -153,13 +187,6 @@ def test_bad_arguments_raise_here_as_in_torch(oracle_kernels):
         scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(3, 3))
 
 
-def test_holes_are_refused_since_torch_would_compute_garbage_on_cuda(oracle_kernels):
-    x = torch.nested.narrow(torch.ones(2, 5, 2, 8), 1, torch.tensor([0, 1]), torch.tensor([3, 1]), torch.jagged)
-    x = x.transpose(1, 2)
-    with jagtile.enabled(), pytest.raises(jagtile.JagtileError, match="holes"):
-        scaled_dot_product_attention(x, x, x)
-
-
 def test_ragged_on_dimension_one_keeps_torchs_meaning(oracle_kernels):
     x = torch.nested.nested_tensor_from_jagged(torch.randn(7, 4, 8), torch.tensor([0, 3, 7]))
     with jagtile.enabled():
@@ -171,3 +198,85 @@ def test_a_torch_without_the_attribute_is_told(monkeypatch):
     monkeypatch.delattr(ops, "jagged_scaled_dot_product_attention")
     with pytest.raises(jagtile.JagtileError, match=r"call jagtile\.sdpa directly"):
         jagtile.enable()
+
+
+# --- threads and compilers
+
+
+def test_many_threads_may_switch_at_once(oracle_kernels):
+    start, wrong = threading.Barrier(8), []
+
+    def work() -> None:
+        start.wait(30)
+        for _ in range(200):
+            with jagtile.enabled():
+                if ops.jagged_scaled_dot_product_attention is torchs:
+                    wrong.append("not enabled inside a block")
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert wrong == []
+    assert ops.jagged_scaled_dot_product_attention is torchs
+
+
+@pytest.fixture
+def dynamo():
+    """A compiler that has compiled nothing, before and after."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", [{}, {"dtype": torch.float64}], ids=["a kernel", "the fallback"])
+def test_compiled_code_comes_here_in_one_graph(oracle_kernels, dynamo, kind):
+    x = njt(**kind)
+    with torch.no_grad(), jagtile.enabled(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", jagtile.JagtileWarning)
+        layer = torch.compile(
+            lambda x: scaled_dot_product_attention(x, x, x, is_causal=True) + x, backend="aot_eager", fullgraph=True
+        )
+        out = layer(x)
+    torch.testing.assert_close(out._values, (jagtile.sdpa(x, x, x, is_causal=True) + x)._values)
+    assert bool(oracle_kernels.arguments) == (not kind)
+
+
+def test_compiled_code_that_is_not_served_reaches_torchs_own(oracle_kernels, dynamo):
+    x = njt()
+    with torch.no_grad(), jagtile.enabled():
+        out = torch.compile(lambda x: scaled_dot_product_attention(x, x, x, dropout_p=1e-9), backend="eager")(x)
+    torch.testing.assert_close(out._values, torchs(x, x, x)._values)
+    assert oracle_kernels.arguments == []
+
+
+def test_enabling_after_torch_compile_names_what_keeps_the_old_path(oracle_kernels, dynamo):
+    def my_layer(x):
+        return scaled_dot_product_attention(x.sin(), x, x)
+
+    x = njt()
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", jagtile.JagtileWarning)
+        with jagtile.enabled():  # a graph without nested tensors is no reason
+            pass
+    torch.compile(my_layer, backend="eager")(x)
+    with pytest.warns(jagtile.JagtileWarning, match=r"my_layer.*torch\._dynamo\.reset"):
+        jagtile.enable()
+
+
+def test_graphs_made_inside_a_block_are_no_reason_to_warn_at_the_next(oracle_kernels, dynamo):
+    layer = torch.compile(lambda x: scaled_dot_product_attention(x, x, x), backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", jagtile.JagtileWarning)
+        for _ in range(2):
+            with torch.no_grad(), jagtile.enabled():
+                layer(njt())
+
+
+def test_a_torch_that_tells_nothing_of_its_graphs_is_no_error(oracle_kernels, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch._dynamo.convert_frame", None)
+    assert patch.compiled_codes() == []
+    monkeypatch.setitem(sys.modules, "torch._dynamo.eval_frame", None)
+    assert not patch.takes_nested_tensors(njt.__code__)
