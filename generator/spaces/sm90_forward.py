@@ -13,9 +13,9 @@ SMEM_BYTES = 227 * 1024  # what one CTA may have
 SMEM_BYTES_PER_SM = 228 * 1024  # of which each resident CTA takes 1 KB more than it asks for
 CONTROL_BYTES = 1024  # tile slots and barriers
 ELEMENT = {"bf16": "bf16", "fp16": "f16"}
-# Probabilities are scaled by 2^-headroom, and may grow 2^(headroom + 1)-fold before a block is computed again. fp16 has
-# few exponents: those of 2^-8 of the largest and less lose bits.
-HEADROOM = {"bf16": 16, "fp16": 6}
+# Probabilities are scaled by 2^-headroom. In bf16 they may grow 2^17-fold, to 2, before a block is computed again. fp16
+# has no exponents to spare: unscaled, what is 2^-14 of the row's maximum is still normal, and growth ends at 2^14.
+HEADROOM = {"bf16": 16, "fp16": 0}
 # (producer, consumer) registers a thread after reallocation, by (math warpgroups, CTAs an SM): setmaxnreg takes
 # multiples of 8, and the sum over warpgroups must not exceed what the launch allocates.
 REGISTERS = {(1, 1): (56, 256), (1, 2): (40, 216), (2, 1): (24, 240), (3, 1): (32, 160), (4, 1): (24, 112)}

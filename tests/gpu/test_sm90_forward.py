@@ -152,6 +152,22 @@ def test_scores_that_grow_from_block_to_block(name: str, growth: float, mechanis
     torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["fwd_fp16_d64", "fwd_bf16_d64"])
+@pytest.mark.parametrize("gap", [5.0, 9.0])
+def test_many_small_probabilities_beside_a_large_one(name: str, gap: float) -> None:
+    """The last key, which is seen first, outdoes all others, but its value is 0: the output is theirs."""
+    spec = KernelSpec.parse(name)
+    length = 8192
+    w = Workload("sink", (64,), (length,), 1, 1, 64, 64)
+    b = w.make("cuda", spec.dtype, 13)
+    b.q.zero_()[..., 0] = 1.0
+    b.k.mul_(0.3)[-1, :, 0] = gap
+    b.v.add_(1.0)[-1] = 0.0
+    expected, _ = reference(*b[:5], scale=1.0)
+    out, _ = run(kernel(spec, "default"), w, b, 1.0)
+    assert errors(out, expected).rel <= tolerance(out.dtype)
+
+
 @pytest.mark.parametrize("name", ["fwd_bf16_d64", "fwd_bf16_d64_causal"])
 @pytest.mark.parametrize("heads_kv", [6, 2])
 def test_more_heads_than_the_last_ones_that_go_together(name: str, heads_kv: int) -> None:

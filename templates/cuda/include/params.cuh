@@ -1,4 +1,4 @@
-// The one parameter block of every CUDA kernel (ABI version 1; runtime/cuda/params.py packs the same bytes).
+// The one parameter block of every CUDA kernel (ABI_VERSION in runtime/artifact.py; runtime/cuda/params.py packs the same bytes).
 #pragma once
 
 struct alignas(64) TensorMap {

@@ -189,6 +189,27 @@ __device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
   return packed;
 }
 
+// Of both halves; NaN wins.
+__device__ __forceinline__ uint32_t max_fp16x2(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  return larger;
+}
+
+// Whether a half is not below that of `bound`: NaN is not.
+__device__ __forceinline__ bool any_at_least_fp16x2(uint32_t values, uint32_t bound) {
+  uint32_t any;
+  asm("{\n"
+      ".reg .pred low, high;\n"
+      "setp.geu.f16x2 low|high, %1, %2;\n"
+      "or.pred low, low, high;\n"
+      "selp.u32 %0, 1, 0, low;\n"
+      "}\n"
+      : "=r"(any)
+      : "r"(values), "r"(bound));
+  return any != 0;
+}
+
 __device__ __forceinline__ void store_matrix_x4(uint32_t smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(r0), "r"(r1), "r"(r2),
                "r"(r3)

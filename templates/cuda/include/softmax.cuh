@@ -21,6 +21,12 @@ __device__ __forceinline__ void mask_scores(float (&scores)[kRegisters], int upp
   }
 }
 
+// What is subtracted from a row's scaled scores, base 2. The same rounding wherever it is needed: blocks must agree.
+template <int kHeadroom>
+__device__ __forceinline__ float probability_offset(float reference, float scale_log2) {
+  return fmaf(reference, scale_log2, static_cast<float>(kHeadroom));
+}
+
 // Scores become probabilities relative to the row's new maximum; earlier results must be multiplied by `rescale`. Of a row
 // that has seen no key they are zeros. `kHeadroom`: they come out 2^-kHeadroom of what they are.
 template <int kHeadroom, int kRegisters>
@@ -33,14 +39,14 @@ __device__ __forceinline__ void online_softmax(float (&scores)[kRegisters], RowS
     for (int i = 2 * h; i < kRegisters; i += 4) maximum = fmaxf(maximum, fmaxf(scores[i], scores[i + 1]));
     maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffff, maximum, 1));
     maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffff, maximum, 2));
-    const float base = maximum == -INFINITY ? 0.0f : maximum * scale_log2;
-    rescale[h] = exp2_approx(fmaf(rows.reference[h], scale_log2, -base));
+    const float offset = maximum == -INFINITY ? 0.0f : probability_offset<kHeadroom>(maximum, scale_log2);
+    rescale[h] = exp2_approx(probability_offset<kHeadroom>(rows.reference[h], scale_log2) - offset);
     rows.reference[h] = maximum;
     float sum = 0.0f;
 #pragma unroll
     for (int i = 2 * h; i < kRegisters; i += 4) {
-      scores[i] = exp2_approx(fmaf(scores[i], scale_log2, -(base + kHeadroom)));
-      scores[i + 1] = exp2_approx(fmaf(scores[i + 1], scale_log2, -(base + kHeadroom)));
+      scores[i] = exp2_approx(fmaf(scores[i], scale_log2, -offset));
+      scores[i + 1] = exp2_approx(fmaf(scores[i + 1], scale_log2, -offset));
       sum += scores[i] + scores[i + 1];
     }
     rows.sum[h] = fmaf(rows.sum[h], rescale[h], sum);
@@ -60,13 +66,22 @@ __device__ __forceinline__ void exponentials(float (&scores)[kRegisters], const 
   }
 }
 
-// Whether any packed probability is 2 or more, infinite or NaN: those have the top bit of the exponent, in bf16 and fp16.
+// Whether any packed probability is 2 or more, infinite or NaN: those have the top bit of the exponent.
 template <int kSteps>
-__device__ __forceinline__ bool outgrown(const uint32_t (&probabilities)[kSteps][4]) {
+__device__ __forceinline__ bool outgrown_bf16(const uint32_t (&probabilities)[kSteps][4]) {
   uint32_t any = 0;
 #pragma unroll
   for (int i = 0; i < 4 * kSteps; ++i) any |= probabilities[i / 4][i % 4];
   return (any & 0x40004000) != 0;
+}
+
+// Whether any packed probability is 2^14 or more, infinite or NaN. fp16 has too few exponents for a headroom.
+template <int kSteps>
+__device__ __forceinline__ bool outgrown_fp16(const uint32_t (&probabilities)[kSteps][4]) {
+  uint32_t largest = probabilities[0][0];
+#pragma unroll
+  for (int i = 1; i < 4 * kSteps; ++i) largest = max_fp16x2(largest, probabilities[i / 4][i % 4]);
+  return any_at_least_fp16x2(largest, 0x74007400);
 }
 
 template <int kRegisters>

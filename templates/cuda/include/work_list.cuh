@@ -24,7 +24,7 @@ struct alignas(16) Tile {
 struct alignas(64) WorkListHeader {
   int items;
   int longest;        // key blocks of the longest item
-  int total;          // key blocks of all items
+  float total;        // key blocks of all items
   int next_tile;      // claimed tiles beyond the first of each CTA
   int finished_ctas;  // the last one to finish rewinds the counters for the next launch
 };
@@ -67,7 +67,7 @@ __device__ __forceinline__ int block_exclusive_scan(int value, int& prefix, int*
 
 // Query heads that go together at the end: enough that every CTA has twice the work of the longest tile before it.
 __device__ __forceinline__ int balancing_heads(const WorkListHeader& list, const Params& p) {
-  const float needed = 2.0f * list.longest * gridDim.x / max(list.total, 1);
+  const float needed = 2.0f * list.longest * gridDim.x / fmaxf(list.total, 1.0f);
   const int heads = static_cast<int>(fminf(needed, p.heads)) + p.gqa_ratio;
   return min(heads - heads % p.gqa_ratio, p.heads);
 }
@@ -136,7 +136,8 @@ __device__ __forceinline__ WorkItem work_item(const Params& p, const int* first_
 extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(const __grid_constant__ Params p) {
   __shared__ int warp_sums[32];
   __shared__ int bucket_begin[kWorkBuckets];
-  __shared__ int longest, total;
+  __shared__ int longest;
+  __shared__ unsigned long long total;
   WorkListHeader* header = static_cast<WorkListHeader*>(p.work_list);
   WorkItem* items = work_items(p.work_list);
   WorkItem* items_by_sequence = items + p.max_items;
@@ -152,16 +153,20 @@ extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(co
       blocks = (max(length, 0) + p.block_m - 1) / p.block_m;
     }
     int prefix;
-    const int total = block_exclusive_scan(blocks, prefix, warp_sums);
+    const int found = block_exclusive_scan(blocks, prefix, warp_sums);
     if (seq < p.batch) first_tile[seq] = tiles + prefix;
-    tiles += total;
+    tiles += found;
   }
   tiles = min(tiles, p.max_items);
   if (threadIdx.x < kWorkBuckets) bucket_begin[threadIdx.x] = 0;
-  if (threadIdx.x == 0) longest = total = 0;
+  if (threadIdx.x == 0) {
+    longest = 0;
+    total = 0;
+  }
   __syncthreads();
 
-  int own_longest = 0, own_total = 0;
+  int own_longest = 0;
+  unsigned long long own_total = 0;
   for (int tile = threadIdx.x; tile < tiles; tile += 1024) {
     const int kv_blocks = work_item(p, first_tile, tile).kv_blocks;
     atomicAdd(&bucket_begin[work_bucket(kv_blocks)], 1);
@@ -190,15 +195,16 @@ extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(co
       if (lane == leader) position = atomicAdd(&bucket_begin[bucket], __popc(peers));
       position = __shfl_sync(peers, position, leader) + __popc(peers & ((1u << lane) - 1));
       items[position] = item;
-      const int blocks = (item.q_length + p.block_m - 1) / p.block_m;
-      items_by_sequence[tile + blocks - 1 - 2 * (item.row / p.block_m)] = item;
+      const int first = tile - item.row / p.block_m;
+      const int end = min(first + (item.q_length + p.block_m - 1) / p.block_m, tiles);
+      items_by_sequence[first + end - 1 - tile] = item;
     }
     __syncthreads();
   }
   if (threadIdx.x == 0) {
     header->items = tiles;
     header->longest = longest;
-    header->total = total;
+    header->total = static_cast<float>(total);
     header->next_tile = 0;
     header->finished_ctas = 0;
   }

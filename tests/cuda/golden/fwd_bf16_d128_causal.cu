@@ -55,13 +55,14 @@ constexpr int kKVPanelBytes = kBlockN * 128;
 constexpr int kQBytes = 2 * kQPanelBytes;  // one warpgroup's rows, room for its O included
 constexpr int kKBytes = kPanels * kKVPanelBytes;
 constexpr int kVBytes = kPanelsV * kKVPanelBytes;
-constexpr int kHeadroom = 16;  // probabilities are 2^-kHeadroom of the usual ones
+constexpr int kHeadroom = 16;  // probabilities are computed 2^-kHeadroom of what they are
 
 struct Control {
   Tile tiles[kTileSlots];
   RingBarriers<kTileSlots> tile;
   RingBarriers<kQStages> q[kWarpgroups];
   RingBarriers<kStages> k, v;
+  uint32_t never_written;
 };
 static_assert(sizeof(Control) <= 1024);
 
@@ -301,6 +302,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
         }
         k_at.advance();
         v_at.advance();
+        __syncwarp();
       }
       named_barrier_sync(1 + warpgroup, 128);  // a parity tells two phases apart: no warp may run ahead or lag
     }
@@ -341,8 +343,8 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
         }
 
         // Blocks that every row sees whole. K stays until none of the warpgroup's rows needs the block again.
-        const float offset[2] = {fmaf(rows.reference[0], scale_log2, kHeadroom),
-                                 fmaf(rows.reference[1], scale_log2, kHeadroom)};
+        const float offset[2] = {probability_offset<kHeadroom>(rows.reference[0], scale_log2),
+                                 probability_offset<kHeadroom>(rows.reference[1], scale_log2)};
         for (; block >= 0; --block) {
           control.k.wait_full(k_at);
           issue_scores(scores, q_tile, k_tiles + k_at.slot * kKBytes);
@@ -352,7 +354,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
           pin_registers(scores);
           float sum[2] = {0.0f, 0.0f};
           exponentials<0, kHalf>(scores, offset, sum, scale_log2);
-          hold_until_computed(sum[0] + sum[1], q_tiles);
+          hold_until_computed(sum[0] + sum[1], smem_address(&control.never_written));
           wgmma_wait<0>();
           pin_registers(output);
           pin_registers(probabilities);
@@ -361,7 +363,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
           exponentials<kHalf, kBlockN / 2>(scores, offset, sum, scale_log2);
           pack_probabilities(probabilities, scores);
           pin_registers(sum);
-          if (any_of_warpgroup(1 + warpgroup, outgrown(probabilities))) break;
+          if (any_of_warpgroup(1 + warpgroup, outgrown_bf16(probabilities))) break;
           rows.sum[0] += sum[0];
           rows.sum[1] += sum[1];
           if (leader) control.k.arrive_empty(k_at);
@@ -388,7 +390,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
       const int row = item.row + thread_row + 8 * h;
       if (p.lse != nullptr && lane % 4 == 0 && row < item.q_length) {
         p.lse[static_cast<long long>(head) * p.total_q + item.q_begin + row] =
-            sum == 0.0f ? -INFINITY : (rows.reference[h] * scale_log2 + kHeadroom + log2f(sum)) * 0.693147180559945f;
+            sum == 0.0f ? -INFINITY : (probability_offset<kHeadroom>(rows.reference[h], scale_log2) + log2f(sum)) * 0.693147180559945f;
       }
     }
     scale_rows(output, inverse);
