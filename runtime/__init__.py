@@ -1,4 +1,4 @@
-"""The run time: what ``import jagtile`` offers. Importing it is light and changes nothing."""
+"""The run time: what ``import jagtile`` offers. Importing it is light and changes nothing but names in registries."""
 
 from jagtile.runtime.api import varlen_attention, warmup
 from jagtile.runtime.errors import (
@@ -10,8 +10,11 @@ from jagtile.runtime.errors import (
     UnsupportedError,
 )
 from jagtile.runtime.explain import explain
+from jagtile.runtime.flash_impl import register as _register_flash_impl
 from jagtile.runtime.njt import sdpa
 from jagtile.runtime.patch import disable, enable, enabled
+
+_register_flash_impl()
 
 __version__ = "0.1.0"
 
