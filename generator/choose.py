@@ -1,6 +1,7 @@
 """Records -> choices: the fewest distinct configs within a stated slack of the best, the incumbent on ties.
 
-A pure function: the same records and incumbent give the same choices, in whatever order the records come.
+A pure function: the same records and incumbent give the same choices, in whatever order the records come. What several
+people recorded is put on one scale by the configs that all of them timed.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ def choose(records: Iterable[TuningRecord], incumbent: Choices, slack: float = S
     """The choices that follow from the records of the incumbent's device.
 
     Specs and regimes without records keep the incumbent's entries. ``records`` must be of current sources. Of a
-    regime's records the latest final session counts, for lack of one the latest record of each config. A config that
-    was wrong, crashed or hung anywhere is never chosen. The slack of a regime is ``slack`` or, where larger, its
-    measured noise up to 10 %; within the noise, however large, the incumbent stays.
+    regime's records the latest final session of each person counts (``TuningRecord.by``), for lack of one their latest
+    record of each config. A config that was wrong, crashed or hung anywhere is never chosen. The slack of a regime is
+    ``slack`` or, where larger, its measured noise up to 10 %; within the noise, however large, the incumbent stays.
     """
     by_spec: dict[str, list[TuningRecord]] = defaultdict(list)
     for record in records:
@@ -75,11 +76,13 @@ def _entry(records: Sequence[TuningRecord], incumbent: ChoiceEntry | None, slack
 
 
 def _counting(records: Sequence[TuningRecord]) -> list[TuningRecord]:
-    """Of one regime's records those that count: per workload the latest final session, else each config's latest."""
+    """Of one regime's records those that count: per workload and person the latest final session, else each config's
+    latest.
+    """
     counting: list[TuningRecord] = []
-    for workload in sorted({record.workload for record in records}):
+    for workload, by in sorted({(record.workload, record.by) for record in records}):
         timed = sorted(
-            (r for r in records if r.workload == workload and r.state == "ok" and r.time_us),
+            (r for r in records if (r.workload, r.by) == (workload, by) and r.state == "ok" and r.time_us),
             key=lambda r: (r.date, _name(r.config)),
         )
         finals = [record for record in timed if record.phase == "final"]
@@ -92,9 +95,13 @@ def _counting(records: Sequence[TuningRecord]) -> list[TuningRecord]:
 
 def _ratios(records: Sequence[TuningRecord]) -> Times:
     """Geometric mean over a regime's workloads of time over the workload's best, of configs timed on all of them."""
-    by_workload: dict[str, Times] = defaultdict(dict)
-    for record in records:
-        by_workload[record.workload][_name(record.config)] = record.time_us or math.inf
+    by_workload: dict[str, Times] = {}
+    for workload in sorted({record.workload for record in records}):
+        people: dict[str, Times] = defaultdict(dict)
+        for record in records:
+            if record.workload == workload:
+                people[record.by][_name(record.config)] = record.time_us or math.inf
+        by_workload[workload] = _on_one_scale([people[by] for by in sorted(people)])
     if not by_workload:
         return {}
     common = set.intersection(*(set(times) for times in by_workload.values()))
@@ -103,6 +110,16 @@ def _ratios(records: Sequence[TuningRecord]) -> Times:
         for name in common
     }
     return {name: math.exp((log - min(logs.values())) / len(by_workload)) for name, log in logs.items()}
+
+
+def _on_one_scale(people: Sequence[Times]) -> Times:
+    """Times of several people in proportion to the first one's, by the configs in common; as they are without any."""
+    merged: Times = {}
+    for times in people:
+        common = sorted(merged.keys() & times.keys())
+        log = sum(math.log(merged[name] / times[name]) for name in common) / len(common) if common else 0.0
+        merged = {**{name: time * math.exp(log) for name, time in times.items()}, **merged}
+    return merged
 
 
 def _cover(times: Mapping[str, Times], allowed: Mapping[str, set[Name]], kept: Mapping[str, Name]) -> tuple[Name, ...]:

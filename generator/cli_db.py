@@ -1,4 +1,4 @@
-"""``jagtile db``: what is on record and what was chosen."""
+"""``jagtile db``: what is on record and what was chosen; what changes it is in cli_db_change.py."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from jagtile.generator.cli_common import json_option, parse_spec, print_json, print_table, shortened
+from jagtile.generator.cli_db_change import diff, export, import_, prune
 
 if TYPE_CHECKING:
     from jagtile.tuning_db.schema import Config, TuningRecord
@@ -17,7 +18,11 @@ if TYPE_CHECKING:
 
 @click.group()
 def db() -> None:
-    """Look into the tuning database: the user's records and choices over the shipped ones."""
+    """The tuning database: the user's records and choices over the shipped ones."""
+
+
+for _command in (diff, export, import_, prune):
+    db.add_command(_command)
 
 
 @db.command("list")
@@ -31,8 +36,9 @@ def list_(as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    columns = ("device", "label", "spec", "choices", "regimes", "records", "states", "latest")
-    print_table("Tuning database", columns, [[row[name] for name in columns] for row in rows], right=("records",))
+    columns = ("device", "label", "spec", "choices", "regimes", "records", "stale", "states", "latest")
+    cells = [[row[name] for name in columns] for row in rows]
+    print_table("Tuning database", columns, cells, right=("records", "stale"))
     click.echo(f"user's: {database.user_root}\nshipped: {database.shipped_root}")
     if not rows:
         click.echo("Nothing is recorded yet: `jagtile tune SPEC` does so.")
@@ -78,6 +84,8 @@ def show(spec: str | None, device: str | None, regime: str | None, failed: bool,
 
 def _overview(database: Database) -> list[dict[str, object]]:
     """A row for each device and spec that has choices or records."""
+    from jagtile.generator.resume import is_stale
+
     labels: dict[str, str] = {}
     chosen: dict[tuple[str, str], dict[str, list[str]]] = {}
     for origin in ("shipped", "user"):
@@ -101,6 +109,7 @@ def _overview(database: Database) -> list[dict[str, object]]:
                 "choices": ", ".join(origins),
                 "regimes": ", ".join(dict.fromkeys(regime for regimes in origins.values() for regime in regimes)),
                 "records": len(own),
+                "stale": sum(map(is_stale, own)),
                 "states": ", ".join(f"{count} {state}" for state, count in sorted(states.items())),
                 "latest": max((record.date[:19] for record in own), default=""),
             }
@@ -118,8 +127,10 @@ def _groups(records: list[TuningRecord]) -> list[list[TuningRecord]]:
 
 def _show_group(database: Database, group: list[TuningRecord], limit: int) -> None:
     """The latest record of each config: the fastest first, those that failed last."""
+    from jagtile.generator.resume import is_stale
+
     first = group[0]
-    latest = {(_name(first.target, r.config), r.workload): r for r in group}
+    latest = {(config_name(first.target, r.config), r.workload): r for r in group}
     ordered = sorted(latest.items(), key=lambda item: math.inf if item[1].time_us is None else item[1].time_us)
     chosen = _chosen(database, first)
     rows = [
@@ -133,11 +144,12 @@ def _show_group(database: Database, group: list[TuningRecord], limit: int) -> No
             record.phase,
             record.date[:19],
             ", ".join(origin for origin, config in chosen.items() if config == name) or shortened(record.reason),
+            ", ".join(filter(None, ("stale" if is_stale(record) else "", record.by and f"by {record.by}"))),
         )
         for (name, _), record in ordered[:limit]
     ]
     title = f"{first.device} {first.target}/{first.spec}, {first.regime} ({first.workload}): {len(latest)} configs"
-    columns = ("config", "state", "us", "IQR", "TFLOP/s", "error", "phase", "date", "chosen by, or why not")
+    columns = ("config", "state", "us", "IQR", "TFLOP/s", "error", "phase", "date", "chosen by, or why not", "remarks")
     print_table(title, columns, rows, right=columns[2:6])
 
 
@@ -148,11 +160,11 @@ def _chosen(database: Database, record: TuningRecord) -> dict[str, str]:
         choices = database.choices(origin, record.device)
         entry = choices.specs.get(f"{record.target}/{record.spec}") if choices else None
         if entry is not None:
-            found[origin] = _name(record.target, entry.regimes.get(record.regime, entry.default))
+            found[origin] = config_name(record.target, entry.regimes.get(record.regime, entry.default))
     return found
 
 
-def _name(target: str, config: Config) -> str:
+def config_name(target: str, config: Config) -> str:
     """A config's name; its knobs as they are where today's space does not know them."""
     from jagtile.generator.tile import config_from_dict
 

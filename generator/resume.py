@@ -1,9 +1,10 @@
-"""What records on disk spare a tune: configs whose source is still the same are not measured again."""
+"""What records on disk are still worth: those of today's sources spare a tune, older ones tell where to begin."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.targets import TARGETS
@@ -24,17 +25,39 @@ def current_records(
     and all may be tried anew.
     """
     current = []
-    hashes: dict[TileConfig, str] = {}
     for record in database.records(device=slug, target=target, spec=spec.name):
-        try:
-            config = config_from_dict(target, record.config)
-        except ValueError:  # of a space as it was
-            continue
-        if config not in hashes:
-            hashes[config] = source_sha256(Variant(target, spec, config))
-        if record.source_sha256 == hashes[config] and not _is_foreign_verdict(record):
-            current.append((config, record))
+        variant = variant_of(record)
+        if variant is not None and record.source_sha256 == source_of(variant) and not _is_foreign_verdict(record):
+            current.append((variant.config, record))
     return _standing(current) if any(record.state == "ok" for _, record in current) else []
+
+
+def is_stale(record: TuningRecord) -> bool:
+    """Whether the record's config renders to another source today, or to none."""
+    variant = variant_of(record)
+    return variant is None or source_of(variant) != record.source_sha256
+
+
+def best_of_old(
+    database: Database, slug: str, target: str, spec: KernelSpec, regime: str, count: int
+) -> list[TileConfig]:
+    """The configs that were fastest in a regime with other sources than today's; they may be fast still."""
+    timed = database.records(device=slug, target=target, spec=spec.name, regime=regime, state="ok")
+    old = sorted((r for r in timed if is_stale(r)), key=lambda r: r.time_us or math.inf)
+    variants = (variant_of(record) for record in old)
+    return list(dict.fromkeys(variant.config for variant in variants if variant is not None))[:count]
+
+
+def variant_of(record: TuningRecord) -> Variant | None:
+    """The record's variant, None where today's spaces do not know its config."""
+    try:
+        config = config_from_dict(record.target, record.config)
+        return Variant(record.target, KernelSpec.parse(record.spec), config)
+    except ValueError:
+        return None
+
+
+source_of = lru_cache(maxsize=4096)(source_sha256)
 
 
 def _is_foreign_verdict(record: TuningRecord) -> bool:

@@ -17,7 +17,7 @@ import msgspec
 from jagtile.generator.choose import choose
 from jagtile.generator.fleet import Fleet
 from jagtile.generator.measure import Plan
-from jagtile.generator.resume import current_records, known_ratios
+from jagtile.generator.resume import best_of_old, current_records, known_ratios
 from jagtile.generator.search import Search
 from jagtile.generator.shared_search import SharedSearch, fingerprint
 from jagtile.generator.tile import TileConfig, config_from_dict
@@ -31,7 +31,7 @@ from jagtile.runtime.problem import REGIMES
 from jagtile.tuning_db.schema import ChoiceEntry, Choices, Phase, TuningRecord
 from jagtile.tuning_db.store import Database, identity
 
-_PROVEN = 2  # best configs of an earlier regime that a later one tries first
+_PROVEN = 2  # best configs of an earlier regime, and of older sources, that a regime tries first
 _FINALISTS = 3  # of each regime
 _FINALIST_RATIO = 1.1  # a finalist is at most this much slower than its regime's best
 _SEARCH_SHARE = 0.8  # of a budget of seconds; the rest is for the finals
@@ -81,7 +81,8 @@ class TuneSession:
         incumbent = choose_for_regime(spec, regime, self._device(), self.database).variant.config
         good = [incumbent, default_variant(spec, target).config]
         proven = [config for found in before for config in found.search.best()[:_PROVEN]]
-        search = self._make_search(regime, workloads, [*good, *proven])
+        old = best_of_old(self.database, self.runner.facts.device.slug, target, spec, regime, _PROVEN)
+        search = self._make_search(regime, workloads, [*good, *proven, *old])
         records = self._current_records() if self.resume else []
         self._failed |= {config for config, record in records if record.state != "ok"}
         for config in self._failed:

@@ -65,6 +65,7 @@ class TuningRecord(msgspec.Struct, frozen=True, kw_only=True):
     torch: str = ""
     jagtile: str = ""
     date: str = ""  # UTC, ISO 8601
+    by: str = ""  # whose record it is, where it was imported
     cost_s: Cost = Cost()
 
 

@@ -8,6 +8,8 @@ set aside with a JagtileWarning that names it.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import logging
 import os
@@ -28,6 +30,7 @@ from jagtile.runtime.settings import settings
 from jagtile.tuning_db.schema import SCHEMA, Choices, DeviceFacts, TuningRecord
 
 Origin = Literal["user", "shipped"]
+ORIGINS: tuple[Origin, ...] = ("shipped", "user")
 
 log = logging.getLogger("jagtile")
 
@@ -37,14 +40,14 @@ _SHIPPED = Path(__file__).resolve().parent
 
 
 def identity(record: TuningRecord) -> bytes:
-    """Equal for two copies of one record."""
-    return msgspec.json.encode(record, order="sorted")
+    """Equal for two copies of one record, whoever they came from."""
+    return msgspec.json.encode(msgspec.structs.replace(record, by=""), order="sorted")
 
 
 class RecordWriter:
     """Appends records to one file, a line each, on disk when ``append`` returns. A context manager.
 
-    ``shared``: others may have the same file open.
+    ``shared``: others may have the same file open. While it is open the file is locked against pruning.
     """
 
     def __init__(self, path: Path, *, shared: bool = False) -> None:
@@ -55,16 +58,31 @@ class RecordWriter:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
             raise _not_writable(path, error) from error
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(self._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         size = os.fstat(self._fd).st_size
-        if size and os.pread(self._fd, 1, size - 1) != b"\n":
-            os.write(self._fd, b"\n")  # a writer was killed half-way: its line must not swallow ours
+        # A writer was killed half-way: its line must not swallow ours.
+        self._torn = bool(size) and os.pread(self._fd, 1, size - 1) != b"\n"
 
     def append(self, record: TuningRecord) -> None:
-        """Write one record. A single write of a file opened for appending: concurrent writers do not mix."""
-        line = msgspec.json.encode(record) + b"\n"
-        if os.write(self._fd, line) != len(line):
-            raise DatabaseError(f"{self.path}: a record could only be written in part; is the disk full?")
-        os.fsync(self._fd)
+        """Write one record. A single write of a file opened for appending: concurrent writers do not mix.
+
+        DatabaseError where it can't be written whole; what was written before stays, and a later record may succeed.
+        """
+        line = (b"\n" if self._torn else b"") + msgspec.json.encode(record) + b"\n"
+        size = os.fstat(self._fd).st_size
+        try:
+            written = os.write(self._fd, line)
+            if written < len(line):
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} after {written} of {len(line)} bytes")
+            os.fsync(self._fd)
+            self._torn = False
+        except OSError as error:
+            self._torn = self._shared
+            if not self._shared:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._fd, size)
+            raise _not_writable(self.path, error) from error
 
     def close(self) -> None:
         """Close the file; one of our own that nothing was written to is removed."""
@@ -122,23 +140,24 @@ class Database:
 
     def devices(self, origin: Origin) -> list[DeviceFacts]:
         """The devices that have choices, by slug."""
-        found = (self.choices(origin, slug) for slug in self._slugs(origin))
+        found = (self.choices(origin, slug) for slug in self.slugs(origin))
         return [choices.device for choices in found if choices is not None]
 
-    def records(self, **filters: str) -> list[TuningRecord]:
+    def records(self, *origins: Origin, **filters: str) -> list[TuningRecord]:
         """Every readable record once, in order of date; of one date shipped ones first, then in order of writing.
 
-        ``filters`` are field values that a record must have, e.g. ``device="sm90-132sm", spec="fwd_bf16_d128"``.
+        ``origins``: of these only. ``filters`` are field values that a record must have, e.g. ``device="sm90-132sm",
+        spec="fwd_bf16_d128"``.
         """
         unknown = filters.keys() - set(TuningRecord.__struct_fields__)
         if unknown:
             raise ValueError(f"a record has no field {', '.join(sorted(unknown))}")
         found: dict[bytes, TuningRecord] = {}
-        for origin in ("shipped", "user"):
-            slugs = [filters["device"]] if "device" in filters else self._slugs(origin)
+        for origin in origins or ORIGINS:
+            slugs = [filters["device"]] if "device" in filters else self.slugs(origin)
             for slug in slugs:
-                for path in self._record_files(origin, slug):
-                    for record in _read(path):
+                for path in self.record_files(origin, slug):
+                    for record in read_records(path):
                         if all(getattr(record, key) == value for key, value in filters.items()):
                             found.setdefault(identity(record), record)
         return sorted(found.values(), key=lambda record: record.date)
@@ -174,21 +193,14 @@ class Database:
         """Replace the choices of a device atomically; keys sorted and indented, so that a retune is a readable diff."""
         path = self.folder("shipped" if ship else "user", choices.device.slug) / "choices.json"
         text = msgspec.json.format(msgspec.json.encode(choices, order="sorted"), indent=2) + b"\n"
-        staged = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with staged.open("wb") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            staged.replace(path)
+            replace_file(path, text)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                staged.unlink(missing_ok=True)
             raise _not_writable(path, error) from error
         return path
 
-    def _slugs(self, origin: Origin) -> list[str]:
+    def slugs(self, origin: Origin) -> list[str]:
+        """The devices that have a folder."""
         root = self.user_root if origin == "user" else self.shipped_root
         try:
             entries = sorted(path.name for path in root.iterdir() if path.is_dir())
@@ -196,12 +208,14 @@ class Database:
             return []
         return [name for name in entries if _SLUG.fullmatch(name)]
 
-    def _record_files(self, origin: Origin, slug: str) -> list[Path]:
+    def record_files(self, origin: Origin, slug: str) -> list[Path]:
+        """The files that hold a device's records."""
         folder = self.folder(origin, slug)
         return [folder / "records.jsonl"] if origin == "shipped" else sorted((folder / "records").glob("*.jsonl"))
 
 
-def _read(path: Path) -> Iterator[TuningRecord]:
+def read_records(path: Path, skip: int = 0) -> Iterator[TuningRecord]:
+    """The records of a file behind its first ``skip`` lines; lines that are none are skipped with a warning."""
     try:
         lines = path.read_bytes().split(b"\n")
     except (FileNotFoundError, NotADirectoryError):
@@ -211,7 +225,7 @@ def _read(path: Path) -> Iterator[TuningRecord]:
         return
     decoder = msgspec.json.Decoder(TuningRecord)
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
+        if number <= skip or not line.strip():
             continue
         try:
             record = decoder.decode(line)
@@ -222,6 +236,22 @@ def _read(path: Path) -> Iterator[TuningRecord]:
             yield record
         else:
             _warn(f"{path}, line {number} has schema {record.schema}, this jagtile reads {SCHEMA}; it is skipped")
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace or make a file atomically: what was there stays where this fails, with an OSError."""
+    staged = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with staged.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            staged.unlink(missing_ok=True)
+        raise
 
 
 def _set_aside(path: Path, why: str, rename: bool) -> None:
@@ -237,7 +267,7 @@ def _set_aside(path: Path, why: str, rename: bool) -> None:
 def _not_writable(path: Path, error: OSError) -> DatabaseError:
     return DatabaseError(
         f"tuning results can't be written to {path}: {error.strerror or error}; let JAGTILE_CACHE_DIR name a folder "
-        f"that can be written to (to ship results, tuning_db/ itself must be)"
+        f"that can be written to and has room (to ship results, tuning_db/ itself must)"
     )
 
 

@@ -47,6 +47,7 @@ def test_list_has_a_row_for_each_device_and_spec(run, run_json):
     assert row["choices"] == "user"
     assert row["regimes"] == "long"
     assert row["records"] == 3
+    assert row["stale"] == 3
     assert row["states"] == "1 incorrect, 2 ok"
     assert row["latest"] == "2026-01-03T00:00:00"
     assert SLUG in run("db", "list").stdout
@@ -56,7 +57,8 @@ def test_show_puts_the_fastest_first_and_failures_last_with_their_reason(run):
     shown = run("db", "show", SPEC.name, "--device", SLUG).stdout
     assert shown.index(FAST.name) < shown.index(SLOW.name) < shown.index(BAD.name)
     (chosen,) = (line for line in shown.splitlines() if FAST.name in line)
-    assert chosen.rstrip().endswith("user")
+    assert " user " in chosen
+    assert chosen.rstrip().endswith("stale")  # the record names no source
     assert "relative error 0.7" in shown
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
+import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -162,16 +165,85 @@ def test_where_nothing_can_be_written_the_error_names_the_place_and_the_way_out(
     assert database.choices("user", FACTS.slug) is None
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_is_read_and_refused_for_writing(database):
-    path = write(database, record())
-    path.parent.chmod(0o555)
-    try:
-        assert len(database.records()) == 1
+def _in_a_process(function, *arguments) -> None:
+    """Run a function in a process of its own; it fails here if it fails there."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def _read_but_not_write(database: Database) -> None:
+    if os.geteuid() == 0:
+        os.seteuid(65534)  # root may write anywhere
+    assert len(database.records()) == 1
+    assert database.choices("user", FACTS.slug) == choices(a=4)
+    with pytest.raises(DatabaseError, match="Permission denied"):
+        database.writer(FACTS.slug, ship=False)
+    with pytest.raises(DatabaseError, match="Permission denied"):
+        database.write_choices(choices(a=8), ship=False)
+
+
+def test_a_read_only_folder_is_read_and_refused_for_writing():
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are not open to others
+        database = Database(Path(folder) / "user", Path(folder) / "shipped")
+        path = write(database, record())
+        database.write_choices(choices(a=4), ship=False)
+        folders = (path.parent, path.parent.parent, Path(folder))
+        for each in folders:
+            each.chmod(0o555)
+        try:
+            _in_a_process(_read_but_not_write, database)
+        finally:
+            for each in folders:
+                each.chmod(0o755)
+        assert database.choices("user", FACTS.slug) == choices(a=4)
+
+
+def _fill(database: Database, ship: bool) -> None:
+    """Write until there is no room, then make room."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with database.writer(FACTS.slug, ship) as writer:
+        records = [record(date=f"{number:03}", reason="x" * 300) for number in range(100)]
+        with pytest.raises(DatabaseError, match=r"jsonl: .*JAGTILE_CACHE_DIR"):
+            list(map(writer.append, records))
         with pytest.raises(DatabaseError):
-            database.writer(FACTS.slug, ship=False)
-    finally:
-        path.parent.chmod(0o755)
+            database.write_choices(choices(**{f"s{number}": 4 for number in range(100)}), ship=ship)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        writer.append(record(date="later"))
+
+
+@pytest.mark.filterwarnings("ignore:.*is no tuning record")  # of a shared file the torn line can't be taken back
+@pytest.mark.parametrize("ship", [False, True])
+def test_a_full_disk_costs_only_what_did_not_fit(database, ship):
+    database.write_choices(choices(a=4), ship=ship)
+    _in_a_process(_fill, database, ship)
+    dates = [each.date for each in database.records()]
+    assert dates == [*(f"{number:03}" for number in range(len(dates) - 1)), "later"]
+    assert len(dates) > 3
+    origin = "shipped" if ship else "user"
+    assert database.choices(origin, FACTS.slug) == choices(a=4)
+    assert list(database.folder(origin, FACTS.slug).glob(".*")) == []
+
+
+def test_a_full_device_is_told(monkeypatch, database):
+    with database.writer(FACTS.slug, ship=False) as writer:
+        full = os.open("/dev/full", os.O_RDWR)
+        with monkeypatch.context() as patched:
+            patched.setattr(writer, "_fd", full)
+            with pytest.raises(DatabaseError, match="No space left"):
+                writer.append(record())
+        os.close(full)
+
+
+def test_copies_of_a_record_are_one(database):
+    one = record(time_us=0.1 + 0.2, date="1")
+    write(database, one)
+    write(database, one, msgspec.structs.replace(one, by="someone"))
+    write(database, one, ship=True)
+    assert database.records() == [one]
+    assert len(database.records("user")) == len(database.records("shipped")) == 1
 
 
 @pytest.mark.parametrize("slug", ["", "../up", "a/b", ".hidden"])
