@@ -11,10 +11,12 @@ from jagtile.runtime.errors import (
 )
 from jagtile.runtime.explain import explain
 from jagtile.runtime.flash_impl import register as _register_flash_impl
+from jagtile.runtime.flops import register as _register_flops
 from jagtile.runtime.njt import sdpa
 from jagtile.runtime.patch import disable, enable, enabled
 
 _register_flash_impl()
+_register_flops()
 
 __version__ = "0.1.0"
 
