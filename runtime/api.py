@@ -7,7 +7,7 @@ from typing import Literal, overload
 
 import torch
 
-from jagtile.generator.spec import KernelSpec
+from jagtile.generator.spec import Direction, KernelSpec
 from jagtile.runtime.checks import (
     bottom_right,
     check_batch,
@@ -17,7 +17,7 @@ from jagtile.runtime.checks import (
 from jagtile.runtime.device import resolved
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.fallback import attention, why_no_kernel
-from jagtile.runtime.ops import forward_for
+from jagtile.runtime.operators import forward_for
 from jagtile.runtime.problem import DTYPE_NAMES, REGIMES
 from jagtile.runtime.routes import prepare
 
@@ -68,7 +68,7 @@ def varlen_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention within each sequence of a packed jagged batch. Forward only.
+    """Attention within each sequence of a packed jagged batch. Differentiable where there is a backward kernel.
 
     Args:
         q: (total_q, H, D), float32, bfloat16 or float16; any strides whose last is 1.
@@ -94,13 +94,14 @@ def varlen_attention(
 
     Raises:
         TypeError, ValueError: a bad argument; the message names it, what it was and what is accepted.
-        UnsupportedError: (a NotImplementedError) a dtype, device or head_dim that is not served, or grad is required.
+        UnsupportedError: (a NotImplementedError) a dtype that is not served, or grad is required and there is no
+            backward kernel (CUDA).
         NoKernelError, CompilerNotFoundError, BuildError: no kernel can be had; the message says the ways out.
     """
     check_batch(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     check_flag("is_causal", is_causal)
     check_flag("return_lse", return_lse)
-    serve = attention if why_no_kernel(q, v, is_causal) else forward_for(q)
+    serve = attention if why_no_kernel(q, v, is_causal) else forward_for(q, k, v)
     outputs = serve(
         q,
         k,
@@ -125,6 +126,7 @@ def warmup(
     is_causal: bool = False,
     device: torch.device | str | None = None,
     regimes: Sequence[str] | None = None,
+    training: bool = False,
 ) -> tuple[str, ...]:
     """Build and load, ahead of time, every kernel that calls of one kind may take.
 
@@ -138,16 +140,20 @@ def warmup(
         is_causal: as in the calls to come.
         device: where they will run; None is the current CUDA device, the CPU where there is none.
         regimes: some of "short", "medium", "long", "cross", "decode"; None is all.
+        training: whether gradients will be wanted: the backward kernels too.
 
     Returns:
         The names of the variants, each once. Errors as ``varlen_attention``.
     """
     check_flag("is_causal", is_causal)
+    check_flag("training", training)
     if dtype not in DTYPE_NAMES:
         raise UnsupportedError(f"dtype {dtype} is not served; served: {', '.join(map(str, DTYPE_NAMES))}")
     names = REGIMES if regimes is None else tuple(regimes)
     unknown = [name for name in names if name not in REGIMES]
     if unknown:
         raise ValueError(f"regimes holds {', '.join(map(repr, unknown))}; regimes are {', '.join(REGIMES)}")
-    spec = KernelSpec("fwd", DTYPE_NAMES[dtype], head_dim, head_dim if head_dim_v is None else head_dim_v, is_causal)
-    return tuple(variant.name for variant in prepare(spec, names, resolved(device)))
+    directions: tuple[Direction, ...] = ("fwd", "bwd") if training else ("fwd",)
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    specs = [KernelSpec(direction, DTYPE_NAMES[dtype], head_dim, head_dim_v, is_causal) for direction in directions]
+    return tuple(variant.name for spec in specs for variant in prepare(spec, names, resolved(device)))

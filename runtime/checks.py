@@ -13,6 +13,7 @@ import torch
 from jagtile.generator.spec import MAX_HEAD_DIM
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.problem import DTYPE_NAMES
+from jagtile.runtime.trainable import check_trainable
 
 ALIGNMENTS = ("top_left", "bottom_right")
 MAX_SCALE = 1e30  # kernels take it as float32
@@ -78,15 +79,7 @@ def check_operands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, names: tup
     if torch.is_grad_enabled() and dtype in DTYPE_NAMES and max(head_dim, head_dim_v) <= MAX_HEAD_DIM:
         for name, tensor in zip(names, (q, k, v), strict=True):
             if tensor.requires_grad:
-                refuse_grad(name)
-
-
-def refuse_grad(name: str) -> None:
-    """Raise the UnsupportedError for an operand that requires grad."""
-    raise UnsupportedError(
-        f"{name} requires grad and grad mode is on, but only the forward pass is served: call under torch.no_grad() or "
-        f"torch.inference_mode(), or pass {name}.detach()"
-    )
+                check_trainable(name, dtype, head_dim, head_dim_v, device)
 
 
 def check_packed(name: str, tensor: object, layout: str) -> None:

@@ -17,7 +17,7 @@ from jagtile.runtime.checks import bottom_right, check_flag, check_operands, sof
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.fallback import attention, why_no_kernel
 from jagtile.runtime.holes import close_holes, offsets_of, open_holes
-from jagtile.runtime.ops import forward_for
+from jagtile.runtime.operators import forward_for
 
 Sdpa = Callable[..., torch.Tensor]
 
@@ -48,7 +48,7 @@ def sdpa(
     *,
     causal_alignment: CausalAlignment = "top_left",
 ) -> torch.Tensor:
-    """``F.scaled_dot_product_attention`` on nested tensors of the jagged layout. Forward only.
+    """``F.scaled_dot_product_attention`` on nested tensors of the jagged layout, trained as ``varlen_attention`` is.
 
     Args:
         query: NJT (B, H, j, D), or (B, j, D) for all three; float32, bfloat16, float16, or, slowly, float64. Under
@@ -73,8 +73,8 @@ def sdpa(
 
     Raises:
         ValueError, TypeError: a bad argument.
-        UnsupportedError: (a NotImplementedError, hence a RuntimeError) a valid request that is not served: grad,
-            dropout, other dtypes or numbers of dimensions.
+        UnsupportedError: (a NotImplementedError, hence a RuntimeError) a valid request that is not served:
+            dropout, grad where there is no backward kernel (CUDA), other dtypes or numbers of dimensions.
         NoKernelError, CompilerNotFoundError, BuildError: no kernel can be had; the message says the ways out.
     """
     if _ragged_batch_like(query, key, value):
@@ -91,7 +91,7 @@ def sdpa(
     if dropout_p != 0:
         raise UnsupportedError(f"dropout_p is {dropout_p}; served: 0")
     check_flag("is_causal", is_causal)
-    serve = attention if why_no_kernel(packed.q, packed.v, is_causal) else forward_for(packed.q)
+    serve = attention if why_no_kernel(packed.q, packed.v, is_causal) else forward_for(*packed[:3])
     outputs = serve(
         *packed,
         is_causal,

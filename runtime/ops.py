@@ -1,19 +1,15 @@
-"""The operator: one packed attention call, its arguments checked, from tensors to a launched kernel.
+"""One packed attention call, its arguments checked, from tensors to a launched kernel: forward and backward.
 
-Plain eager calls go straight to ``forward``. Everything that must see an operator (torch.compile, fake tensors,
-dispatch modes, functorch) goes through ``torch.ops.jagtile.forward``: the same function under a dispatcher's name.
+Plain eager calls without grad go straight to ``forward``; the others see these functions as operators (operators.py).
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import cast
 
 import torch
 
 from jagtile.runtime.checks import check_offsets_on_host
 from jagtile.runtime.problem import regime_index
-from jagtile.runtime.routes import ROUTES, resolve
+from jagtile.runtime.routes import BACKWARD_ROUTES, ROUTES, resolve, resolve_backward
 
 
 def forward(
@@ -58,45 +54,37 @@ def forward(
     return [out] if lse is None else [out, lse]
 
 
-def _forward_fake(
+def backward(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
     is_causal: bool,
     bottom_right: bool,
     scale: float,
-    return_lse: bool,
-) -> list[torch.Tensor]:
-    total_q, heads, _ = q.shape
-    out = q.new_empty((total_q, heads, v.shape[2]))
-    return [out, q.new_empty((heads, total_q), dtype=torch.float32)] if return_lse else [out]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients by q, k and v, contiguous, of a loss whose gradients by ``forward``'s results are dout and dlse.
 
-
-# The operator exists as long as this object does.
-_LIBRARY = torch.library.Library("jagtile", "DEF")  # type: ignore[no-untyped-call]
-_LIBRARY.define(  # type: ignore[no-untyped-call]
-    "forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt? max_seqlen_q, "
-    "SymInt? max_seqlen_k, bool is_causal, bool bottom_right, float scale, bool return_lse) -> Tensor[]"
-)
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("forward", forward, _key)  # type: ignore[no-untyped-call]
-torch.library.register_fake("jagtile::forward", _forward_fake, lib=_LIBRARY)
-
-Forward = Callable[..., list[torch.Tensor]]
-
-
-def forward_for(q: torch.Tensor) -> Forward:
-    """``forward``, or the operator where a compiler, a tensor subclass, a mode or a transform must see one."""
-    if (
-        torch.compiler.is_compiling()
-        or (type(q) is not torch.Tensor and type(q) is not torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or not (q.is_cuda or q.is_cpu)
-    ):
-        return cast(Forward, torch.ops.jagtile.forward.default)
-    return forward
+    Shapes as in BackwardKernel; tensors whose last stride is not 1 are copied. Tokens without partners have zeros.
+    """
+    q, k, v, out, dout = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v, out, dout))
+    total_q, _, head_dim = q.shape
+    total_k, _, head_dim_v = v.shape
+    batch = cu_seqlens_q.shape[0] - 1
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    if batch and total_q and total_k:
+        regime = regime_index(batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0)
+        route = (q.dtype, head_dim, head_dim_v, is_causal, q.get_device(), regime)
+        kernel = BACKWARD_ROUTES.get(route) or resolve_backward(route)
+        kernel.backward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, dq, dk, dv, scale, bottom_right)
+    else:
+        for grad in (dq, dk, dv):
+            grad.zero_()
+    return dq, dk, dv

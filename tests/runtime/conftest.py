@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from jagtile.generator.oracle import reference
+from jagtile.generator.oracle_gradients import reference_gradients
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Knob, TileConfig
-from jagtile.runtime import ops
+from jagtile.runtime import ops, trainable
 from jagtile.runtime.routes import Route
 
 
 class OracleKernel:
-    """A ForwardKernel made of the oracle. As a real one, it leaves rows of no sequence alone: they are poisoned."""
+    """A ForwardKernel and a BackwardKernel made of the oracle. As a real one, the forward leaves rows of no sequence
+    alone: they are poisoned.
+    """
 
     def __init__(self, causal: bool) -> None:
         self.causal = causal
@@ -33,6 +36,14 @@ class OracleKernel:
             lse.fill_(float("nan"))
             lse[:, :covered] = expected_lse[:, :covered].float()
 
+    def backward(self, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, *rest) -> None:
+        *grads, scale, bottom_right = rest
+        alignment = "bottom_right" if bottom_right else "top_left"
+        meaning = {"is_causal": self.causal, "causal_alignment": alignment, "scale": scale}
+        expected = reference_gradients(q, k, v, cu_seqlens_q, cu_seqlens_k, dout, dlse, **meaning)
+        for grad, want in zip(grads, expected, strict=True):
+            grad.copy_(want)
+
 
 @dataclass
 class Calls:
@@ -40,6 +51,7 @@ class Calls:
 
     routes: list[Route] = field(default_factory=list)
     arguments: list[tuple[object, ...]] = field(default_factory=list)
+    backward_routes: list[Route] = field(default_factory=list)
 
 
 @pytest.fixture
@@ -59,9 +71,21 @@ def oracle_kernels(monkeypatch: pytest.MonkeyPatch) -> Calls:
         calls.routes.append(route)
         return kernel
 
+    def resolve_backward(route: Route) -> OracleKernel:
+        calls.backward_routes.append(route)
+        return OracleKernel(causal=route[3])
+
     monkeypatch.setattr(ops, "ROUTES", {})
     monkeypatch.setattr(ops, "resolve", resolve)
+    monkeypatch.setattr(ops, "BACKWARD_ROUTES", {})
+    monkeypatch.setattr(ops, "resolve_backward", resolve_backward)
     return calls
+
+
+@pytest.fixture
+def no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are no backward kernels."""
+    monkeypatch.setattr(trainable, "why_no_backward", lambda *case: "none in this test")
 
 
 @dataclass(frozen=True, order=True)

@@ -75,16 +75,6 @@ ERRORS = {
         jagtile.UnsupportedError,
         "q has dtype torch.int32; served: torch.float32, torch.bfloat16, torch.float16, torch.float64",
     ),
-    "q requires grad": (
-        {"q": torch.ones(5, 4, 8, requires_grad=True)},
-        jagtile.UnsupportedError,
-        r"q requires grad.*torch.no_grad\(\).*q.detach\(\)",
-    ),
-    "v requires grad": (
-        {"v": torch.ones(5, 2, 8, requires_grad=True)},
-        NotImplementedError,
-        "v requires grad and grad mode is on, but only the forward pass is served",
-    ),
     "cu_seqlens_q is no tensor": ({"cu_seqlens_q": [0, 3, 5]}, TypeError, "cu_seqlens_q must be a torch.Tensor"),
     "cu_seqlens_k is no tensor": ({"cu_seqlens_k": None}, TypeError, "cu_seqlens_k must be a torch.Tensor"),
     "cu_seqlens_q has two dimensions": (

@@ -321,13 +321,5 @@ def test_it_refuses(case):
         jagtile.sdpa(**{**good(), **{name: make() for name, make in changes.items()}})
 
 
-@pytest.mark.parametrize("name", ["query", "key", "value"])
-def test_it_refuses_where_grad_is_required(name):
-    arguments = good()
-    arguments[name].requires_grad_()
-    with torch.enable_grad(), pytest.raises(NotImplementedError, match=f"{name} requires grad and grad mode is on"):
-        jagtile.sdpa(**arguments)
-
-
 def test_every_refusal_beyond_validation_is_a_runtime_error_as_in_torch():
     assert issubclass(jagtile.UnsupportedError, RuntimeError)

@@ -140,7 +140,7 @@ def test_what_is_not_served_goes_to_torch_and_is_said_once(oracle_kernels):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             scaled_dot_product_attention(x, x, x, dropout_p=0.5)
-    assert len(said) == 1
+    assert [warning.category for warning in said].count(jagtile.JagtileWarning) == 1  # torch warns too, once a process
     assert oracle_kernels.arguments == []
 
 
@@ -173,7 +173,7 @@ def test_who_allows_math_only_gets_torchs_own_without_a_word(oracle_kernels):
     torch.testing.assert_close(out._values, torchs(x, x, x)._values)
 
 
-def test_training_goes_to_torch(oracle_kernels):
+def test_training_goes_to_torch_where_there_is_no_backward_kernel(oracle_kernels, no_backward):
     values = torch.randn(7, 2, 8, requires_grad=True)
     x = torch.nested.nested_tensor_from_jagged(values, torch.tensor([0, 3, 7])).transpose(1, 2)
     with jagtile.enabled(), pytest.warns(jagtile.JagtileWarning, match="requires grad"):

@@ -1,0 +1,130 @@
+"""ops.py's functions as dispatchers, compilers and autograd see them: the operators of the namespace ``jagtile``.
+
+``differentiable_forward`` is ``forward`` where grad is required: an operator of its own, because a formula for autograd
+makes every call of an operator dearer. ``backward`` is its formula, and has none itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+from jagtile.runtime.errors import UnsupportedError
+from jagtile.runtime.ops import backward, forward
+
+Forward = Callable[..., list[torch.Tensor]]
+
+
+def forward_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Forward:
+    """``ops.forward``, or the operator where grad is required or a compiler, a tensor subclass, a mode or a transform
+    must see one.
+    """
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _forward_with_grad
+    if (
+        torch.compiler.is_compiling()
+        or (type(q) is not torch.Tensor and type(q) is not torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or not (q.is_cuda or q.is_cpu)
+    ):
+        return cast(Forward, torch.ops.jagtile.forward.default)
+    return forward
+
+
+def _forward_with_grad(*arguments: Any) -> list[torch.Tensor]:
+    """The backward needs the lse, which is dropped here where the caller does not ask for it."""
+    *call, return_lse = arguments
+    out, lse = torch.ops.jagtile.differentiable_forward.default(*call)
+    return [out, lse] if return_lse else [out]
+
+
+def _differentiable_forward(*call: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = cast(Forward, forward)(*call, True)
+    return out, lse
+
+
+def _differentiable_forward_fake(*call: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = cast(Forward, _forward_fake)(*call, True)
+    return out, lse
+
+
+def _forward_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    is_causal: bool,
+    bottom_right: bool,
+    scale: float,
+    return_lse: bool,
+) -> list[torch.Tensor]:
+    total_q, heads, _ = q.shape
+    out = q.new_empty((total_q, heads, v.shape[2]))
+    return [out, q.new_empty((heads, total_q), dtype=torch.float32)] if return_lse else [out]
+
+
+def _backward_fake(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *rest: object,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.options = inputs[5:]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    found = torch.ops.jagtile.backward.default(dout, dlse, *tensors, out, lse, *ctx.options)
+    wanted = (grad if needed else None for grad, needed in zip(found, ctx.needs_input_grad, strict=False))
+    return (*wanted, *(None,) * 7)
+
+
+def _refuse_second_derivative(ctx: Any, *grads: torch.Tensor) -> None:
+    raise UnsupportedError(
+        "jagtile has no second derivatives: its attention was differentiated with create_graph=True and the gradients "
+        "are differentiated again; use torch's own attention there"
+    )
+
+
+# The operators exist as long as this object does.
+_LIBRARY = torch.library.Library("jagtile", "DEF")  # type: ignore[no-untyped-call]
+_BATCH = "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k"
+_OPTIONS = "SymInt? max_seqlen_q, SymInt? max_seqlen_k, bool is_causal, bool bottom_right, float scale"
+for _schema, _function, _fake in (
+    (f"forward({_BATCH}, {_OPTIONS}, bool return_lse) -> Tensor[]", forward, _forward_fake),
+    (
+        f"differentiable_forward({_BATCH}, {_OPTIONS}) -> (Tensor, Tensor)",
+        _differentiable_forward,
+        _differentiable_forward_fake,
+    ),
+    (
+        f"backward(Tensor dout, Tensor? dlse, {_BATCH}, Tensor out, Tensor lse, {_OPTIONS})"
+        " -> (Tensor dq, Tensor dk, Tensor dv)",
+        backward,
+        _backward_fake,
+    ),
+):
+    _name = _schema.partition("(")[0]
+    _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _function, _key)  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"jagtile::{_name}", _fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    "jagtile::differentiable_forward", _differentiate, setup_context=_keep_for_backward, lib=_LIBRARY
+)
+torch.library.register_autograd("jagtile::backward", _refuse_second_derivative, lib=_LIBRARY)

@@ -1,0 +1,45 @@
+"""Whether a backward kernel can be had: what autograd needs before the forward runs."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from jagtile.generator.spec import KernelSpec
+from jagtile.runtime.errors import UnsupportedError
+from jagtile.runtime.problem import DTYPE_NAMES
+
+
+def check_trainable(name: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, device: torch.device) -> None:
+    """UnsupportedError for an operand that requires grad where no backward kernel serves the case."""
+    reason = why_no_backward(dtype, head_dim, head_dim_v, device)
+    if reason:
+        raise UnsupportedError(
+            f"{name} requires grad and grad mode is on, but there is no backward pass for it ({reason}): call under "
+            f"torch.no_grad() or torch.inference_mode(), or pass {name}.detach()"
+        )
+
+
+@lru_cache(maxsize=256)
+def why_no_backward(dtype: torch.dtype, head_dim: int, head_dim_v: int, device: torch.device) -> str | None:
+    """The reason, None where a kernel is there. Fake tensors of a device that is not here ask any GPU's target."""
+    from jagtile.generator.tile import spaces_of, targets
+    from jagtile.runtime.device import device_id
+    from jagtile.runtime.dispatch import default_variant
+
+    if device.type == "meta":
+        return None
+    spec = KernelSpec("bwd", DTYPE_NAMES[dtype], head_dim, head_dim_v, causal=False)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        served = any(spaces_of(target, spec) for target in targets() if target != "cpu")
+        return None if served else f"no kernel for {spec.name} on GPUs"
+    try:
+        default_variant(spec, device_id(device).target)
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+# What torch.compiler.assume_constant_result sets; the decorator itself would import the whole compiler.
+check_trainable._dynamo_marked_constant = True  # type: ignore[attr-defined]
