@@ -69,7 +69,7 @@ def tune(
         raise ValueError(f"regimes must be some of {', '.join(REGIMES)}; got {', '.join(unknown) or 'none'}")
     database = database or Database()
     progress = progress or Silent()
-    with (make_worker or (lambda: Worker(Trials, str(device), seed)))() as worker:
+    with (make_worker or (lambda: Worker(Trials, str(device), seed, cap_memory=device.type == "cpu")))() as worker:
         try:
             facts = cast(WorkerFacts, worker.call("facts", timeout=max(timeout, 120.0)))
         except WorkerFailure as failure:

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
+from jagtile.generator.memory_limit import cap_address_space
+
 Note = Callable[[str], None]
 
 STARTING = "start"  # the note of a process that could not be started
@@ -40,13 +42,21 @@ class Worker:
     """A process that holds ``factory(*arguments)`` and runs its methods one at a time. A context manager.
 
     ``factory`` must be importable by name. A method is called as ``method(*arguments, note)``; by ``note(text)`` it
-    says what it is about to do, which also restarts the time limit.
+    says what it is about to do, which also restarts the time limit. ``cap_memory``: the process may allocate what is
+    free when it starts, and no more.
     """
 
-    def __init__(self, factory: Callable[..., object], *arguments: object, start_timeout: float = 120.0) -> None:
+    def __init__(
+        self,
+        factory: Callable[..., object],
+        *arguments: object,
+        start_timeout: float = 120.0,
+        cap_memory: bool = False,
+    ) -> None:
         self._factory = factory
         self._arguments = arguments
         self._start_timeout = start_timeout
+        self._cap_memory = cap_memory
         self._process: BaseProcess | None = None
         self._connection: Connection | None = None
         self.started = 0  # processes so far
@@ -94,7 +104,10 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(
-            target=_serve, args=(theirs, self._factory, self._arguments), name="jagtile-trial", daemon=True
+            target=_serve,
+            args=(theirs, self._factory, self._arguments, self._cap_memory),
+            name="jagtile-trial",
+            daemon=True,
         )
         process.start()
         theirs.close()
@@ -134,10 +147,14 @@ def _epitaph(process: BaseProcess | None) -> str:
     return f"the worker was killed by {signal.Signals(-code).name}"
 
 
-def _serve(connection: Connection, factory: Callable[..., object], arguments: tuple[object, ...]) -> None:
+def _serve(
+    connection: Connection, factory: Callable[..., object], arguments: tuple[object, ...], cap_memory: bool
+) -> None:
     """The worker's main loop."""
     os.setpgid(0, 0)
     _die_with_parent()
+    if cap_memory:
+        cap_address_space()
 
     def note(text: str) -> None:
         connection.send(("note", text))
