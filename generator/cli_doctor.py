@@ -13,7 +13,7 @@ from jagtile.generator.cli_common import json_option, print_json, print_table
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Report devices, driver, compilers, versions, settings, caches and the tuning database.
+    """Report devices, driver, compilers, versions, settings, caches, packs and the tuning database.
 
     Changes nothing. What is not all right comes with what helps. Good to paste into a bug report.
     """

@@ -52,6 +52,7 @@ def _explain(workload: Workload, device: str | None, dtype: str | None, no_max: 
     import msgspec
 
     from jagtile.generator.spec import DTYPES
+    from jagtile.runtime import packs
     from jagtile.runtime.device import DeviceId
     from jagtile.runtime.dispatch import choose
     from jagtile.runtime.explain import Explanation, explain_problem
@@ -63,9 +64,8 @@ def _explain(workload: Workload, device: str | None, dtype: str | None, no_max: 
     problem = workload.problem(next(known for known in DTYPES if known == name), not no_max)
     if device in recorded:
         identity = DeviceId(**msgspec.structs.asdict(recorded[device]))
-        return Explanation(
-            problem, identity, choose(problem, identity, database), "not looked up for a recorded device"
-        )
+        decision = choose(problem, identity, database, packs.fitting(identity))
+        return Explanation(problem, identity, decision, "not looked up for a recorded device")
     return explain_problem(problem, torch_device(device), database=database)
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,7 @@ import torch
 import jagtile
 from jagtile.generator.peers import PEERS
 from jagtile.generator.toolchain import Toolchain, find_cxx, find_ninja, find_nvcc
+from jagtile.runtime import packs
 from jagtile.runtime.device import DeviceId, device_id
 from jagtile.runtime.errors import CompilerNotFoundError, JagtileError, SettingError, UnsupportedError
 from jagtile.runtime.settings import settings
@@ -49,8 +51,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def examine() -> list[Finding]:
-    """Everything, in the order of a report: versions, devices, compilers, settings, cache, tuning database, peers."""
-    return [*_versions(), *_devices(), *_compilers(), *_settings(), *_cache(), *_database(), *_peers()]
+    """Everything, in a report's order: versions, devices, compilers, settings, cache, packs, tuning database, peers."""
+    return [*_versions(), *_devices(), *_compilers(), *_settings(), *_cache(), *_packs(), *_database(), *_peers()]
 
 
 def _versions() -> Iterator[Finding]:
@@ -106,7 +108,8 @@ def _compilers() -> Iterator[Finding]:
 def _settings() -> Iterator[Finding]:
     try:
         for setting in settings.describe():
-            value = f"{'' if setting.value is None else setting.value} ({setting.origin}). {setting.doc}"
+            given = os.pathsep.join(map(str, setting.value)) if isinstance(setting.value, tuple) else setting.value
+            value = f"{'' if given is None else given} ({setting.origin}). {setting.doc}"
             yield _ok("settings", setting.variable, value.strip())
     except SettingError as error:
         advice = "Unset the variable or give it a value of that kind."
@@ -135,14 +138,41 @@ def _cache() -> Iterator[Finding]:
         )
 
 
+def _served_devices() -> Iterator[DeviceId]:
+    yield device_id(torch.device("cpu"))
+    for index in range(torch.cuda.device_count()):
+        with suppress(UnsupportedError):
+            yield device_id(torch.device("cuda", index))
+
+
+def _packs() -> Iterator[Finding]:
+    try:
+        found = packs.discover()
+    except SettingError:
+        return  # already told
+    if not found:
+        value = "none installed" if settings.packs is not None else "none, as JAGTILE_PACKS says"
+        yield _ok("packs", "packs", value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is refused is told below
+        fit = {pack.folder for identity in _served_devices() for pack in packs.fitting(identity)}
+    for place in found:
+        if place.pack is None:
+            advice = "Mend or remove it; `jagtile pack verify` says all that is wrong."
+            value = f"{place.folder} is refused: {place.refusal}"
+            yield Finding(topic="packs", name=place.folder.name, state="wrong", value=value, advice=advice)
+            continue
+        pack = place.pack
+        value = f"{pack.manifest.version} ({place.origin}), {len(pack.symbols)} kernels for {pack.device.slug}"
+        if place.folder in fit:
+            yield _ok("packs", pack.name, f"{value}, in {place.folder}")
+        else:
+            yield _ok("packs", pack.name, f"{value}: no device of this machine, so not used here; in {place.folder}")
+
+
 def _database() -> Iterator[Finding]:
     database = Database()
-    here = {device_id(torch.device("cpu")).slug}
-    for index in range(torch.cuda.device_count()):
-        try:
-            here.add(device_id(torch.device("cuda", index)).slug)
-        except UnsupportedError:
-            continue
+    here = {identity.slug for identity in _served_devices()}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         records = database.records()

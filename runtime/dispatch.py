@@ -1,8 +1,8 @@
 """(spec, regime, device) -> variant, a pure function of the recorded choices, with the answer of every look-up step.
 
-Order: the user's choices for this device, the shipped ones for it, the nearest relative's (the user's before the
-shipped); on a GPU the same for the spec's twin in the other 16-bit dtype, as fast on tensor cores; the space's safe
-default. A regime without an entry takes the spec's default entry, never another regime's.
+Order: the user's choices for this device, those of kernel packs for it, the shipped ones for it, the nearest
+relative's (in the same order); on a GPU the same for the spec's twin in the other 16-bit dtype, as fast on tensor
+cores; the space's safe default. A regime without an entry takes the spec's default entry, never another regime's.
 """
 
 from __future__ import annotations
@@ -33,6 +33,15 @@ class ChoiceSource(Protocol):
     def devices(self, origin: Origin) -> Sequence[DeviceFacts]: ...
 
 
+class PackedChoices(Protocol):
+    """Of a kernel pack what dispatch reads; ``jagtile.runtime.pack.Pack`` is one."""
+
+    choices: Choices
+
+    @property
+    def name(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class Step:
     """One look-up and its answer."""
@@ -47,21 +56,23 @@ class Decision:
 
     variant: Variant
     regime: str
-    source: str  # "user", "shipped", "relative:<slug>" or "default"
+    source: str  # "user", "pack:<name>", "shipped", "relative:<slug>" or "default"
     steps: tuple[Step, ...]
 
 
-def choose(problem: Problem, device: DeviceId, database: ChoiceSource) -> Decision:
+def choose(problem: Problem, device: DeviceId, database: ChoiceSource, packs: Sequence[PackedChoices] = ()) -> Decision:
     """The variant for a problem on a device. UnsupportedError where no space of the device's target serves the spec."""
-    return choose_for_regime(problem.spec, regime(problem), device, database)
+    return choose_for_regime(problem.spec, regime(problem), device, database, packs)
 
 
-def choose_for_regime(spec: KernelSpec, regime: str, device: DeviceId, database: ChoiceSource) -> Decision:
+def choose_for_regime(
+    spec: KernelSpec, regime: str, device: DeviceId, database: ChoiceSource, packs: Sequence[PackedChoices] = ()
+) -> Decision:
     """As ``choose``, for a regime by name."""
     default = default_variant(spec, device.target)
     steps: list[Step] = []
-    for recorded in _recorded_as(spec, device.target):
-        for source, place, choices in _places(device, database):
+    for recorded in recorded_as(spec, device.target):
+        for source, place, choices in _places(device, database, packs):
             entry = None if choices is None else choices.specs.get(f"{device.target}/{recorded.name}")
             if entry is None:
                 if recorded == spec:
@@ -90,7 +101,22 @@ def default_variant(spec: KernelSpec, target: str) -> Variant:
     )
 
 
-def _recorded_as(spec: KernelSpec, target: str) -> Iterator[KernelSpec]:
+def packed_variants(
+    spec: KernelSpec, regime: str, device: DeviceId, packs: Sequence[PackedChoices]
+) -> tuple[Variant, ...]:
+    """The legal variants of a spec that packs name, those for the regime first: for who can have no other."""
+    found: dict[Variant, None] = {}
+    for pack in packs:
+        entry = pack.choices.specs.get(f"{device.target}/{spec.name}")
+        if entry is not None:
+            for config in (*(config for _, config in _candidates(entry, regime)), *entry.regimes.values()):
+                variant, _ = _variant(device.target, spec, config)
+                if variant is not None:
+                    found[variant] = None
+    return tuple(found)
+
+
+def recorded_as(spec: KernelSpec, target: str) -> Iterator[KernelSpec]:
     """The specs whose choices fit, the spec itself first."""
     yield spec
     twin = _TWINS.get(spec.dtype)
@@ -98,16 +124,26 @@ def _recorded_as(spec: KernelSpec, target: str) -> Iterator[KernelSpec]:
         yield replace(spec, dtype=twin)
 
 
-def _places(device: DeviceId, database: ChoiceSource) -> Iterator[tuple[str, str, Choices | None]]:
-    for origin in ORIGINS:
-        name = "user" if origin == "user" else "shipped"
-        yield name, f"{name} choices for {device.slug}", database.choices(origin, device.slug)
+def _places(
+    device: DeviceId, database: ChoiceSource, packs: Sequence[PackedChoices]
+) -> Iterator[tuple[str, str, Choices | None]]:
+    for origin, name, choices in _of(device.slug, database, packs):
+        yield origin, f"{name} for {device.slug}", choices
     known = {facts.slug: facts for origin in reversed(ORIGINS) for facts in database.devices(origin)}
+    known = {pack.choices.device.slug: pack.choices.device for pack in packs} | known
     for relative in relatives(device, known.values()):
-        for origin in ORIGINS:
-            choices = database.choices(origin, relative.slug)
+        for _, name, choices in _of(relative.slug, database, packs):
             if choices is not None:
-                yield f"relative:{relative.slug}", f"{origin} choices for the relative {relative.slug}", choices
+                yield f"relative:{relative.slug}", f"{name} for the relative {relative.slug}", choices
+
+
+def _of(slug: str, database: ChoiceSource, packs: Sequence[PackedChoices]) -> Iterator[tuple[str, str, Choices | None]]:
+    """(source, its name, choices) of all that may have choices for a device, in look-up order."""
+    yield "user", "user choices", database.choices("user", slug)
+    for pack in packs:
+        if pack.choices.device.slug == slug:
+            yield f"pack:{pack.name}", "pack choices", pack.choices
+    yield "shipped", "shipped choices", database.choices("shipped", slug)
 
 
 def _candidates(entry: ChoiceEntry, regime: str) -> Iterator[tuple[str, Mapping[str, object]]]:

@@ -35,6 +35,10 @@ class TuningError(JagtileError):
     """Tuning can't go on, for a reason that is no single config's: no config works, the inputs do not fit, ..."""
 
 
+class PackError(JagtileError):
+    """A kernel pack can't be made, or must not be used: the message names it, what is wrong and what helps."""
+
+
 class NoKernelError(JagtileError):
     """No artifact exists for the case at hand and none can be built: the message says the ways out."""
 

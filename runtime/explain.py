@@ -26,7 +26,7 @@ class Explanation:
     problem: Problem
     device: DeviceId
     decision: Decision
-    artifact: str  # "memory", "cache: <path>", "would build", or "none: <reason>"
+    artifact: str  # "memory", "pack:<name>: <path>", "cache: <path>", "would build", or "none: <reason>"
 
     @property
     def variant(self) -> Variant:
@@ -104,20 +104,26 @@ def explain_problem(
 
     ``database`` None is the user's choices over the shipped ones.
     """
+    from jagtile.runtime import packs
+
     if database is None:
         from jagtile.tuning_db.store import Database
 
         database = Database()
     device = resolved(device)
     identity = device_id(device)
-    decision = choose(problem, identity, database)
+    decision = choose(problem, identity, database, packs.fitting(identity))
     return Explanation(problem, identity, decision, artifact_origin(decision.variant, device))
 
 
 def artifact_origin(variant: Variant, device: torch.device) -> str:
     """Where the kernel of a variant would come from: see ``Explanation.artifact``."""
+    from jagtile.runtime import packs
+
     if kernel_table().holds(variant, device):
         return "memory"
+    if (packed := packs.artifact(variant, device)) is not None:
+        return f"{packed.origin}: {packed.path}"
     try:
         artifact = cached(variant)
     except CompilerNotFoundError as error:

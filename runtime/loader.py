@@ -1,16 +1,18 @@
-"""Variant -> loaded kernel: from memory, else from the artifact cache, else built. One table, one owner, one lock."""
+"""Variant -> loaded kernel: from memory, a kernel pack, the cache, else built. One table, one owner, one lock."""
 
 from __future__ import annotations
 
 import logging
 import threading
+import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
 
 from jagtile.generator.tile import Variant
-from jagtile.runtime.errors import CompilerNotFoundError, NoKernelError
+from jagtile.runtime.errors import CompilerNotFoundError, JagtileError, JagtileWarning, NoKernelError
 from jagtile.runtime.settings import settings
 
 if TYPE_CHECKING:  # at run time these would make `import jagtile` import msgspec
@@ -33,7 +35,10 @@ def load(artifact: Artifact, device: torch.device) -> Kernel:
 
 def cached(variant: Variant) -> Artifact | None:
     """The variant's artifact where the cache holds it. CompilerNotFoundError: the compiler's version is in the key."""
-    from jagtile.generator.build import artifact_key
+    try:
+        from jagtile.generator.build import artifact_key
+    except ModuleNotFoundError as error:  # a slim installation, which lives on kernel packs
+        raise CompilerNotFoundError(f"{error}: `pip install {error.name}`, without it nothing can be built") from None
     from jagtile.runtime.store import ArtifactStore
 
     return ArtifactStore().get(artifact_key(variant))
@@ -59,7 +64,7 @@ class KernelTable:
             kernel = self._kernels.get((variant, device))
             if kernel is None:
                 _refuse_during_capture(variant, device)
-                kernel = self._kernels[variant, device] = load(_artifact(variant), device)
+                kernel = self._kernels[variant, device] = _loaded(variant, device)
             return kernel
 
     def holds(self, variant: Variant, device: torch.device) -> bool:
@@ -67,12 +72,15 @@ class KernelTable:
         return (variant, device) in self._kernels
 
     def build_missing(self, variants: Iterable[Variant], device: torch.device) -> None:
-        """Build side by side those variants that are neither loaded nor cached; failures show when they are loaded."""
-        missing = [variant for variant in variants if not self.holds(variant, device)]
-        if len(missing) > 1 and settings.jit:
-            from jagtile.generator.build import build
+        """Build side by side those variants that are nowhere yet; failures show when they are loaded."""
+        from jagtile.runtime import packs
 
-            build(missing)
+        missing = [v for v in variants if not self.holds(v, device) and not packs.holds(v, device)]
+        if len(missing) > 1 and settings.jit:
+            with suppress(ModuleNotFoundError, CompilerNotFoundError):
+                from jagtile.generator.build import build
+
+                build(missing)
 
     def clear(self) -> None:
         """Forget every loaded kernel."""
@@ -80,10 +88,27 @@ class KernelTable:
             self._kernels.clear()
 
 
+def _loaded(variant: Variant, device: torch.device) -> Kernel:
+    from jagtile.runtime import packs
+
+    packed = packs.artifact(variant, device)
+    if packed is not None:
+        try:
+            return load(packed, device)
+        except JagtileError as error:  # it wants a newer C library or driver than there is, say
+            warnings.warn(f"{packed.origin}: {error}; it is sought elsewhere", JagtileWarning, stacklevel=2)
+    return load(_artifact(variant), device)
+
+
 def _artifact(variant: Variant) -> Artifact:
     if not settings.jit:
         return _artifact_without_building(variant)
-    artifact = cached(variant)
+    try:
+        artifact = cached(variant)
+    except CompilerNotFoundError as error:
+        raise CompilerNotFoundError(
+            f"{variant.name} can't be had: {error}. Or install a kernel pack that holds it (`jagtile pack install`)"
+        ) from None
     if artifact is None:
         from jagtile.generator.build import build_one
 
@@ -101,8 +126,9 @@ def _artifact_without_building(variant: Variant) -> Artifact:
     if artifact is None:
         raise NoKernelError(
             f"{variant.name} can't be loaded: {why}, and JAGTILE_JIT=0 forbids building it now. Ways out: set "
-            f"JAGTILE_JIT=1; or build it beforehand, with jagtile.warmup(...) or `jagtile build {variant.name}`; or "
-            f"let JAGTILE_CACHE_DIR name a cache that holds it"
+            f"JAGTILE_JIT=1; build it beforehand, with jagtile.warmup(...) or `jagtile build {variant.name}`; "
+            f"let JAGTILE_CACHE_DIR name a cache that holds it; or install a kernel pack that does, with `jagtile pack "
+            f"install`"
         )
     return artifact
 

@@ -12,8 +12,15 @@ import torch
 from jagtile.generator.spec import Direction, KernelSpec
 from jagtile.generator.tile import Variant
 from jagtile.runtime.device import device_id
-from jagtile.runtime.dispatch import Decision, choose_for_regime, default_variant
-from jagtile.runtime.errors import BuildError, JagtileWarning, RejectedVariantError
+from jagtile.runtime.dispatch import Decision, choose_for_regime, default_variant, packed_variants
+from jagtile.runtime.errors import (
+    BuildError,
+    CompilerNotFoundError,
+    JagtileError,
+    JagtileWarning,
+    NoKernelError,
+    RejectedVariantError,
+)
 from jagtile.runtime.loader import kernel_table
 from jagtile.runtime.problem import DTYPE_NAMES, REGIMES
 
@@ -54,13 +61,18 @@ def _resolve(direction: Direction, route: Route) -> Kernel:
 
 def decide(spec: KernelSpec, regime: str, device: torch.device) -> Decision:
     """What dispatch chooses for a spec and a regime on a device, from the choices as they are on disk now."""
+    from jagtile.runtime import packs
     from jagtile.tuning_db.store import Database
 
-    return choose_for_regime(spec, regime, device_id(device), Database())
+    identity = device_id(device)
+    return choose_for_regime(spec, regime, identity, Database(), packs.fitting(identity))
 
 
 def prepare(spec: KernelSpec, regimes: Sequence[str], device: torch.device) -> tuple[Variant, ...]:
     """Build and load the kernels of several regimes and remember their routes. Returns the distinct variants."""
+    from jagtile.runtime import packs
+
+    packs.forget()
     decisions = [decide(spec, regime, device) for regime in regimes]
     variants = tuple(dict.fromkeys(decision.variant for decision in decisions))
     kernel_table().build_missing(variants, device)
@@ -74,10 +86,17 @@ def prepare(spec: KernelSpec, regimes: Sequence[str], device: torch.device) -> t
 
 
 def _load(decision: Decision, device: torch.device) -> Kernel:
-    """The decision's kernel, or the space's default where the compiler at hand makes nothing usable of the decision."""
+    """The decision's kernel, or the space's default where the compiler at hand makes nothing usable of the decision, or
+    another one of a kernel pack where nothing can be built.
+    """
     variant = decision.variant
     try:
         return kernel_table().kernel_for(variant, device)
+    except (CompilerNotFoundError, NoKernelError) as error:
+        kernel = _packed_instead(decision, device, error)
+        if kernel is None:
+            raise
+        return kernel
     except (BuildError, RejectedVariantError) as error:
         default = default_variant(variant.spec, variant.target)
         if default == variant:
@@ -90,8 +109,35 @@ def _load(decision: Decision, device: torch.device) -> Kernel:
         return kernel_table().kernel_for(default, device)
 
 
+def _packed_instead(decision: Decision, device: torch.device, error: JagtileError) -> Kernel | None:
+    """A kernel pack's kernel for the decision's spec that is not the decision's own; None where there is none."""
+    from jagtile.runtime import packs
+
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # wanted is only what is loaded already
+        return None
+    wanted, identity = decision.variant, device_id(device)
+    for variant in packed_variants(wanted.spec, decision.regime, identity, packs.fitting(identity)):
+        if variant == wanted or not packs.holds(variant, device):
+            continue
+        try:
+            kernel = kernel_table().kernel_for(variant, device)
+        except (CompilerNotFoundError, NoKernelError):  # it is damaged, as a JagtileWarning has told
+            continue
+        warnings.warn(
+            f"{wanted.name} ({decision.source} choices) can't be had, {variant.config.name} of a kernel pack takes its "
+            f"place: {error}",
+            JagtileWarning,
+            stacklevel=2,
+        )
+        return kernel
+    return None
+
+
 def forget() -> None:
-    """Drop every route and loaded kernel of this process; the next call looks everything up anew."""
+    """Drop every route, loaded kernel and known pack of this process; the next call looks everything up anew."""
+    from jagtile.runtime import packs
+
+    packs.forget()
     ROUTES.clear()
     BACKWARD_ROUTES.clear()
     kernel_table().clear()

@@ -18,7 +18,7 @@ from typing import Generic, Literal, TypeVar
 from jagtile.runtime.errors import JagtileWarning, SettingError
 
 T = TypeVar("T")
-Value = Path | str | int | bool | None
+Value = Path | str | int | bool | tuple[Path, ...] | None
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,21 @@ def _homeless_cache() -> Path:
     return folder / "home"
 
 
+def _folders(text: str) -> tuple[Path, ...] | None:
+    return None if text == "none" else tuple(_folder(part) for part in text.split(os.pathsep) if part)
+
+
+def user_packs() -> tuple[Path, ...]:
+    """Where ``jagtile pack install`` puts packs unless told otherwise; nowhere for who has no home."""
+    import platformdirs
+
+    try:
+        folder = Path(platformdirs.user_data_dir("jagtile", appauthor=False)) / "packs"
+    except RuntimeError:  # no home folder is known
+        return ()
+    return (folder,) if folder.is_absolute() else ()  # older platformdirs leave "~" as it is
+
+
 def _usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -148,6 +163,13 @@ class Settings:
         _usable_cpus,
         "the number of CPUs this process may use",
         "How many compilers run side by side.",
+    )
+    packs = Variable[tuple[Path, ...] | None](
+        "JAGTILE_PACKS",
+        _folders,
+        user_packs,
+        "the user's data folder, e.g. ~/.local/share/jagtile/packs",
+        "Kernel packs, and folders of them, that are used before those installed as wheels; `none`: no packs at all.",
     )
 
     def __init__(self) -> None:

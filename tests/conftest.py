@@ -1,4 +1,4 @@
-"""For every test: a cache folder of the run's own, and skips with their reason where a GPU or nvcc is missing."""
+"""For every test: a cache folder of the run's own, no packs, and skips with their reason for lack of a GPU or nvcc."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _owned: list[Path] = []
 def pytest_configure(config: pytest.Config) -> None:
     """The run's cache: never the user's. xdist's workers inherit it, so that a kernel is built once a run."""
     os.environ.pop("JAGTILE_JIT", None)
+    os.environ["JAGTILE_PACKS"] = "none"  # whatever is installed here
     if hasattr(config, "workerinput"):
         return
     cache = Path(tempfile.mkdtemp(prefix="jagtile-tests-"))

@@ -22,7 +22,7 @@ def findings():
 
 def test_the_report_covers_every_topic(run, run_json):
     found = run_json("doctor")
-    topics = {"versions", "devices", "compilers", "settings", "cache", "tuning database", "peers"}
+    topics = {"versions", "devices", "compilers", "settings", "cache", "packs", "tuning database", "peers"}
     assert {finding["topic"] for finding in found} == topics
     shown = run("doctor").stdout
     for topic in topics:
