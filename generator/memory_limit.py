@@ -1,4 +1,4 @@
-"""A cap on what a worker may allocate: a kernel that wants all memory fails by itself, before others are killed for it."""
+"""A cap on what a worker may allocate: a kernel that wants all memory fails before others are killed for it."""
 
 from __future__ import annotations
 

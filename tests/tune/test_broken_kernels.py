@@ -79,7 +79,7 @@ def test_a_broken_kernel_costs_itself_only(broken, tmp_path):
         assert reason in ended[fault].reason
         assert ended[fault].time_us is None
     assert result.regimes[0].chosen.fault in SOUND
-    assert {config_from_dict("cpu", r.config).fault for r in result.records if r.phase == "final"} == set(SOUND)
+    assert {config_from_dict("cpu", r.config).fault for r in result.records if r.phase == "final"} <= set(SOUND)
 
 
 def _allocate_more_than_there_is() -> None:
