@@ -202,7 +202,7 @@ class TrialRunner:
                 time_us=median,
                 iqr_us=_iqr(own),
                 samples=len(own),
-                tflops=job.workload.flops / median / 1e6,
+                tflops=job.workload.flops_of(self.spec.direction) / median / 1e6,
                 ratio=median / control_us,
                 control=control.name,
                 aa_spread=abs(first - second) / min(first, second),

@@ -264,7 +264,7 @@ class TuneSession:
             wanted = (found.regime, "ok", chosen.to_dict())
             latest = {r.workload: r for r in known if (r.regime, r.state, r.config) == wanted}
             timed[chosen] = sum(r.time_us or math.inf for r in latest.values())
-        flops = sum(workload.flops for workload in found.workloads)
+        flops = sum(workload.flops_of(self.runner.spec.direction) for workload in found.workloads)
         return RegimeResult(
             regime=found.regime,
             workload=", ".join(workload.name for workload in found.workloads),

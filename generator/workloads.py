@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from jagtile.generator.oracle import CausalAlignment, torch_dtype
-from jagtile.generator.spec import DType, KernelSpec
+from jagtile.generator.spec import Direction, DType, KernelSpec
 from jagtile.runtime.problem import Problem
 
 _NAMED = Path(__file__).with_name("workloads.json")
@@ -87,6 +87,12 @@ class Workload:
     def flops(self) -> int:
         """Of the forward pass: 2·(D + D_v)·H for each unmasked (query, key) pair."""
         return 2 * (self.head_dim + self.head_dim_v) * self.num_heads * self.pairs
+
+    def flops_of(self, direction: Direction) -> int:
+        """As ``flops``; of a backward 2·(3·D + 2·D_v)·H for each pair: five products, the scores' again included."""
+        if direction == "fwd":
+            return self.flops
+        return 2 * (3 * self.head_dim + 2 * self.head_dim_v) * self.num_heads * self.pairs
 
     def input_bytes(self, element_size: int) -> int:
         """Bytes of q, k and v for elements of this many bytes."""

@@ -14,16 +14,17 @@ from jagtile.runtime.errors import CompilerNotFoundError
 from jagtile.tuning_db.store import Database
 
 CPU = torch.device("cpu")
-SPEC = KernelSpec.parse("fwd_fp32_d32_causal")
 
 
-def test_a_real_tune_on_the_cpu(tmp_path):
+@pytest.mark.parametrize("name", ["fwd_fp32_d32_causal", "bwd_fp32_d32_causal"])
+def test_a_real_tune_on_the_cpu(name, tmp_path):
+    spec = KernelSpec.parse(name)
     try:
         find_cxx()
     except CompilerNotFoundError as error:
         pytest.skip(str(error))
     database = Database(tmp_path / "user", tmp_path / "shipped")
-    result = tune(SPEC, CPU, ("short",), budget=Budget(trials=2), database=database)
+    result = tune(spec, CPU, ("short",), budget=Budget(trials=2), database=database)
 
     ok = [record for record in result.records if record.state == "ok"]
     assert {record.regime for record in ok if record.phase == "final"} == {"short"}
@@ -32,9 +33,9 @@ def test_a_real_tune_on_the_cpu(tmp_path):
         assert record.error_rel < 2e-6
         assert record.compiler
     for found in result.regimes:
-        decided = choose_for_regime(SPEC, found.regime, device_id(CPU), database)
+        decided = choose_for_regime(spec, found.regime, device_id(CPU), database)
         assert decided.source == "user"
         assert decided.variant.config == found.chosen
 
-    again = tune(SPEC, CPU, ("short",), budget=Budget(trials=2), database=database)
+    again = tune(spec, CPU, ("short",), budget=Budget(trials=2), database=database)
     assert {record.phase for record in again.records} == {"final"}

@@ -172,7 +172,7 @@ def test_all_candidates_run_in_each_round_and_slow_ones_are_dropped(monkeypatch)
 def test_inputs_rotate_until_they_exceed_the_cache():
     trials = Trials("cpu")
     trials._timer = type("T", (), {"cache_bytes": 10 * SMALL.input_bytes(2)})()
-    sets = trials._make_sets(SMALL, "bf16")
+    sets = trials._make_sets("fwd", SMALL, "bf16")
     assert 10 <= len(sets) <= 25
     assert len({batch.cu_seqlens_q.data_ptr() for batch, _ in sets}) == len(sets)
     assert not torch.equal(sets[0][0].q, sets[1][0].q)
