@@ -79,10 +79,6 @@ def sdpa(
     """
     if _ragged_batch_like(query, key, value):
         return torch_sdpa()(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if _without_heads(query, key, value):
-        given = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
-        return sdpa(query, key, value, *given, causal_alignment=causal_alignment).squeeze(1)
     packed = pack(query, key, value, enable_gqa=enable_gqa)
     if attn_mask is not None:
         raise ValueError(f"attn_mask must be None for nested tensors, got {type(attn_mask).__name__}")
@@ -103,7 +99,7 @@ def sdpa(
 
 
 def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_gqa: bool) -> Packed:
-    """Check three NJTs (B, H, j, D) and take their packed views, cast as autocast asks. Errors as ``sdpa``."""
+    """Check three NJTs of one form and take their packed views, cast as autocast asks. Errors as ``sdpa``."""
     _check_njts(query, key, value)
     check_flag("enable_gqa", enable_gqa)
     query, key, value = cast(NestedTensor, query), cast(NestedTensor, key), cast(NestedTensor, value)
@@ -125,16 +121,19 @@ def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_
 
 
 def wrap(out: torch.Tensor, query: NestedTensor) -> torch.Tensor:
-    """A packed result (total_q, H, D_v) as the NJT (B, H, j, D_v) with query's raggedness and cached lengths."""
-    offsets, lengths = query._offsets, query._lengths
+    """A packed result (total_q, H, D_v) as an NJT of query's form with its raggedness and cached lengths."""
+    offsets, lengths, heads = query._offsets, query._lengths, query._ragged_idx == 2
     if lengths is not None:
-        out = open_holes(out, offsets, lengths, _values(query).shape[1])
+        out = open_holes(out, offsets, lengths, _tokens(query))
+    if not heads:
+        out = out.squeeze(1)
     if torch.compiler.is_compiling() or out.requires_grad:  # the constructor, the fastest way, can't be followed
         cached = {"min_seqlen": query._maybe_min_seqlen, "max_seqlen": query._maybe_max_seqlen}
         view = nested_view_from_values_offsets_lengths(out, offsets, lengths, **cached)  # type: ignore[no-untyped-call]
-        return cast(torch.Tensor, view.transpose(1, 2))
+        return cast(torch.Tensor, view.transpose(1, 2) if heads else view)
+    out, ragged_idx = (out.transpose(0, 1), 2) if heads else (out, 1)
     cache = query._metadata_cache
-    return NestedTensor(out.transpose(0, 1), offsets, lengths=lengths, _ragged_idx=2, _metadata_cache=cache)
+    return NestedTensor(out, offsets, lengths=lengths, _ragged_idx=ragged_idx, _metadata_cache=cache)
 
 
 def _values(tensor: NestedTensor) -> torch.Tensor:
@@ -147,6 +146,10 @@ def _tracked_values(tensor: NestedTensor) -> torch.Tensor:
     return cast(torch.Tensor, tensor.values())  # type: ignore[no-untyped-call]
 
 
+def _tokens(tensor: NestedTensor) -> int:
+    return _values(tensor).shape[tensor._ragged_idx - 1]
+
+
 def _requires_grad(tensor: NestedTensor) -> bool:
     if not torch.is_grad_enabled():
         return False
@@ -157,11 +160,6 @@ def _requires_grad(tensor: NestedTensor) -> bool:
 def _ragged_batch_like(*tensors: object) -> bool:
     """Whether all are NJTs of at least four dimensions, ragged on dimension 1."""
     return all(isinstance(t, NestedTensor) and t._ragged_idx == 1 and _values(t).dim() >= 3 for t in tensors)
-
-
-def _without_heads(*tensors: object) -> bool:
-    """Whether all are NJTs (B, j, D)."""
-    return all(isinstance(t, NestedTensor) and t._ragged_idx == 1 and _values(t).dim() == 2 for t in tensors)
 
 
 def _check_njts(*tensors: object) -> None:
@@ -180,7 +178,7 @@ def _check_form(name: str, tensor: NestedTensor) -> None:
     dims = _values(tensor).dim() + 1
     if dims < 3:
         raise ValueError(f"{name} must have at least three dimensions, got {dims}; served: (B, H, j, D) and (B, j, D)")
-    if dims != 4 or tensor._ragged_idx != 2:
+    if (dims, tensor._ragged_idx) not in ((4, 2), (3, 1)):
         raise UnsupportedError(
             f"{name} has {dims} dimensions and is ragged on dimension {tensor._ragged_idx}; served: (B, H, j, D), "
             f"ragged on dimension 2, e.g. x.view(B, -1, H, D).transpose(1, 2), and (B, j, D) for all three"
@@ -196,7 +194,7 @@ def _check_raggedness(query: NestedTensor, key: NestedTensor, value: NestedTenso
     if key._offsets is value._offsets and key._lengths is value._lengths:
         return
     holes = key._lengths is not None or value._lengths is not None
-    tokens_k, tokens_v = _values(key).shape[1], _values(value).shape[1]
+    tokens_k, tokens_v = _tokens(key), _tokens(value)
     if tokens_k != tokens_v and not holes:
         raise ValueError(f"value has {tokens_v} tokens, key {tokens_k}: their sequences must have the same lengths")
     if key._offsets.device != value._offsets.device:
@@ -222,8 +220,9 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 def _packed_values(tensor: NestedTensor, cast_to: torch.dtype | None) -> torch.Tensor:
-    """The values as (total, H, D); copied only for autocast or where the last stride is not 1."""
-    values = (_tracked_values(tensor) if _requires_grad(tensor) else _values(tensor)).transpose(0, 1)
+    """The values as (total, H, D), one head where there are none; copied only for autocast or a strided last axis."""
+    values = _tracked_values(tensor) if _requires_grad(tensor) else _values(tensor)
+    values = values.transpose(0, 1) if tensor._ragged_idx == 2 else values.unsqueeze(1)
     if cast_to is not None and values.is_floating_point() and values.dtype != torch.float64:
         values = values.to(cast_to)
     return values if values.stride(2) == 1 else values.contiguous()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Knob, TileConfig
 from jagtile.runtime import ops, trainable
 from jagtile.runtime.routes import Route
+
+sys.path.insert(0, str(Path(__file__).parent))  # njt_cases.py
 
 
 class OracleKernel:
