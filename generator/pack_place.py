@@ -35,10 +35,18 @@ def place_folder(folder: Path, contents: dict[str, bytes]) -> None:
             (staged / path).write_bytes(content)
         with suppress(FileNotFoundError):
             folder.rename(old)
-        staged.rename(folder)
+        try:
+            staged.rename(folder)
+        except OSError:
+            with suppress(OSError):
+                old.rename(folder)
+            raise
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        for rest in (staged, old):
+            if rest.is_symlink():
+                rest.unlink()
+            else:
+                shutil.rmtree(rest, ignore_errors=True)
 
 
 @contextmanager

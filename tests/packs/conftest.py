@@ -1,4 +1,4 @@
-"""A real pack of two small CPU kernels, built once a worker, and copies of it to be damaged."""
+"""A real pack of three small CPU kernels, built once a worker, and copies of it to be damaged."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ from jagtile.tuning_db.schema import ChoiceEntry, Choices, DeviceFacts, TuningRe
 from jagtile.tuning_db.store import Database
 
 SPEC = KernelSpec.parse("fwd_fp32_d16")
-KEY = f"cpu/{SPEC.name}"
+BACKWARD = KernelSpec.parse("bwd_fp32_d16")
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class World:
-    """What the pack was made of: choices and records of this CPU, the spec's default in all regimes but "long"."""
+    """What the pack was made of: choices and records of this CPU, the specs' defaults but for one regime, "long"."""
 
     database: Database
     usual: Variant
     long: Variant
+    backward: Variant
     plan: PackPlan
 
     @property
@@ -52,7 +53,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     here = device_id(CPU)
     device = DeviceFacts(**{name: getattr(here, name) for name in DeviceFacts.__struct_fields__})
     entry = ChoiceEntry(default=usual.config.to_dict(), regimes={"long": other.to_dict()})
-    database.write_choices(Choices(device=device, specs={KEY: entry}), ship=True)
+    backward = default_variant(BACKWARD, "cpu")
+    specs = {f"cpu/{SPEC.name}": entry, f"cpu/{BACKWARD.name}": ChoiceEntry(default=backward.config.to_dict())}
+    database.write_choices(Choices(device=device, specs=specs), ship=True)
     with database.writer(here.slug, ship=True) as writer:
         for second, config in ((2, usual.config), (1, other)):
             writer.append(
@@ -68,7 +71,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
                     date=f"2026-01-01T00:00:0{second}+00:00",
                 )
             )
-    return World(database, usual, Variant("cpu", SPEC, other), plan_pack(here.slug, [], database))
+    return World(database, usual, Variant("cpu", SPEC, other), backward, plan_pack(here.slug, [], database))
 
 
 @pytest.fixture(scope="session")

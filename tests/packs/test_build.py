@@ -31,7 +31,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_it_holds_each_variant_that_dispatch_would_choose_once(world, whole):
-    assert whole.symbols == tuple(sorted({world.usual.symbol, world.long.symbol}))
+    assert whole.symbols == tuple(sorted({world.usual.symbol, world.long.symbol, world.backward.symbol}))
     entry = whole.choices.specs[f"cpu/{world.usual.spec.name}"]
     assert set(entry.regimes) == set(REGIMES)
     assert entry.default == entry.regimes["short"] == world.usual.config.to_dict()
@@ -46,7 +46,7 @@ def test_it_tells_what_it_is_and_where_it_comes_from(world, whole):
         ABI_VERSION,
         "BSD-3-Clause",
     )
-    assert set(manifest.provenance.sources) == {world.usual.name, world.long.name}
+    assert set(manifest.provenance.sources) == {world.usual.name, world.long.name, world.backward.name}
     assert whole.artifact(world.long).meta.compiler in manifest.provenance.compilers
     assert whole.read("LICENSE") == (ROOT / "LICENSE").read_bytes()
     lines = whole.read("records.jsonl").splitlines()
@@ -98,7 +98,7 @@ def test_what_does_not_compile_is_named_and_nothing_is_written(world, tmp_path, 
     monkeypatch.setattr(
         packing, "build", lambda variants: [BuildResult(v, "spill", reason="8 bytes") for v in variants]
     )
-    with pytest.raises(BuildError, match=rf"2 of 2 kernels.*{world.usual.name} \(spill\): 8 bytes"):
+    with pytest.raises(BuildError, match=rf"3 of 3 kernels.*{world.usual.name} \(spill\): 8 bytes"):
         build_pack(world.plan, tmp_path / "pack")
     assert list(tmp_path.iterdir()) == []
 
@@ -107,6 +107,7 @@ def test_only_a_pack_or_nothing_is_replaced(world, copy, tmp_path):
     (copy / "kernels" / "stray").touch()
     build_pack(world.plan, copy)
     assert check_pack(Pack(copy)) == []
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "thesis.tex").touch()

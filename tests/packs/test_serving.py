@@ -28,7 +28,8 @@ from jagtile.tuning_db.store import Database
 SRC = Path(jagtile.__file__).parent.parent
 CU = torch.tensor([0, 3, 3, 10], dtype=torch.int32)
 
-# Prints as JSON how wrong a call is, its milliseconds and what explain says, with all that builds or tunes hidden.
+# Prints as JSON how wrong a call and its gradients are, the call's milliseconds, and what explain says. Whatever builds
+# or tunes is hidden.
 BARE = f"""
 import json, sys, time
 for name in ("jinja2", "optuna", "ninja", "click", "rich", "cuda.pathfinder"):
@@ -36,17 +37,20 @@ for name in ("jinja2", "optuna", "ninja", "click", "rich", "cuda.pathfinder"):
 sys.path.insert(0, {str(SRC)!r})
 import torch, jagtile
 torch.manual_seed(0)
-q, k, v = torch.randn(3, 10, 2, 16)
+q, k, v = torch.randn(3, 10, 2, 16).requires_grad_()
 cu = torch.tensor([0, 3, 3, 10], dtype=torch.int32)
 begin = time.thread_time()
 out = jagtile.varlen_attention(q, k, v, cu, cu)
 milliseconds = 1e3 * (time.thread_time() - begin)
 dense = [torch.nn.functional.scaled_dot_product_attention(*(x[a:b].transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
          for a, b in ((0, 3), (3, 10))]
+dense = torch.cat(dense)
+ours, torchs = (torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, dense))
 found = jagtile.explain(q, k, v, cu, cu)
 jagtile.warmup(16, torch.float32)
 print(json.dumps({{
-    "error": (out - torch.cat(dense)).abs().max().item(), "milliseconds": milliseconds,
+    "error": max((a - b).abs().max().item() for a, b in zip((out, *ours), (dense, *torchs))),
+    "milliseconds": milliseconds,
     "source": found.decision.source, "artifact": found.artifact,
 }}))
 """
@@ -54,9 +58,8 @@ print(json.dumps({{
 
 def bare_process(**environment: str) -> dict[str, object]:
     """What ``BARE`` prints where there is no compiler on the PATH, nothing cached and nothing configured."""
-    clean = {
-        k: v for k, v in os.environ.items() if not k.startswith(("JAGTILE_", "CXX", "CUDA_")) and k != "PYTHONPATH"
-    }
+    foreign = ("JAGTILE_", "CXX", "CUDA_", "PYTHON")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     done = subprocess.run(
         [sys.executable, "-c", BARE],
         env={**clean, "PATH": "/nowhere", **environment},
