@@ -7,6 +7,7 @@ served. Nothing here reads device memory.
 from __future__ import annotations
 
 import math
+from operator import index
 
 import torch
 
@@ -79,7 +80,7 @@ def check_operands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, names: tup
     if torch.is_grad_enabled() and dtype in DTYPE_NAMES and max(head_dim, head_dim_v) <= MAX_HEAD_DIM:
         for name, tensor in zip(names, (q, k, v), strict=True):
             if tensor.requires_grad:
-                check_trainable(name, dtype, head_dim, head_dim_v, device)
+                check_trainable(name, dtype, index(head_dim), index(head_dim_v), device)  # index: no symbols
 
 
 def check_packed(name: str, tensor: object, layout: str) -> None:

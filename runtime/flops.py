@@ -11,13 +11,13 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 def register() -> None:
     """Put the formulas into torch's registry."""
-    for name, formula in (
-        ("forward", forward_flops),
-        ("differentiable_forward", forward_flops),
-        ("backward", backward_flops),
+    operators = torch.ops.jagtile
+    for operator, formula in (
+        (operators.forward, forward_flops),
+        (operators.differentiable_forward, forward_flops),
+        (operators.backward, backward_flops),
     ):
-        operator = getattr(torch.ops.jagtile, name, None)
-        if operator is not None and operator not in flop_registry:
+        if operator not in flop_registry:
             register_flop_formula(operator, get_raw=True)(formula)
 
 

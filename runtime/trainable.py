@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -23,7 +24,9 @@ def check_trainable(name: str, dtype: torch.dtype, head_dim: int, head_dim_v: in
 
 @lru_cache(maxsize=256)
 def why_no_backward(dtype: torch.dtype, head_dim: int, head_dim_v: int, device: torch.device) -> str | None:
-    """The reason, None where a kernel is there. Fake tensors of a device that is not here ask any GPU's target."""
+    """The reason; None where a kernel is there, and where not even the forward has one: what plain operations serve,
+    they differentiate. Fake tensors of a device that is not here ask any GPU's target.
+    """
     from jagtile.generator.tile import spaces_of, targets
     from jagtile.runtime.device import device_id
     from jagtile.runtime.dispatch import default_variant
@@ -35,7 +38,13 @@ def why_no_backward(dtype: torch.dtype, head_dim: int, head_dim_v: int, device: 
         served = any(spaces_of(target, spec) for target in targets() if target != "cpu")
         return None if served else f"no kernel for {spec.name} on GPUs"
     try:
-        default_variant(spec, device_id(device).target)
+        target = device_id(device).target
+    except UnsupportedError:
+        return None
+    if not spaces_of(target, replace(spec, direction="fwd")):
+        return None
+    try:
+        default_variant(spec, target)
     except UnsupportedError as error:
         return str(error)
     return None

@@ -52,3 +52,15 @@ def test_autocast_holds_inside_a_graph(oracle_kernels):
     with torch.autocast("cpu", torch.bfloat16):
         assert compiled(x).dtype == torch.bfloat16
     assert compiled(x).dtype == torch.float32
+
+
+def test_training_compiles_where_every_size_is_a_symbol(oracle_kernels):
+    def loss(q, cu):
+        return jagtile.varlen_attention(q, q, q, cu, cu).square().sum()
+
+    q, cu = torch.randn(10, 2, 16, requires_grad=True), torch.tensor([0, 4, 10])
+    with torch.enable_grad():
+        torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)(q, cu).backward()
+        compiled, q.grad = q.grad, None
+        loss(q, cu).backward()
+    torch.testing.assert_close(compiled, q.grad)

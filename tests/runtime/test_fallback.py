@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import jagtile
 from jagtile.generator.oracle import errors, reference
 from jagtile.generator.workloads import Workload, random_workload
-from jagtile.runtime import fallback
+from jagtile.runtime import fallback, trainable
 
 CROSS = Workload("cross", (3, 0, 17, 9), (9, 4, 0, 5), 4, 2, 16, 24)
 KINDS = [
@@ -252,9 +252,24 @@ def test_each_reason_is_said_once():
         jagtile.varlen_attention(*packed(Workload("wide", (5,), (5,), 1, 1, 300, 8), torch.float32))
 
 
-def test_what_a_target_refuses_is_the_reason(monkeypatch):
-    h200 = jagtile.runtime.device.DeviceId("sm90-132sm", "sm_90a", "NVIDIA H200", 132, 4917, "9.0")
-    monkeypatch.setattr("jagtile.runtime.fallback.device_id", lambda device: h200)
+@pytest.fixture
+def h200(monkeypatch):
+    """The CPU says that it is an H200."""
+    known = jagtile.runtime.device.DeviceId("sm90-132sm", "sm_90a", "NVIDIA H200", 132, 4917, "9.0")
+    for place in ("jagtile.runtime.fallback.device_id", "jagtile.runtime.device.device_id"):
+        monkeypatch.setattr(place, lambda device: known)
+    trainable.why_no_backward.cache_clear()
+    yield
+    trainable.why_no_backward.cache_clear()
+
+
+def test_what_has_no_kernel_either_way_is_trained(h200):
+    x = torch.randn(5, 2, 8, requires_grad=True)
+    jagtile.varlen_attention(x, x, x, offsets(0, 5), offsets(0, 5)).sum().backward()
+    assert x.grad is not None
+
+
+def test_what_a_target_refuses_is_the_reason(h200):
     x = torch.randn(5, 2, 8)
     with pytest.warns(jagtile.JagtileWarning, match="no kernel for fwd_fp32_d8 on target sm_90a: .*dtype must be bf16"):
         jagtile.varlen_attention(x, x, x, offsets(0, 5), offsets(0, 5))

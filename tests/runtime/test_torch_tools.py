@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import jagtile
 from jagtile.generator.workloads import Workload
@@ -79,14 +79,18 @@ def test_without_values_lengths_are_estimated():
 
 def test_a_backward_pass_is_five_products():
     b = CROSS.make("cpu", torch.float32)
-    lse = torch.empty(4, 29)
-    found = flops.backward_flops(b.q, None, b.q, b.k, b.v, b.cu_seqlens_q, b.cu_seqlens_k, b.q, lse, None, None)
-    assert found == 2 * 4 * PAIRS * (3 * 16 + 2 * 24)
+
+    def step():
+        with torch.enable_grad():
+            jagtile.varlen_attention(b.q.requires_grad_(), *b[1:5]).sum().backward()
+
+    assert flops_of(step) == 2 * 4 * PAIRS * (16 + 24) + 2 * 4 * PAIRS * (3 * 16 + 2 * 24)
 
 
 def test_registering_twice_is_registering_once():
     flops.register()
-    assert torch.ops.jagtile.forward in torch.utils.flop_counter.flop_registry
+    for operator in (torch.ops.jagtile.forward, torch.ops.jagtile.differentiable_forward, torch.ops.jagtile.backward):
+        assert operator in flop_registry
 
 
 # --- export
