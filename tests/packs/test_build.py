@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import hashlib
 import json
+import zipfile
 from pathlib import Path
 
 import msgspec
@@ -60,6 +64,19 @@ def test_compiled_anew_it_is_the_same_byte_for_byte(world, whole, tmp_path):
     first, second = (write_wheel(pack, tmp_path / name) for name, pack in (("a", whole), ("b", again)))
     assert first.name == second.name
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_wheel_has_no_times_or_order_of_its_own_and_tells_every_files_hash(whole, tmp_path):
+    with zipfile.ZipFile(write_wheel(whole, tmp_path)) as wheel:
+        entries = wheel.infolist()
+        *rest, record = (entry.filename for entry in entries)
+        rows = list(csv.reader(wheel.read(record).decode().splitlines()))
+        hashes = {name: hashlib.sha256(wheel.read(name)).digest() for name in rest}
+    assert {(entry.date_time, entry.external_attr >> 16) for entry in entries} == {((1980, 1, 1, 0, 0, 0), 0o100644)}
+    assert record.endswith(".dist-info/RECORD")
+    assert rest == sorted(rest)
+    told = {name: base64.urlsafe_b64decode(digest.removeprefix("sha256=") + "=") for name, digest, size in rows if size}
+    assert told == hashes
 
 
 def test_a_spec_without_choices_is_packed_with_its_default_where_it_is_named(world):
