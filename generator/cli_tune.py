@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -21,12 +20,13 @@ from jagtile.generator.cli_common import (
 )
 
 if TYPE_CHECKING:
-    import torch
-
+    from jagtile.generator.dry_run import Plan
     from jagtile.generator.spec import KernelSpec
     from jagtile.generator.tune_types import Budget, Progress, TuneResult
+    from jagtile.runtime.device import Facts
 
 _SHOWN_CANDIDATES = 40
+_SHOWN_REJECTED = 20
 
 
 @click.command()
@@ -62,7 +62,12 @@ _SHOWN_CANDIDATES = 40
     help="Seconds without a sign of life after which a config is given up.",
 )
 @click.option("--fresh", is_flag=True, help="Measure anew what is on record with the same source.")
-@click.option("--dry-run", is_flag=True, help="List the candidates and what they would be timed on; measure nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="List the candidates with predicted shared memory, registers and time, and what is illegal; measure nothing.",
+)
+@click.option("--target", help="With --dry-run: for a device that is not here (sm_90a), by its shipped facts.")
 @json_option
 def tune(
     specs: tuple[str, ...],
@@ -76,6 +81,7 @@ def tune(
     timeout: float,
     fresh: bool,
     dry_run: bool,
+    target: str | None,
     as_json: bool,
 ) -> None:
     """Find the best configs of SPECs for every regime, record what was measured, and choose.
@@ -86,6 +92,7 @@ def tune(
     \b
     jagtile tune fwd_bf16_d128 fwd_bf16_d128_causal --budget 10m
     jagtile tune fwd_fp32_d64 --device cpu --regime medium --budget 12
+    jagtile tune fwd_bf16_d128 --dry-run --target sm_90a
     """
     from jagtile.generator.tune_types import DEFAULT_BUDGET, Budget
     from jagtile.runtime.problem import REGIMES
@@ -96,11 +103,13 @@ def tune(
         raise click.UsageError(f"no regime {', '.join(unknown)}; there are {', '.join(REGIMES)}")
     trials, seconds = parse_budget(budget)
     limits = Budget(trials, seconds) if budget else DEFAULT_BUDGET
-    where = torch_device(device)
     chosen = tuple(dict.fromkeys(regimes)) or REGIMES
+    if target is not None and (device is not None or not dry_run):
+        raise click.UsageError("--target goes with --dry-run and without --device")
     if dry_run:
-        _dry_run(wanted, where, chosen, limits, as_json)
+        _dry_run(wanted, _facts(device, target), chosen, limits, as_json)
         return
+    where = torch_device(device)
     from jagtile.generator.tune import tune as run
 
     results = []
@@ -192,49 +201,55 @@ def _as_json(result: TuneResult) -> dict[str, object]:
     }
 
 
-def _dry_run(
-    specs: Sequence[KernelSpec], device: torch.device, regimes: Sequence[str], budget: Budget, as_json: bool
-) -> None:
-    from jagtile.generator.tile import all_configs
-    from jagtile.generator.workloads import representative
-    from jagtile.runtime.device import device_id
+def _dry_run(specs: Sequence[KernelSpec], device: Facts, regimes: Sequence[str], budget: Budget, as_json: bool) -> None:
+    from jagtile.generator.dry_run import plan
 
-    identity = device_id(device)
-    plans = []
     for spec in specs:
-        legal: list[str] = []
-        states: Counter[str] = Counter()
-        for space in serving_spaces(identity.target, spec):
-            for config in all_configs(space, spec):
-                states["illegal" if (reason := space.rejection(spec, config)) else "legal"] += 1
-                legal += [] if reason else [config.name]
-        workloads = {r: [w.name for w in representative(spec, r, identity.target)] for r in regimes}
-        trials = len(legal) if budget.trials is None else min(budget.trials, len(legal))
-        plans.append(
-            {
-                "spec": spec.name,
-                "target": identity.target,
-                "device": identity.slug,
-                "trials": trials,
-                "seconds": budget.seconds,
-                "illegal": states["illegal"],
-                "workloads": workloads,
-                "candidates": legal,
-            }
-        )
+        serving_spaces(device.target, spec)
+    plans = [plan(spec, device, regimes, budget) for spec in specs]
     if as_json:
         print_json(plans)
         return
-    for plan in plans:
-        limit = f", at most {plan['seconds']:g} s in all" if plan["seconds"] else ""
-        head = f"{plan['target']}/{plan['spec']} on {plan['device']}: up to {plan['trials']} configs a regime{limit}"
-        timed_on = plan["workloads"]
-        assert isinstance(timed_on, dict)
-        print_table(head, ("regime", "timed on"), [(r, ", ".join(names)) for r, names in timed_on.items()])
-        candidates = plan["candidates"]
-        assert isinstance(candidates, list)
-        click.echo(f"{len(candidates)} candidates, {plan['illegal']} illegal:")
-        for name in candidates[:_SHOWN_CANDIDATES]:
-            click.echo(f"  {name}")
-        if len(candidates) > _SHOWN_CANDIDATES:
-            click.echo(f"  ... and {len(candidates) - _SHOWN_CANDIDATES} more (--json lists them all)")
+    for each in plans:
+        _print_plan(each)
+
+
+def _print_plan(plan: Plan) -> None:
+    limit = f", at most {plan.seconds:g} s in all" if plan.seconds else ""
+    head = f"{plan.target}/{plan.spec} on {plan.device}: up to {plan.trials} configs a regime{limit}"
+    print_table(head, ("regime", "timed on"), [(r, ", ".join(names)) for r, names in plan.workloads.items()])
+    regimes = [regime for regime in plan.workloads if any(regime in each.predicted for each in plan.candidates)]
+    rows = [
+        (
+            each.config,
+            each.smem_bytes,
+            each.registers,
+            *(f"{each.predicted[regime].us:.0f} {each.predicted[regime].bound}" for regime in regimes),
+        )
+        for each in plan.candidates[:_SHOWN_CANDIDATES]
+    ]
+    columns = ("config", "smem B", "registers", *(f"{regime} us, bound by" for regime in regimes))
+    order = "fastest first by the roofline model" if regimes else "no roofline model for this target"
+    print_table(f"{len(plan.candidates)} candidates ({order})", columns, rows, right=columns[1:])
+    _say_more(len(plan.candidates) - _SHOWN_CANDIDATES)
+    refused = [(each.config, each.reason) for each in plan.rejected[:_SHOWN_REJECTED]]
+    if refused:
+        print_table(f"{len(plan.rejected)} illegal", ("config", "reason"), refused)
+        _say_more(len(plan.rejected) - _SHOWN_REJECTED)
+
+
+def _say_more(count: int) -> None:
+    if count > 0:
+        click.echo(f"... and {count} more (--json lists them all)")
+
+
+def _facts(device: str | None, target: str | None) -> Facts:
+    """The device that a dry run is about: the one of ``device``, or one of ``target`` that has shipped records."""
+    from jagtile.runtime.device import device_id
+
+    if target in (None, "cpu"):
+        return device_id(torch_device(target or device))
+    from jagtile.generator.dry_run import shipped_device
+    from jagtile.tuning_db.store import Database
+
+    return shipped_device(target, Database())

@@ -13,7 +13,7 @@ from jagtile.generator import tune as tune_module
 from jagtile.generator.cli import cli
 from jagtile.generator.cli_common import parse_budget
 from jagtile.generator.spec import KernelSpec
-from jagtile.generator.tile import legal_configs, spaces_of
+from jagtile.generator.tile import all_configs, legal_configs, parse_config, spaces_of
 from jagtile.generator.tune_types import DEFAULT_BUDGET, Budget, RegimeResult, TuneResult
 from jagtile.generator.workloads import representative
 from jagtile.runtime.problem import REGIMES
@@ -132,12 +132,35 @@ def test_an_interrupt_says_that_nothing_measured_is_lost(monkeypatch):
 def test_a_dry_run_lists_candidates_and_workloads_and_measures_nothing(run, run_json, fake):
     (plan,) = run_json("tune", SPEC, "--device", "cpu", "--dry-run", "--regime", "short", "--budget", "3")
     spec = KernelSpec.parse(SPEC)
-    assert plan["candidates"] == [c.name for space in spaces_of("cpu", spec) for c in legal_configs(space, spec)]
+    legal = [c.name for space in spaces_of("cpu", spec) for c in legal_configs(space, spec)]
+    assert [candidate["config"] for candidate in plan["candidates"]] == legal
     assert plan["trials"] == 3
     assert plan["workloads"] == {"short": [w.name for w in representative(spec, "short", "cpu")]}
     shown = run("tune", SPEC, "--device", "cpu", "--dry-run").stdout
-    assert plan["candidates"][0] in shown
+    assert legal[0] in shown
     assert f"{len(plan['candidates'])} candidates" in shown
+    assert not fake.calls
+
+
+def test_a_dry_run_for_a_gpu_that_is_not_here_predicts_and_gives_the_reasons_of_what_it_rejects(run, run_json, fake):
+    spec = KernelSpec.parse("fwd_bf16_d128")
+    (space,) = spaces_of("sm_90a", spec)
+    (plan,) = run_json("tune", spec.name, "--dry-run", "--target", "sm_90a")
+    assert plan["device"] == "sm90-132sm"
+    assert {each["config"] for each in plan["candidates"]} == {c.name for c in legal_configs(space, spec)}
+    for each in plan["candidates"]:
+        config = parse_config("sm_90a", each["config"])
+        assert each["smem_bytes"] == space.launch(spec, config)["smem_bytes"] <= 227 * 1024
+        assert each["registers"] == space.predicted_registers(spec, config)
+        assert all(guess["us"] > 0 and guess["bound"] for guess in each["predicted"].values())
+        assert each["predicted"].keys() == set(REGIMES)
+    rejected = {each["config"]: each["reason"] for each in plan["rejected"]}
+    config = next(c for c in all_configs(space, spec) if c.name in rejected)
+    assert rejected[config.name] == space.rejection(spec, config)
+    assert len(rejected) + len(plan["candidates"]) == len(list(all_configs(space, spec)))
+    shown = run("tune", spec.name, "--dry-run", "--target", "sm_90a", "--regime", "long").stdout
+    assert plan["rejected"][0]["reason"] in shown
+    assert "long us, bound by" in shown
     assert not fake.calls
 
 
@@ -145,6 +168,10 @@ def test_a_dry_run_lists_candidates_and_workloads_and_measures_nothing(run, run_
     ("arguments", "message"),
     [
         ((), "Missing argument"),
+        ((SPEC, "--target", "cpu"), "--target goes with --dry-run"),
+        ((SPEC, "--target", "cpu", "--device", "cpu", "--dry-run"), "without --device"),
+        ((SPEC, "--target", "sm_20", "--dry-run"), "no device of target 'sm_20'"),
+        ((SPEC, "--target", "sm_90a", "--dry-run"), "dtype must be bf16 or fp16"),
         (("fwd_fp32",), "is not a name like"),
         ((SPEC, "--regime", "huge"), "no regime huge; there are short"),
         ((SPEC, "--budget", "soon"), "neither a number of trials"),

@@ -1,0 +1,105 @@
+"""How long a config should take, by arithmetic: the busiest unit of an SM in a step, times the steps of an SM.
+
+It ranks candidates before anything is compiled; roofline_check.py says how well, against measured records. A step is
+one block of keys for one CTA's query rows. Rates are an SM's, in its clocks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from jagtile.generator.oracle import torch_dtype
+from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig
+from jagtile.generator.tile import Variant
+from jagtile.generator.workloads import Workload
+from jagtile.runtime.device import Facts
+
+# Hopper. The clock is what an H200 sustains under its power limit with random data (cuBLAS: 788 TFLOP/s, bf16).
+CLOCK_GHZ = 1.5
+MMA_FLOPS = 4096  # dense 16-bit
+EXPONENTIALS = 16
+SMEM_BYTES = 128
+L2_BYTES = 40  # from L2 to shared memory by TMA, all SMs at once
+ISSUE_SLOTS = 4
+# Instructions of softmax: for an element of S, for a column of O, and for a step, of a warp.
+_ISSUE = (4.5 / 2, 1.0, 90.0)
+_OVERLAP_LOSS = 1.1  # of the limiting unit: nothing overlaps without gaps
+_STEP_LATENCY = 200.0  # of a step that has its SM to itself: two products and a softmax wait for each other
+_TILE_CLOCKS = 1500.0  # to begin and end a tile; half of it hides behind another tile where Q has two buffers
+_FILL_CLOCKS = 800.0  # until a tile's first K and V are there; mostly hidden likewise
+_HIDDEN_FILL = 0.3
+_LAUNCH_US = 5.0
+_KNEE = 4  # how sharply the roof bends: where arithmetic and memory take alike they hide each other only in part
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """A predicted time and the unit that it is bound by."""
+
+    us: float
+    bound: str
+
+
+def roofline(variant: Variant, workload: Workload, device: Facts) -> Roofline | None:
+    """The prediction for a workload on a device; None for a template that there is no model of."""
+    if isinstance(variant.config, Sm90ForwardConfig):
+        return _hopper_forward(variant, variant.config, workload, device)
+    return None
+
+
+def _hopper_forward(variant: Variant, config: Sm90ForwardConfig, workload: Workload, device: Facts) -> Roofline:
+    spec, ctas = variant.spec, config.ctas_per_sm
+    units = _step_clocks(config, spec.head_dim, spec.head_dim_v)
+    bound = max(units, key=units.__getitem__)
+    busy = units[bound] * _OVERLAP_LOSS * ctas
+    alone = (units["tensor"] + units["exp"]) / config.warpgroups + _STEP_LATENCY
+    step = max(busy, alone)
+    element = torch_dtype(spec.dtype).itemsize
+    hides = config.q_stages > 1
+    ends = _TILE_CLOCKS + element * config.block_m * (spec.head_dim + spec.head_dim_v) / L2_BYTES
+    tile = ends * (0.5 if hides else 1.0) + _FILL_CLOCKS * (_HIDDEN_FILL if hides else 1.0)
+
+    clocks = longest = 0.0
+    for keys, tiles in _tiles(workload, config.block_m).items():
+        own = -(-keys // config.block_n) * step + tile
+        clocks += tiles * own
+        longest = max(longest, own)
+    compute_us = max(clocks / (device.units * ctas), longest) / CLOCK_GHZ / 1e3
+    rows = workload.total_q * workload.num_heads * spec.head_dim_v
+    memory_us = (workload.input_bytes(element) + element * rows) / (device.bandwidth_gbs or float("inf")) / 1e3
+    if memory_us > compute_us:
+        bound = "memory"
+    elif alone > busy:
+        bound = "latency"
+    return Roofline((compute_us**_KNEE + memory_us**_KNEE) ** (1 / _KNEE) + _LAUNCH_US, bound)
+
+
+def _step_clocks(config: Sm90ForwardConfig, dim: int, dim_v: int) -> Mapping[str, float]:
+    """Clocks that each unit of the SM is busy with one step of one CTA."""
+    groups, rows, keys = config.warpgroups, config.block_m, config.block_n
+    padded = -(-dim // 16) * 16  # wgmma's depth
+    element_slots, column_slots, step_slots = _ISSUE
+    read = groups * (128 * dim + 2 * keys * dim) + groups * 2 * keys * dim_v  # each warpgroup reads all of K and V
+    fill = 2 * keys * (dim + dim_v)
+    return {
+        "tensor": 2 * rows * keys * (padded + dim_v) / MMA_FLOPS,
+        "exp": rows * keys / EXPONENTIALS,
+        "smem": (read + fill) / SMEM_BYTES,
+        "issue": groups * (element_slots * keys + column_slots * dim_v / 2 + step_slots) * 4 / ISSUE_SLOTS,
+        "l2": fill / L2_BYTES,
+    }
+
+
+@lru_cache(maxsize=64)
+def _tiles(workload: Workload, block_m: int) -> Counter[int]:
+    """How many tiles of query rows see how many keys, over all heads."""
+    found: Counter[int] = Counter()
+    for len_q, len_k in zip(workload.seqlens_q, workload.seqlens_k, strict=True):
+        diagonal = len_k - len_q if workload.causal_alignment == "bottom_right" else 0
+        for first in range(0, len_q, block_m):
+            seen = min(len_k, max(0, min(len_q, first + block_m) + diagonal)) if workload.is_causal else len_k
+            found[seen] += workload.num_heads
+    return found
