@@ -104,7 +104,7 @@ def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_
     check_flag("enable_gqa", enable_gqa)
     query, key, value = cast(NestedTensor, query), cast(NestedTensor, key), cast(NestedTensor, value)
     _check_raggedness(query, key, value)
-    cast_to = _autocast_dtype(_values(query).device.type)
+    cast_to = _autocast_dtype(values_of(query).device.type)
     q, k, v = (_packed_values(tensor, cast_to) for tensor in (query, key, value))
     if query._lengths is not None:
         q = close_holes(q, query._offsets, query._lengths, q.shape[0])
@@ -136,7 +136,7 @@ def wrap(out: torch.Tensor, query: NestedTensor) -> torch.Tensor:
     return NestedTensor(out, offsets, lengths=lengths, _ragged_idx=ragged_idx, _metadata_cache=cache)
 
 
-def _values(tensor: NestedTensor) -> torch.Tensor:
+def values_of(tensor: NestedTensor) -> torch.Tensor:
     """The values: what torch stores, or under a compiler, where reaching inside a graph input is fragile, a view."""
     return _tracked_values(tensor) if torch.compiler.is_compiling() else tensor._values
 
@@ -147,7 +147,7 @@ def _tracked_values(tensor: NestedTensor) -> torch.Tensor:
 
 
 def _tokens(tensor: NestedTensor) -> int:
-    return _values(tensor).shape[tensor._ragged_idx - 1]
+    return values_of(tensor).shape[tensor._ragged_idx - 1]
 
 
 def _requires_grad(tensor: NestedTensor) -> bool:
@@ -159,7 +159,7 @@ def _requires_grad(tensor: NestedTensor) -> bool:
 
 def _ragged_batch_like(*tensors: object) -> bool:
     """Whether all are NJTs of at least four dimensions, ragged on dimension 1."""
-    return all(isinstance(t, NestedTensor) and t._ragged_idx == 1 and _values(t).dim() >= 3 for t in tensors)
+    return all(isinstance(t, NestedTensor) and t._ragged_idx == 1 and values_of(t).dim() >= 3 for t in tensors)
 
 
 def _check_njts(*tensors: object) -> None:
@@ -175,7 +175,7 @@ def _check_njts(*tensors: object) -> None:
 
 
 def _check_form(name: str, tensor: NestedTensor) -> None:
-    dims = _values(tensor).dim() + 1
+    dims = values_of(tensor).dim() + 1
     if dims < 3:
         raise ValueError(f"{name} must have at least three dimensions, got {dims}; served: (B, H, j, D) and (B, j, D)")
     if (dims, tensor._ragged_idx) not in ((4, 2), (3, 1)):
@@ -221,7 +221,7 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
 
 def _packed_values(tensor: NestedTensor, cast_to: torch.dtype | None) -> torch.Tensor:
     """The values as (total, H, D), one head where there are none; copied only for autocast or a strided last axis."""
-    values = _tracked_values(tensor) if _requires_grad(tensor) else _values(tensor)
+    values = _tracked_values(tensor) if _requires_grad(tensor) else values_of(tensor)
     values = values.transpose(0, 1) if tensor._ragged_idx == 2 else values.unsqueeze(1)
     if cast_to is not None and values.is_floating_point() and values.dtype != torch.float64:
         values = values.to(cast_to)

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from types import CodeType
 
 import torch
+from torch.nested._internal.nested_tensor import NestedTensor
 
 from jagtile.runtime.errors import JagtileError, JagtileWarning, UnsupportedError
 from jagtile.runtime.fallback import no_target
-from jagtile.runtime.njt import Sdpa, sdpa, torch_sdpa
+from jagtile.runtime.njt import Sdpa, sdpa, torch_sdpa, values_of
 
 
 class _Route:
@@ -82,7 +83,7 @@ class _Route:
         """``sdpa``, or torch's implementation for what it does not serve, said once for each reason."""
         given = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if fused_allowed():
-            reason = no_target(query.device) if isinstance(query, torch.Tensor) else None
+            reason = no_target(values_of(query).device) if isinstance(query, NestedTensor) else None
             if reason is None:
                 try:
                     return sdpa(*given)
