@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from kernels import NAN, VARIANTS, Call, check
+from kernels import BACKWARD_VARIANTS, NAN, VARIANTS, Call, check
 
 from jagtile.generator.tile import Variant
 from jagtile.runtime.artifact import Artifact
@@ -85,7 +85,7 @@ def test_kernels_run_on_the_threads_that_torch_has_started(built: Callable[[Vari
 
 @pytest.mark.skipif(sys.platform != "linux", reason="guard pages are set by mprotect")
 def test_no_byte_outside_of_the_tensors_is_touched(built: Callable[[Variant], Artifact]) -> None:
-    run_script("guard_pages.py", [built(variant) for variant in VARIANTS])
+    run_script("guard_pages.py", [built(variant) for variant in VARIANTS + BACKWARD_VARIANTS])
 
 
 @pytest.mark.parametrize("offsets", [[0, 9, 5, 10], [0, 5, 11], [-1, 4, 10]], ids=["falling", "too far", "negative"])
