@@ -1,4 +1,4 @@
-"""The parameter blocks of templates/cpu/params.h (ABI version 1), byte for byte."""
+"""The parameter blocks of templates/cpu/params.h (ABI version 2), byte for byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// The parameter blocks of the CPU kernels (ABI version 1; runtime/cpu/params.py packs the same bytes).
+// The parameter blocks of the CPU kernels (ABI version 2; runtime/cpu/params.py packs the same bytes).
 #pragma once
 
 #include <cstdint>
