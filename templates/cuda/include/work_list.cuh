@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/include/params.cuh"
+#include "cuda/include/pipeline.cuh"
 
 struct alignas(16) WorkItem {  // 32 bytes, read as two int4
   int q_begin;     // first query token of the sequence in the packed tensor
@@ -90,6 +91,18 @@ __device__ __forceinline__ void claim_tile(Tile& tile, WorkListHeader* list, con
   const int4* from = reinterpret_cast<const int4*>(items + place % count);
   reinterpret_cast<int4*>(&tile.item)[0] = from[0];
   reinterpret_cast<int4*>(&tile.item)[1] = from[1];
+}
+
+// Runs `load` on every tile of this CTA, in one lane of a loading warp. `Control` has the tiles and their ring.
+template <typename Control, typename Load>
+__device__ __forceinline__ void for_each_tile(Control& control, Load load) {
+  for (RingPosition<sizeof(control.tiles) / sizeof(Tile)> at;; at.advance()) {
+    control.tile.wait_full(at);
+    const Tile& tile = control.tiles[at.slot];
+    if (tile.head < 0) break;
+    load(tile.item, tile.head);
+    control.tile.arrive_empty(at);
+  }
 }
 
 // Once per CTA, after its last claim: the last CTA makes the list ready for the next launch.

@@ -29,6 +29,7 @@
 //   K [2]                  65536   2 panels of 128 rows x 128 B
 //   V [2]                  65536   2 panels of 128 rows x 128 B
 //   tiles, barriers         1024
+#include "cuda/include/fragments.cuh"
 #include "cuda/include/params.cuh"
 #include "cuda/include/pipeline.cuh"
 #include "cuda/include/ptx.cuh"
@@ -44,7 +45,6 @@ constexpr int kQStages = 2;
 constexpr int kTileSlots = 2;
 constexpr int kPanels = 2;         // 64-column panels of Q and K
 constexpr int kPanelsV = 2;        // of V and O
-constexpr int kStepsQK = 8;        // 16-deep products over head_dim 128
 constexpr int kStepsPV = 8;        // over the keys of a block
 constexpr int kOutRegisters = 64;  // accumulators a thread of 64 x 128
 
@@ -110,63 +110,29 @@ __device__ __forceinline__ void multiply_pv(float (&d)[64], const uint32_t (&a)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
-// S = Q K^T, asynchronously.
-__device__ __forceinline__ void issue_scores(float (&scores)[kBlockN / 2], uint32_t q, uint32_t k) {
-  const uint64_t q_descriptor = wgmma_descriptor(q, 16, 1024);
-  const uint64_t k_descriptor = wgmma_descriptor(k, 16, 1024);
+// d (64 x 128) = A B^T, asynchronously; 64 rows of A and 128 rows of B, 128 columns each.
+__device__ __forceinline__ void issue_scores(float (&d)[64], uint32_t a, uint32_t b) {
+  const uint64_t a_descriptor = wgmma_descriptor(a, 16, 1024);
+  const uint64_t b_descriptor = wgmma_descriptor(b, 16, 1024);
   wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < kStepsQK; ++step) {
+  for (int step = 0; step < 8; ++step) {
     const int inside = step % 4 * 32;
-    multiply_qk(scores, q_descriptor + ((step / 4 * kQPanelBytes + inside) >> 4),
-                k_descriptor + ((step / 4 * kKVPanelBytes + inside) >> 4), step > 0);
+    multiply_qk(d, a_descriptor + ((step / 4 * kQPanelBytes + inside) >> 4),
+                b_descriptor + ((step / 4 * kKVPanelBytes + inside) >> 4), step > 0);
   }
   wgmma_commit();
 }
 
-// O += P V, asynchronously.
-__device__ __forceinline__ void issue_output(float (&output)[kOutRegisters], const uint32_t (&probabilities)[kStepsPV][4],
-                                             uint32_t v) {
-  const uint64_t v_descriptor = wgmma_descriptor(v, kKVPanelBytes, 1024);
+// d (64 x 128) += A B, asynchronously; A's fragments in registers, 128 rows of B.
+__device__ __forceinline__ void issue_output(float (&d)[64], const uint32_t (&a)[8][4], uint32_t b) {
+  const uint64_t b_descriptor = wgmma_descriptor(b, kKVPanelBytes, 1024);
   wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < kStepsPV; ++step) {
-    multiply_pv(output, probabilities[step], v_descriptor + (step * 16 * 128 >> 4));
+  for (int step = 0; step < 8; ++step) {
+    multiply_pv(d, a[step], b_descriptor + (step * 16 * 128 >> 4));
   }
   wgmma_commit();
-}
-
-// Eight consecutive accumulators, packed, are one 16-deep A fragment.
-__device__ __forceinline__ void pack_probabilities(uint32_t (&probabilities)[kStepsPV][4],
-                                                   const float (&scores)[kBlockN / 2]) {
-#pragma unroll
-  for (int i = 0; i < kBlockN / 4; ++i) probabilities[i / 4][i % 4] = pack_bf16(scores[2 * i], scores[2 * i + 1]);
-}
-
-// The rows of a warpgroup's O into its swizzled panels. A lane addresses one row of one of four 8 x 8 matrices.
-__device__ __forceinline__ void stage_output(const float (&output)[kOutRegisters], uint32_t panels, int warp, int lane) {
-  const uint32_t row = panels + (16 * (warp % 4) + lane % 16) * 128;
-#pragma unroll
-  for (int group = 0; group + 1 < 16; group += 2) {
-    const int columns = group + lane / 16;
-    store_matrix_x4(row + columns / 8 * kQPanelBytes + (columns % 8 ^ lane % 8) * 16,
-                    pack_bf16(output[4 * group], output[4 * group + 1]),
-                    pack_bf16(output[4 * group + 2], output[4 * group + 3]),
-                    pack_bf16(output[4 * group + 4], output[4 * group + 5]),
-                    pack_bf16(output[4 * group + 6], output[4 * group + 7]));
-  }
-}
-
-// Runs `load` on every tile of this CTA, in one lane of a loading warp.
-template <typename Load>
-__device__ __forceinline__ void for_each_tile(Control& control, Load load) {
-  for (RingPosition<kTileSlots> at;; at.advance()) {
-    control.tile.wait_full(at);
-    const Tile& tile = control.tiles[at.slot];
-    if (tile.head < 0) break;
-    load(tile.item, tile.head);
-    control.tile.arrive_empty(at);
-  }
 }
 
 // Streams the key or value blocks of every tile through a ring, last block first.
@@ -329,7 +295,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
         float rescale[2];
         online_softmax<kHeadroom>(scores, rows, rescale, scale_log2);
         scale_rows(output, rescale);
-        pack_probabilities(probabilities, scores);
+        pack_fragments<pack_bf16>(probabilities, scores);
         --block;
         if (block >= whole_blocks) {
           control.v.wait_full(v_at);
@@ -361,7 +327,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
           if (leader) control.v.arrive_empty(v_at);
           v_at.advance();
           exponentials<kHalf, kBlockN / 2>(scores, offset, sum, scale_log2);
-          pack_probabilities(probabilities, scores);
+          pack_fragments<pack_bf16>(probabilities, scores);
           pin_registers(sum);
           if (any_of_warpgroup(1 + warpgroup, outgrown_bf16(probabilities))) break;
           rows.sum[0] += sum[0];
@@ -394,7 +360,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
       }
     }
     scale_rows(output, inverse);
-    stage_output(output, q_tile, warp, lane);
+    stage_rows<pack_bf16, 128, kQPanelBytes>(output, q_tile, warp, lane);
     fence_async_proxy();
     named_barrier_sync(1 + warpgroup, 128);
     if (leader) {

@@ -1,0 +1,34 @@
+// wgmma accumulators on their way to the next product or to memory. The layout: softmax.cuh.
+#pragma once
+#include <cstdint>
+
+#include "cuda/include/ptx.cuh"
+
+using Pack = uint32_t (*)(float, float);  // pack_bf16 or pack_fp16
+
+// Eight consecutive accumulators, packed, are one 16-deep A fragment.
+template <Pack kPack, int kSteps>
+__device__ __forceinline__ void pack_fragments(uint32_t (&fragments)[kSteps][4], const float (&values)[8 * kSteps]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kSteps; ++i) fragments[i / 4][i % 4] = kPack(values[2 * i], values[2 * i + 1]);
+}
+
+// The 64 rows of a warpgroup's accumulators, `kColumns` (a multiple of 8) wide, into swizzled 64-column panels of 128-byte
+// rows. A lane addresses one row of one of four 8 x 8 matrices.
+template <Pack kPack, int kColumns, int kPanelBytes, int kRegisters>
+__device__ __forceinline__ void stage_rows(const float (&values)[kRegisters], uint32_t panels, int warp, int lane) {
+  const uint32_t row = panels + (16 * (warp % 4) + lane % 16) * 128;
+#pragma unroll
+  for (int group = 0; group + 1 < kColumns / 8; group += 2) {
+    const int columns = group + lane / 16;
+    store_matrix_x4(row + columns / 8 * kPanelBytes + (columns % 8 ^ lane % 8) * 16,
+                    kPack(values[4 * group], values[4 * group + 1]), kPack(values[4 * group + 2], values[4 * group + 3]),
+                    kPack(values[4 * group + 4], values[4 * group + 5]),
+                    kPack(values[4 * group + 6], values[4 * group + 7]));
+  }
+  if constexpr (kColumns % 16 != 0) {
+    constexpr int kLast = kColumns / 8 - 1;
+    store_matrix_x2(row + kLast / 8 * kPanelBytes + (kLast % 8 ^ lane % 8) * 16,
+                    kPack(values[4 * kLast], values[4 * kLast + 1]), kPack(values[4 * kLast + 2], values[4 * kLast + 3]));
+  }
+}
