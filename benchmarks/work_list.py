@@ -2,8 +2,8 @@
 
     PYTHONPATH=.pkg python benchmarks/work_list.py [--most 16384]
 
-Batches of 64 sequences and up, 64 tokens each on average, offsets made anew for every call so that every call builds its
-list. Prints the median device time of each kernel of a call, as torch's profiler (CUPTI) saw it.
+Batches of 64 sequences and up, 64 tokens each on average, offsets made anew for every call so that every call builds
+its list. Prints the median device time of each kernel of a call, as torch's profiler (CUPTI) saw it.
 """
 
 from __future__ import annotations
