@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
-import threading
-
 import torch
 
 from jagtile.runtime.artifact import Artifact, ArtifactMeta
 from jagtile.runtime.cuda import driver, params, tensor_map, work_list
+from jagtile.runtime.cuda.block import ParameterBlock
+from jagtile.runtime.cuda.tensor_map import addressable
 from jagtile.runtime.errors import UnsupportedError
 
 _LOG2_E = 1.4426950408889634
 _BUILDER = "jagtile_build_work_list"
 _BUILDER_THREADS = 1024
 _Q_ROWS = 64  # of one math warpgroup
-_ELEMENT_BYTES = 2
 _SMALLEST_SCALE = 1e-30
-_TMA_ALIGNMENT = 16  # of addresses and strides, in bytes
-_MAX_LAYOUTS = 4096  # remembered a kernel: the strides of head-major tensors change with every batch
-_MAP_WORDS = tuple(
-    index * tensor_map.MAP_BYTES // 8 for index in range(len(params.MAPS))
-)  # each begins with an address
-
-# Whether there are two tokens or more of q and of k, heads, heads_kv, strides of q, k, v, out: what maps depend on.
-_Layout = tuple[bool, bool, int, int, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-
-
-class _Block(threading.local):
-    """A thread's own parameter block: the driver copies it while other threads may be filling theirs."""
-
-    def __init__(self) -> None:
-        self.data = bytearray(params.BLOCK_BYTES)
-        self.words = memoryview(self.data).cast("Q")
-        self._fixed = (ctypes.c_char * params.BLOCK_BYTES).from_buffer(self.data)
-        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._fixed))
-        self.arguments = ctypes.addressof(self._pointers)
+_MAP_WORDS = tensor_map.address_words(len(params.MAPS))
 
 
 class CudaForwardKernel:
@@ -56,8 +36,8 @@ class CudaForwardKernel:
             self._kernel = driver.function(module, self.meta.symbol, self._smem)
             self._builder = driver.function(module, _BUILDER)
         self._launch = driver.Launcher(self._device)
-        self._maps: dict[_Layout, bytes] = {}
-        self._block = _Block()
+        self._maps = tensor_map.MapCache(self._dtype, (_Q_ROWS, self._block_n, self._block_n, _Q_ROWS))
+        self._block = ParameterBlock(params.BLOCK_BYTES)
 
     def forward(
         self,
@@ -84,14 +64,14 @@ class CudaForwardKernel:
         total_k, heads_kv, _ = v.shape
         addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
         layout = (total_q > 1, total_k > 1, heads, heads_kv, q.stride(), k.stride(), v.stride(), out.stride())
-        maps = self._maps.get(layout)
+        maps = self._maps.find(layout)
         block = self._block
-        if maps is not None and (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % _TMA_ALIGNMENT == 0:
+        if maps is not None and (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % tensor_map.ALIGNMENT == 0:
             block.data[: len(maps)] = maps
             words = block.words
             words[_MAP_WORDS[0]], words[_MAP_WORDS[1]], words[_MAP_WORDS[2]], words[_MAP_WORDS[3]] = addresses
-        elif _addressable(q) and _addressable(k) and _addressable(v) and _addressable(out):
-            maps = self._encode_maps(layout, (q, k, v, out))
+        elif addressable(q) and addressable(k) and addressable(v) and addressable(out):
+            maps = self._maps.encode(layout, (q, k, v, out))
             block.data[: len(maps)] = maps
         else:
             self._forward_copies(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
@@ -143,45 +123,8 @@ class CudaForwardKernel:
         """Layouts that TMA cannot address are copied; every ordinary one, packed QKV views included, is not."""
         if k.shape[1] > 1 and k.stride(1) == v.stride(1) == 0:  # one head, expanded
             k, v = k[:, :1], v[:, :1]
-        q, k, v = (t if _addressable(t) else t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
-        target = out if _addressable(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
+        q, k, v = (t if addressable(t) else t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
+        target = out if addressable(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
         self.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, target, lse, scale, bottom_right)
         if target is not out:
             out.copy_(target)
-
-    def _encode_maps(self, layout: _Layout, tensors: tuple[torch.Tensor, ...]) -> bytes:
-        """The ragged maps of q, k, v and out, remembered where all but their addresses follows from the layout."""
-        rows = (_Q_ROWS, self._block_n, self._block_n, _Q_ROWS)
-        maps = b"".join(self._encode_map(*pair, tensors[0].data_ptr()) for pair in zip(tensors, rows, strict=True))
-        if tensor_map.address_comes_first():
-            if len(self._maps) >= _MAX_LAYOUTS:
-                self._maps.clear()
-            self._maps[layout] = maps
-        return maps
-
-    def _encode_map(self, tensor: torch.Tensor, rows: int, any_address: int) -> bytes:
-        """``any_address`` stands in for that of a tensor without elements."""
-        _, heads, dim = tensor.shape
-        token_stride, head_stride = _stepped_strides(tensor)
-        address = tensor.data_ptr() or any_address
-        return tensor_map.encode(address, self._dtype, dim, heads, token_stride, head_stride, rows)
-
-
-def _stepped_strides(tensor: torch.Tensor) -> tuple[int, int]:
-    """Bytes from token to token and from head to head; what is never stepped over gets a stride that is legal."""
-    tokens, heads, _ = tensor.shape
-    token_stride, head_stride, _ = tensor.stride()
-    return (
-        token_stride * _ELEMENT_BYTES if tokens > 1 else _TMA_ALIGNMENT,
-        head_stride * _ELEMENT_BYTES if heads > 1 else _TMA_ALIGNMENT,
-    )
-
-
-def _addressable(tensor: torch.Tensor) -> bool:
-    """Whether TMA can address a tensor's layout: nothing expanded, rows that begin at multiples of 16 bytes."""
-    token_stride, head_stride = _stepped_strides(tensor)
-    return (
-        tensor.stride(2) == 1
-        and min(token_stride, head_stride) > 0
-        and (token_stride | head_stride | tensor.data_ptr()) % _TMA_ALIGNMENT == 0
-    )

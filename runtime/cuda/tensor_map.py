@@ -13,9 +13,14 @@ import ctypes
 import struct
 from functools import lru_cache
 
+import torch
+
 from jagtile.runtime.cuda.driver import bindings, call
 
 MAP_BYTES = 128
+ALIGNMENT = 16  # of addresses and strides, in bytes
+_ELEMENT_BYTES = 2
+_MAX_LAYOUTS = 4096  # remembered a kernel: the strides of head-major tensors change with every batch
 _PANEL_COLUMNS = 64  # 128 bytes: the width of the 128-byte swizzle
 _EXTENT = 1 << 30
 _OUTER_EXTENT = (1 << 31) - 1
@@ -50,3 +55,63 @@ def address_comes_first() -> bool:
     first, second = 0x7F0000000000, 0x7F1234567890
     one, other = encode(first, *arguments), encode(second, *arguments)
     return one[:8] == struct.pack("<Q", first) and other == struct.pack("<Q", second) + one[8:]
+
+
+# Whether there are two tokens or more of q and of k, heads, heads_kv, every tensor's strides: what maps depend on.
+Layout = tuple[object, ...]
+
+
+class MapCache:
+    """The maps of a kernel's tensors, their boxes of ``rows`` rows each, by the tensors' layout."""
+
+    def __init__(self, dtype: str, rows: tuple[int, ...]) -> None:
+        self._dtype, self._rows = dtype, rows
+        self._maps: dict[Layout, bytes] = {}
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def find(self, layout: Layout) -> bytes | None:
+        """The remembered maps, in order, each to be given its address (``address_words``)."""
+        return self._maps.get(layout)
+
+    def encode(self, layout: Layout, tensors: tuple[torch.Tensor, ...]) -> bytes:
+        """The maps of addressable tensors, remembered where all but their addresses follows from the layout."""
+        any_address = tensors[0].data_ptr()
+        maps = b"".join(self._encode(*pair, any_address) for pair in zip(tensors, self._rows, strict=True))
+        if address_comes_first():
+            if len(self._maps) >= _MAX_LAYOUTS:
+                self._maps.clear()
+            self._maps[layout] = maps
+        return maps
+
+    def _encode(self, tensor: torch.Tensor, rows: int, any_address: int) -> bytes:
+        """``any_address`` stands in for that of a tensor without elements."""
+        _, heads, dim = tensor.shape
+        address = tensor.data_ptr() or any_address
+        return encode(address, self._dtype, dim, heads, *_stepped_strides(tensor), rows)
+
+
+def address_words(maps: int) -> tuple[int, ...]:
+    """Where the addresses of so many maps are, in 8-byte words of a parameter block."""
+    return tuple(index * MAP_BYTES // 8 for index in range(maps))
+
+
+def addressable(tensor: torch.Tensor) -> bool:
+    """Whether TMA can address a tensor's layout: nothing expanded, rows that begin at multiples of 16 bytes."""
+    token_stride, head_stride = _stepped_strides(tensor)
+    return (
+        tensor.stride(2) == 1
+        and min(token_stride, head_stride) > 0
+        and (token_stride | head_stride | tensor.data_ptr()) % ALIGNMENT == 0
+    )
+
+
+def _stepped_strides(tensor: torch.Tensor) -> tuple[int, int]:
+    """Bytes from token to token and from head to head; what is never stepped over gets a stride that is legal."""
+    tokens, heads, _ = tensor.shape
+    token_stride, head_stride, _ = tensor.stride()
+    return (
+        token_stride * _ELEMENT_BYTES if tokens > 1 else ALIGNMENT,
+        head_stride * _ELEMENT_BYTES if heads > 1 else ALIGNMENT,
+    )

@@ -63,15 +63,15 @@ class _Entry(NamedTuple):
 
 # By the identities of both tensors and what else a list depends on. Not on the tensors themselves: an attribute of
 # theirs would be copied and pickled with them.
-_ENTRIES: dict[tuple[int, ...], _Entry] = {}
+_ENTRIES: dict[tuple[int | str, ...], _Entry] = {}
 
 
-def capacity(total_q: int, batch: int, block_m: int) -> int:
-    """The most items that offsets of these totals can give."""
-    return total_q // block_m + batch
+def capacity(total: int, batch: int, block: int) -> int:
+    """The most blocks of ``block`` tokens that sequences of so many tokens in all can give."""
+    return total // block + batch
 
 
-def find(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, key: tuple[int, ...]) -> WorkList | None:
+def find(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, key: tuple[int | str, ...]) -> WorkList | None:
     """The list made for these offsets as they are now, or None."""
     found = _ENTRIES.get((id(cu_seqlens_q), id(cu_seqlens_k), *key))
     if (
@@ -85,17 +85,19 @@ def find(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, key: tuple[int,
     return None
 
 
-def allocate(cu_seqlens_q: torch.Tensor, total_q: int, total_k: int, block_m: int) -> WorkList:
-    """An unbuilt list for the offsets. UnsupportedError for more tokens than kernels can count."""
+def allocate(cu_seqlens_q: torch.Tensor, total_q: int, total_k: int, block: int, of_keys: bool = False) -> WorkList:
+    """An unbuilt list of blocks of ``block`` queries, or keys, of the offsets. UnsupportedError for more tokens than
+    kernels can count.
+    """
     if max(total_q, total_k) > MAX_TOKENS:
         raise UnsupportedError(f"{total_q} queries and {total_k} keys; served: up to {MAX_TOKENS} tokens each")
     batch = cu_seqlens_q.numel() - 1
-    max_items = capacity(total_q, batch, block_m)
+    max_items = capacity(total_k if of_keys else total_q, batch, block)
     buffer = torch.empty(work_list_bytes(max_items, batch), dtype=torch.uint8, device=cu_seqlens_q.device)
     return WorkList(buffer, buffer.data_ptr(), batch, max_items)
 
 
-def keep(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, key: tuple[int, ...], built: WorkList) -> None:
+def keep(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, key: tuple[int | str, ...], built: WorkList) -> None:
     """Remember a built list for as long as both tensors live.
 
     Not one of inference tensors, which count no versions, nor one whose build a graph captured and has not run.

@@ -128,7 +128,7 @@ def test_maps_are_encoded_anew_where_the_address_is_not_all_that_changes(driver,
 
 
 def test_as_many_layouts_are_remembered_as_fit(driver, kernel, monkeypatch):
-    monkeypatch.setattr(forward, "_MAX_LAYOUTS", 3)
+    monkeypatch.setattr(tensor_map, "_MAX_LAYOUTS", 3)
     cu = offsets(0, 100)
     for total in range(100, 110):
         head_major = torch.zeros(HEADS, total, DIM, dtype=torch.bfloat16).transpose(0, 1)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import struct as struct_module
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from jagtile.generator.render import TEMPLATES
 from jagtile.generator.toolchain import find_cxx
-from jagtile.runtime.cuda import params
+from jagtile.runtime.cuda import backward_params, params
 
 
 def _struct_fields(text: str, name: str) -> list[str]:
@@ -19,38 +21,69 @@ def _struct_fields(text: str, name: str) -> list[str]:
     return re.findall(r"(\w+)(?:\[\d+\])?;", re.sub(r"//.*", "", body[1]))
 
 
-def test_names_and_order_match_the_header() -> None:
-    header = (TEMPLATES / "cuda/include/params.cuh").read_text()
-    assert _struct_fields(header, "Params") == [*params.MAPS, *params.POINTERS, *params.INTEGERS, "scale_log2"]
+NAMES = [*params.MAPS, *params.POINTERS, *params.INTEGERS, "scale_log2"]
+BACKWARD_NAMES = [
+    *backward_params.MAPS,
+    *backward_params.POINTERS,
+    *backward_params.STRIDES,
+    *backward_params.INTEGERS,
+    *backward_params.FLOATS,
+]
+STRUCTS = pytest.mark.parametrize(
+    ("header", "struct", "names", "packing"),
+    [("params", "Params", NAMES, params), ("backward_params", "BackwardParams", BACKWARD_NAMES, backward_params)],
+    ids=["forward", "backward"],
+)
 
 
-def test_offsets_match_what_a_compiler_lays_out(tmp_path: Path) -> None:
-    names = [*params.MAPS, *params.POINTERS, *params.INTEGERS, "scale_log2"]
-    prints = "".join(f'  printf("%zu\\n", offsetof(Params, {name}));\n' for name in names)
+@STRUCTS
+def test_names_and_order_match_the_header(header: str, struct: str, names: list[str], packing: ModuleType) -> None:
+    text = (TEMPLATES / f"cuda/include/{header}.cuh").read_text()
+    assert _struct_fields(text, struct) == names
+
+
+@STRUCTS
+def test_offsets_match_what_a_compiler_lays_out(
+    header: str, struct: str, names: list[str], packing: ModuleType, tmp_path: Path
+) -> None:
+    prints = "".join(f'  printf("%zu\\n", offsetof({struct}, {name}));\n' for name in names)
     source = tmp_path / "layout.cpp"
     source.write_text(
-        '#include <cstddef>\n#include <cstdio>\n#include "cuda/include/params.cuh"\n'
-        f'int main() {{\n{prints}  printf("%zu\\n", sizeof(Params));\n}}\n'
+        f'#include <cstddef>\n#include <cstdio>\n#include "cuda/include/{header}.cuh"\n'
+        f'int main() {{\n{prints}  printf("%zu\\n", sizeof({struct}));\n}}\n'
     )
     program = tmp_path / "layout"
     subprocess.run([find_cxx().path, "-I", TEMPLATES, source, "-o", program], check=True)
     printed = [
         int(line) for line in subprocess.run([program], check=True, capture_output=True, text=True).stdout.split()
     ]
-    pointers = params.SCALARS_OFFSET
-    integers = pointers + 8 * len(params.POINTERS)
-    expected = [128 * i for i in range(len(params.MAPS))]
-    expected += [pointers + 8 * i for i in range(len(params.POINTERS))]
-    expected += [integers + 4 * i for i in range(len(params.INTEGERS) + 1)]
-    assert printed == [*expected, params.BLOCK_BYTES]
+    maps = len(packing.MAPS)
+    sizes = [struct_module.calcsize(f"<{code}") for code in _codes(packing.SCALARS)]
+    begins = [packing.SCALARS_OFFSET + sum(sizes[:i]) for i in range(len(sizes))]
+    assert printed == [*(128 * i for i in range(maps)), *begins, packing.BLOCK_BYTES]
 
 
-def test_every_scalar_is_packed() -> None:
-    values = range(1, len(params.POINTERS) + len(params.INTEGERS) + 2)
-    packed = params.SCALARS.pack(*values)
-    assert list(params.SCALARS.unpack(packed)) == [float(v) if v == values[-1] else v for v in values]
+@STRUCTS
+def test_every_scalar_is_packed(header: str, struct: str, names: list[str], packing: ModuleType) -> None:
+    values = range(1, len(names) - len(packing.MAPS) + 1)
+    assert list(packing.SCALARS.unpack(packing.SCALARS.pack(*values))) == list(values)
+
+
+def _codes(scalars: struct_module.Struct) -> str:
+    """One letter a scalar."""
+    return "".join(int(count or 1) * code for count, code in re.findall(r"(\d*)([a-zA-Z])", scalars.format))
 
 
 @pytest.mark.parametrize(("max_items", "batch", "expected"), [(0, 0, 64 + 4), (10, 3, 64 + 640 + 16)])
 def test_work_list_bytes(max_items: int, batch: int, expected: int) -> None:
     assert params.work_list_bytes(max_items, batch) == expected
+
+
+def test_scratch_of_a_backward_is_dq_in_float32_and_delta() -> None:
+    total_q, heads, dim = 1000, 4, 96
+    assert backward_params.scratch_bytes(total_q, heads, dim) == 4 * total_q * heads * (dim + 1)
+    slots = backward_params.turn_slots(total_q, batch=7, block_m=64, parts=2)
+    assert slots == (15 + 7) * 2
+    assert (
+        backward_params.scratch_bytes(total_q, heads, dim, slots) == 4 * total_q * heads * (dim + 1) + 4 * heads * slots
+    )

@@ -1,0 +1,183 @@
+"""The backward launcher: one parameter block, three launches, and a fourth where the work list is new. Never waits."""
+
+from __future__ import annotations
+
+import torch
+
+from jagtile.runtime.artifact import Artifact, ArtifactMeta
+from jagtile.runtime.cuda import backward_params, driver, tensor_map, work_list
+from jagtile.runtime.cuda.block import ParameterBlock
+from jagtile.runtime.cuda.tensor_map import addressable
+from jagtile.runtime.errors import UnsupportedError
+
+_LOG2_E = 1.4426950408889634
+_BUILDER = "jagtile_build_work_list"
+_BUILDER_THREADS = 1024
+_PREPARE = "jagtile_backward_prepare"
+_FINISH = "jagtile_backward_finish"
+_ROW_THREADS = 256  # of prepare and finish, whose CTAs work off rows until there are none
+_ROW_CTAS_PER_SM = 8
+_ROWS_PER_CTA = 32  # at least; more than one pass a CTA only where every SM is full
+_MAX_ROWS = 1 << 31
+_MAP_WORDS = tensor_map.address_words(len(backward_params.MAPS))
+
+
+class CudaBackwardKernel:
+    """A loaded sm_90a backward (see BackwardKernel)."""
+
+    def __init__(self, artifact: Artifact, device: torch.device) -> None:
+        self.meta: ArtifactMeta = artifact.meta
+        launch = self.meta.launch
+        self._device = device.index if device.index is not None else torch.cuda.current_device()
+        self._block_m, self._block_n = launch["block_m"], launch["block_n"]
+        self._threads, self._smem = launch["num_threads"], launch["smem_bytes"]
+        self._causal, self._turns = launch["causal"], launch["turns"]
+        rows = (self._block_m, self._block_m, self._block_n, self._block_n, launch["store_rows"], launch["store_rows"])
+        self._sms = torch.cuda.get_device_properties(self._device).multi_processor_count
+        self._slots = self._sms * launch["ctas_per_sm"]
+        with torch.cuda.device(self._device):
+            driver.bind_primary_context(self._device)
+            module = driver.load_module(artifact.path.read_bytes())
+            self._kernel = driver.function(module, self.meta.symbol, self._smem)
+            self._builder, self._prepare, self._finish = (
+                driver.function(module, symbol) for symbol in (_BUILDER, _PREPARE, _FINISH)
+            )
+        self._launch = driver.Launcher(self._device)
+        self._maps = tensor_map.MapCache(self.meta.spec.split("_")[1], rows)
+        self._block = ParameterBlock(backward_params.BLOCK_BYTES)
+
+    def backward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        dout: torch.Tensor,
+        dlse: torch.Tensor | None,
+        dq: torch.Tensor,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+        scale: float,
+        bottom_right: bool,
+    ) -> None:
+        """Launch on the current stream of the tensors' device (see BackwardKernel).
+
+        Additions to dQ have a fixed order where ``torch.are_deterministic_algorithms_enabled()``.
+        """
+        total_q, heads, head_dim = q.shape
+        total_k, heads_kv, _ = v.shape
+        if total_q == 0 or total_k == 0:
+            for grad in (dq, dk, dv):
+                grad.zero_()
+            return
+        if torch._C._cuda_getDevice() != self._device:
+            with torch.cuda.device(self._device):
+                self.backward(
+                    q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, dq, dk, dv, scale, bottom_right
+                )
+            return
+        if not all(map(addressable, (q, k, v, out, dout, dq, dk, dv))):
+            self._backward_copies(
+                q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, dq, dk, dv, scale, bottom_right
+            )
+            return
+        if total_q * heads >= _MAX_ROWS:
+            raise UnsupportedError(f"{total_q} queries of {heads} heads; served: fewer than {_MAX_ROWS} in all")
+        lse = lse.contiguous()
+        dlse = None if dlse is None else dlse.contiguous()
+        block = self._block
+        mapped = (q, dout, k, v, dk, dv)
+        layout = (total_q > 1, total_k > 1, heads, heads_kv, *(tensor.stride() for tensor in mapped))
+        maps = self._maps.find(layout)
+        if maps is None:
+            block.data[: len(_MAP_WORDS) * tensor_map.MAP_BYTES] = self._maps.encode(layout, mapped)
+        else:
+            block.data[: len(maps)] = maps
+            for word, tensor in zip(_MAP_WORDS, mapped, strict=True):
+                block.words[word] = tensor.data_ptr()
+
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        stream: int = torch._C._cuda_getCurrentRawStream(self._device)
+        key = ("bwd", self._block_m, self._block_n, self._causal, bottom_right, deterministic, stream)
+        found = None if work_list.rebuilt_now() else work_list.find(cu_seqlens_q, cu_seqlens_k, key)
+        items = found or work_list.allocate(cu_seqlens_q, total_q, total_k, self._block_n, of_keys=True)
+        tiles = items.max_items * heads_kv
+        if tiles > work_list.MAX_TILES:
+            raise UnsupportedError(f"up to {tiles} tiles of keys and heads; served: {work_list.MAX_TILES}")
+        slots = backward_params.turn_slots(total_q, items.batch, self._block_m, self._turns) if deterministic else 0
+        scratch = q.new_empty(backward_params.scratch_bytes(total_q, heads, head_dim, slots) // 4, dtype=torch.float32)
+        dq_sums = scratch.data_ptr()
+        delta = dq_sums + 4 * backward_params.sum_floats(total_q, heads, head_dim)
+        turns = delta + 4 * backward_params.delta_floats(total_q, heads) if deterministic else 0
+        backward_params.SCALARS.pack_into(
+            block.data,
+            backward_params.SCALARS_OFFSET,
+            cu_seqlens_q.data_ptr(),
+            cu_seqlens_k.data_ptr(),
+            items.address,
+            lse.data_ptr(),
+            0 if dlse is None else dlse.data_ptr(),
+            out.data_ptr(),
+            dout.data_ptr(),
+            dq.data_ptr(),
+            delta,
+            dq_sums,
+            turns,
+            *out.stride()[:2],
+            *dout.stride()[:2],
+            *dq.stride()[:2],
+            items.batch,
+            heads,
+            heads // heads_kv,
+            total_q,
+            items.max_items,
+            (cu_seqlens_q.dtype == torch.int64) + 2 * (cu_seqlens_k.dtype == torch.int64),
+            bottom_right,
+            self._block_m,
+            self._block_n,
+            self._causal,
+            slots,
+            scale,
+            scale * _LOG2_E,
+        )
+        launch, arguments = self._launch, block.arguments
+        if found is None:
+            launch(self._builder, 1, _BUILDER_THREADS, 0, stream, arguments)
+            work_list.keep(cu_seqlens_q, cu_seqlens_k, key, items)
+        row_ctas = min(-(-total_q * heads // _ROWS_PER_CTA), self._sms * _ROW_CTAS_PER_SM)
+        launch(self._prepare, row_ctas, _ROW_THREADS, 0, stream, arguments)
+        launch(self._kernel, min(self._slots, tiles), self._threads, self._smem, stream, arguments)
+        launch(self._finish, row_ctas, _ROW_THREADS, 0, stream, arguments)
+
+    def _backward_copies(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        dout: torch.Tensor,
+        dlse: torch.Tensor | None,
+        dq: torch.Tensor,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+        scale: float,
+        bottom_right: bool,
+    ) -> None:
+        """Layouts that TMA cannot address, or that have no 16-byte pieces, are copied; gradients are copied back."""
+        q, k, v, out, dout = (
+            t if addressable(t) else t.clone(memory_format=torch.contiguous_format) for t in (q, k, v, out, dout)
+        )
+        grads = (dq, dk, dv)
+        new = [t if addressable(t) else torch.empty_like(t, memory_format=torch.contiguous_format) for t in grads]
+        self.backward(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, *new, scale=scale, bottom_right=bottom_right
+        )
+        for grad, found in zip(grads, new, strict=True):
+            if found is not grad:
+                grad.copy_(found)

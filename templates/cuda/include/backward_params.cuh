@@ -1,0 +1,49 @@
+// The parameter block of every CUDA backward (runtime/cuda/backward_params.py packs the same bytes). A backward's cubin
+// has four kernels that take it, launched in this order on one stream:
+//   jagtile_build_work_list     once a batch: the list of key blocks
+//   jagtile_backward_prepare    delta = rowsum(dO * O) - dlse; zeroes dq_sums and turns
+//   <the variant's symbol>      dK and dV, which it writes whole, and dQ / scale, which it adds to dq_sums
+//   jagtile_backward_finish     dq = scale * dq_sums
+// dq_sums has no padding: head_dim floats a query and head, in an order that is between main kernel and finish.
+#pragma once
+
+#include "cuda/include/params.cuh"
+
+struct alignas(64) BackwardParams {
+  TensorMap map_q;     // ragged maps; boxes of block_m rows
+  TensorMap map_dout;  // block_m rows
+  TensorMap map_k;     // block_n rows
+  TensorMap map_v;     // block_n rows
+  TensorMap map_dk;    // store_rows rows (launch facts of the variant)
+  TensorMap map_dv;    // store_rows rows
+  const void* cu_seqlens_q;  // (batch + 1) int32 or int64
+  const void* cu_seqlens_k;
+  void* work_list;           // WorkListHeader, items in two orders, (batch + 1) scratch ints
+  const float* lse;          // (heads, total_q), natural log
+  const float* dlse;         // (heads, total_q) or null
+  const void* out;           // (total_q, heads, head_dim_v), rows of 16-byte pieces
+  const void* dout;
+  void* dq;                  // (total_q, heads, head_dim), rows of 16-byte pieces
+  float* delta;              // (heads, total_q)
+  float* dq_sums;            // heads * total_q * head_dim
+  int* turns;                // deterministic: (heads, turn_slots), whose turn it is to add to a part of dq_sums; or null
+  long long out_token;       // strides, in elements
+  long long out_head;
+  long long dout_token;
+  long long dout_head;
+  long long dq_token;
+  long long dq_head;
+  int batch;
+  int heads;
+  int gqa_ratio;             // heads / heads_kv
+  int total_q;               // heads * total_q < 2^31
+  int max_items;             // capacity of the work list
+  int wide_offsets;          // bit 0: cu_seqlens_q is int64, bit 1: cu_seqlens_k is
+  int bottom_right;          // causal alignment of unequal lengths
+  int block_m;               // for the work list builder only; constants in the attention kernels
+  int block_n;
+  int causal;
+  int turn_slots;            // (total_q / block_m + batch) * turns a query block
+  float scale;               // of any sign
+  float scale_log2;          // times log2(e)
+};
