@@ -1,0 +1,180 @@
+// The emulated machine: CTAs of fibers, one a CUDA thread, of which one runs at a time.
+#pragma once
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "emulator.h"
+
+namespace emu {
+
+struct Cta;
+struct Fiber;
+struct Warp;
+struct Warpgroup;
+
+constexpr uint32_t kWindowBytes = 256 * 1024;  // of shared addresses
+constexpr uint32_t kGranule = 16;              // bytes that writes through the generic proxy are followed by
+constexpr uint32_t kFull = 0xFFFFFFFFu;
+
+struct CopyGroup {
+  int unread = 0, unwritten = 0;  // copies that have not read their source, or are not complete
+  Fiber* waiting = nullptr;
+};
+
+struct CopyArrival {  // an mbarrier that waits for the cp.async before it
+  uint32_t barrier;
+  uint64_t end;
+  int remaining;
+};
+
+struct Fiber : Thread {
+  enum class State { kReady, kBlocked, kExited };
+  void* stack_pointer = nullptr;
+  char* stack = nullptr;
+  Cta* cta = nullptr;
+  Warp* warp = nullptr;
+  int index = 0, lane = 0;
+  State state = State::kReady;
+  std::string waits_for;    // while blocked
+  void* caller = nullptr;   // where in the kernel it last entered the runtime
+  uint64_t result = 0;      // of the collective that woke it
+  std::shared_ptr<CopyGroup> open_bulk;
+  std::deque<std::shared_ptr<CopyGroup>> bulk;
+  std::shared_ptr<CopyGroup> open_copies;  // cp.async
+  std::deque<std::shared_ptr<CopyGroup>> copies;
+  uint64_t copies_issued = 0;
+  int copies_outstanding = 0;
+  std::vector<CopyArrival> arrivals;
+  std::vector<uint32_t> unfenced;         // granules written through the generic proxy since the last proxy fence
+  std::vector<uint32_t> unfenced_barriers;
+};
+
+struct Collective {
+  uint32_t mask = 0;  // who takes part; with `aligned` whoever of the warp has not exited
+  bool aligned = false;
+  const char* kind = nullptr;
+  uint64_t tag = 0;  // must agree
+  uint32_t arrived = 0;
+  uint64_t value[32] = {}, extra[32] = {}, result[32] = {};
+  bool (*finish)(Warp&, Collective&) = nullptr;  // true: the lanes go on; false: whoever completes the wait wakes them
+};
+
+struct Accumulators {  // of a warpgroup, while products are in flight
+  int n = 0;
+  std::vector<float> values;       // 64 x n
+  std::vector<float*> registers;   // 128 threads x n / 2
+  bool registered[4] = {};
+  uint64_t last_operation[4] = {}; // one past the last operation that a warp issued on them
+};
+
+struct PendingProduct {
+  Wgmma operation;
+  std::shared_ptr<Accumulators> accumulators;
+  RegisterA a[128][4];
+  int issued = 0;  // warps
+};
+
+struct Warpgroup {
+  Cta* cta = nullptr;
+  int index = 0;
+  std::deque<std::shared_ptr<PendingProduct>> products;  // numbers first_product...
+  uint64_t first_product = 0, executed = 0;
+  std::map<int, int> registers;  // by warp, of setmaxnreg
+};
+
+struct Warp {
+  Cta* cta = nullptr;
+  Warpgroup* group = nullptr;
+  int index = 0;
+  Fiber* lanes[32] = {};
+  uint32_t live = 0, ready = 0, pass = 0;  // lanes; `pass`: those that are still to run in the current turn
+  bool queued = false;
+  std::vector<std::unique_ptr<Collective>> open;
+  // wgmma
+  uint64_t issued = 0;
+  std::deque<uint64_t> committed;  // operations issued before each commit that has not been waited for
+  std::vector<std::shared_ptr<Accumulators>> in_flight;
+  bool fenced = false, waiting = false;
+  uint64_t wait_target = 0;
+  int registers = 0;
+};
+
+struct NamedBarrier {
+  int arrived = 0, expected = 0;
+  std::vector<Fiber*> waiting;
+  Reduce reduce = Reduce::kNone;
+  int trues = 0, votes = 0;
+};
+
+struct Mbarrier {
+  uint32_t expected = 0, pending = 0;
+  int64_t bytes = 0;
+  uint64_t phase = 0;
+  bool visible_to_copies = false;
+  std::vector<Fiber*> waiting;
+};
+
+struct Cta {
+  Dim3 block{};
+  int index = 0;
+  char* shared = nullptr;  // of kWindowBytes; address 0 is its first byte
+  uint32_t dynamic_bytes = 0, end = 0;
+  std::map<int, uint32_t> statics;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<std::unique_ptr<Warp>> warps;
+  std::vector<std::unique_ptr<Warpgroup>> groups;
+  std::map<int, NamedBarrier> barriers;
+  std::map<uint32_t, Mbarrier> mbarriers;
+  std::vector<int> unfenced_writer;  // of a granule: thread + 1
+  int live = 0, copies = 0;          // threads; asynchronous operations on its shared memory
+};
+
+struct AsyncOperation {
+  std::function<void()> run;
+};
+
+// ---- schedule.cpp
+struct Random {
+  uint64_t state = 1;
+  uint64_t next() {
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return state * 0x2545F4914F6CDD1Dull;
+  }
+  uint32_t below(uint32_t bound) { return static_cast<uint32_t>((next() >> 32) * bound >> 32); }
+  bool chance(double probability) { return (next() >> 11) * 0x1p-53 < probability; }
+};
+extern Random rng;
+extern double early_products;  // probability that a product is carried out at once
+
+Fiber& current();
+void sleep(std::string why);  // until woken
+void wake(Fiber& fiber);
+uint64_t converge(uint32_t mask, bool aligned, const char* kind, uint64_t tag, uint64_t value, uint64_t extra,
+                  bool (*finish)(Warp&, Collective&));
+void queue(Cta& cta, bool touches_shared, std::function<void()> run);
+std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
+
+#define EMU_ENTER() (current().caller = __builtin_return_address(0))
+
+// ---- barriers.cpp
+std::string describe(Cta& cta, uint32_t mbarrier);
+void check_usable_by_copies(Cta& cta, uint32_t mbarrier);
+void complete_bytes(Cta& cta, uint32_t mbarrier, uint32_t bytes);
+void arrive(Cta& cta, uint32_t mbarrier, uint32_t count);
+void expect_arrivals(Cta& cta, uint32_t mbarrier, uint32_t count);  // in this phase, besides those of every phase
+void recheck_thread_barriers(Cta& cta);  // after a thread has exited
+
+// ---- copies.cpp
+void check_fenced(Cta& cta, uint32_t address, uint32_t bytes, const char* reader);
+void mark_written(Fiber& fiber, uint32_t address, uint32_t bytes);  // through the generic proxy
+void check_exit(Fiber& fiber);
+char* window(Cta& cta, uint32_t address, uint32_t bytes);
+
+}  // namespace emu

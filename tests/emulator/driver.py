@@ -1,0 +1,303 @@
+"""Stands in for ``cuda.bindings.driver`` and for torch's CUDA: the real launchers run on tensors of the CPU.
+
+``with emulated(): ...`` puts it in place. "Images" of modules are paths of shared objects made by build.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import struct
+import subprocess
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from jagtile.runtime.cuda import driver as jagtile_driver
+from jagtile.runtime.cuda import tensor_map, work_list
+
+_MAGIC = 0x544D4150
+_MAP_BYTES = 128
+
+
+class EmulatorError(Exception):
+    """A kernel did what it must not; the message says which thread, at which instruction."""
+
+
+class CUresult(enum.IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_VALUE = 1
+    CUDA_ERROR_INVALID_CONTEXT = 201
+    CUDA_ERROR_NOT_FOUND = 500
+
+
+class CUtensorMapDataType(enum.IntEnum):
+    CU_TENSOR_MAP_DATA_TYPE_UINT8 = 0
+    CU_TENSOR_MAP_DATA_TYPE_UINT16 = 1
+    CU_TENSOR_MAP_DATA_TYPE_UINT32 = 2
+    CU_TENSOR_MAP_DATA_TYPE_INT32 = 3
+    CU_TENSOR_MAP_DATA_TYPE_UINT64 = 4
+    CU_TENSOR_MAP_DATA_TYPE_INT64 = 5
+    CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6
+    CU_TENSOR_MAP_DATA_TYPE_FLOAT32 = 7
+    CU_TENSOR_MAP_DATA_TYPE_FLOAT64 = 8
+    CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9
+
+
+_ELEMENT_BYTES = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8, 6: 2, 7: 4, 8: 8, 9: 2}
+
+
+class CUtensorMapSwizzle(enum.IntEnum):
+    CU_TENSOR_MAP_SWIZZLE_NONE = 0
+    CU_TENSOR_MAP_SWIZZLE_32B = 1
+    CU_TENSOR_MAP_SWIZZLE_64B = 2
+    CU_TENSOR_MAP_SWIZZLE_128B = 3
+
+
+class CUtensorMapInterleave(enum.IntEnum):
+    CU_TENSOR_MAP_INTERLEAVE_NONE = 0
+
+
+class CUtensorMapL2promotion(enum.IntEnum):
+    CU_TENSOR_MAP_L2_PROMOTION_NONE = 0
+    CU_TENSOR_MAP_L2_PROMOTION_L2_64B = 1
+    CU_TENSOR_MAP_L2_PROMOTION_L2_128B = 2
+    CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3
+
+
+class CUtensorMapFloatOOBfill(enum.IntEnum):
+    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0
+
+
+class CUfunctionAttribute(enum.IntEnum):
+    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+    CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT = 9
+
+
+def encode_map(
+    kind: int,
+    rank: int,
+    address: int,
+    dims: Sequence[int],
+    strides: Sequence[int],
+    box: Sequence[int],
+    swizzle: int,
+) -> bytes:
+    """The 128 bytes that cpp/copies.cpp reads. ValueError for what cuTensorMapEncodeTiled refuses."""
+    size = _ELEMENT_BYTES[kind]
+    inner = box[0] * size
+
+    def check(legal: bool, what: str) -> None:
+        if not legal:
+            raise ValueError(f"tensor map: {what}")
+
+    check(1 <= rank <= 5, f"rank {rank}")
+    check(len(dims) == len(box) == rank and len(strides) == rank - 1, f"{dims}, {strides}, {box} for rank {rank}")
+    check(address % 16 == 0 and address > 0, f"address {address:#x} is not a multiple of 16")
+    check(all(1 <= extent <= 1 << 32 for extent in dims), f"extents {dims}")
+    check(all(stride % 16 == 0 and 0 < stride < 1 << 40 for stride in strides), f"strides {strides}")
+    check(all(1 <= extent <= 256 for extent in box), f"box {box}")
+    check(inner % 16 == 0, f"the box is {inner} bytes wide")
+    check(swizzle == 0 or inner <= 16 << swizzle, f"the box is {inner} bytes wide under swizzle {swizzle}")
+
+    def padded(values: Sequence[int], to: int) -> list[int]:
+        return [*values, *[0] * (to - len(values))]
+
+    last = padded([extent - 1 for extent in dims], 5)
+    data = struct.pack(
+        "<QI4B5I5HH4Q", address, _MAGIC, rank, size, swizzle, kind, *last, *padded(box, 5), 0, *padded(strides, 4)
+    )
+    return data.ljust(_MAP_BYTES, b"\0")
+
+
+@dataclass
+class _Function:
+    library: ctypes.CDLL
+    path: Path
+    name: str
+    dynamic_smem: int = 48 * 1024
+
+
+class _Parameters:
+    """A launch's own copy of its parameters, aligned as constant memory is."""
+
+    def __init__(self, library: ctypes.CDLL, name: str, arguments: int) -> None:
+        sizes = ctypes.cast(getattr(library, f"emu_sizes_{name}"), ctypes.POINTER(ctypes.c_uint))
+        self._buffers, pointers = [], []
+        while size := sizes[len(pointers)]:
+            buffer = ctypes.create_string_buffer(size + 64)
+            aligned = -(-ctypes.addressof(buffer) // 64) * 64
+            ctypes.memmove(aligned, ctypes.c_void_p.from_address(arguments + 8 * len(pointers)).value or 0, size)
+            self._buffers.append(buffer)
+            pointers.append(aligned)
+        self.pointers = (ctypes.c_void_p * len(pointers))(*pointers)
+
+
+@dataclass
+class Machine:
+    """The emulated device: how many CTAs it holds at a time, and the seed of the next launch's schedule."""
+
+    processors: int = 2
+    seed: int = 0
+    launches: list[tuple[str, int, int, int]] = field(default_factory=list)  # kernel, CTAs, threads, shared memory
+    ranges: list[tuple[int, int]] = field(default_factory=list)  # of global memory that copies may touch; none: any
+
+    def allow(self, *tensors: torch.Tensor | None) -> None:
+        """Let copies touch the storages of these tensors."""
+        for tensor in tensors:
+            if tensor is not None:
+                storage = tensor.untyped_storage()
+                self.ranges.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+
+    def launch(
+        self, function: _Function, grid: Sequence[int], block: Sequence[int], smem: int, arguments: int
+    ) -> tuple[CUresult]:
+        name = function.name
+        if smem > function.dynamic_smem:
+            raise EmulatorError(f"{name}: {smem} B of shared memory, allowed are {function.dynamic_smem}")
+        self.launches.append((name, grid[0] * grid[1] * grid[2], block[0] * block[1] * block[2], smem))
+        library = function.library
+        entry = ctypes.cast(getattr(library, f"emu_entry_{name}"), ctypes.c_void_p)
+        flat = [word for pair in self.ranges for word in pair]
+        library.emu_allow((ctypes.c_uint64 * len(flat))(*flat), len(self.ranges))
+        library.emu_launch.restype = ctypes.c_char_p
+        unsigned3 = ctypes.c_uint * 3
+        parameters = _Parameters(library, name, arguments)
+        error = library.emu_launch(
+            entry,
+            parameters.pointers,
+            unsigned3(*grid),
+            unsigned3(*block),
+            ctypes.c_uint(smem),
+            self.processors * (2 if block[0] <= 256 else 1),
+            ctypes.c_uint64(self.seed),
+        )
+        self.seed += 1
+        if error is not None:
+            text = error.decode()
+            raise EmulatorError(f"{name}, seed {self.seed - 1}: {_with_places(text, library, function.path)}")
+        return (CUresult.CUDA_SUCCESS,)
+
+
+def _with_places(text: str, library: ctypes.CDLL, path: Path) -> str:
+    """Addresses (``@0x...``) as functions and lines of the translated source, if addr2line is there."""
+    import re
+
+    base = ctypes.cast(library.emu_launch, ctypes.c_void_p).value or 0
+    try:
+        symbols = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
+        offset = next(int(line.split()[0], 16) for line in symbols.splitlines() if line.endswith(" T emu_launch"))
+    except (OSError, subprocess.CalledProcessError, StopIteration):
+        return text
+
+    def place(match: re.Match[str]) -> str:
+        address = hex(int(match[1], 16) - base + offset - 1)
+        try:
+            command = ["addr2line", "-Cfipse", str(path), address]
+            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            return match[0]
+        names = [re.sub(r"^ *\(inlined by\) ", "", line).split("(")[0].strip() for line in found.splitlines()]
+        line = re.findall(r":(\d+)", found)
+        return f"in {' < '.join(names)} ({path.with_suffix('.cpp').name}:{line[-1] if line else '?'})"
+
+    return re.sub(r"@(0x[0-9a-f]+)", place, text)
+
+
+def _bindings(machine: Machine) -> types.ModuleType:
+    """The module ``cuda.bindings.driver``, as far as jagtile.runtime.cuda uses it."""
+    module = types.ModuleType("cuda.bindings.driver")
+    success = CUresult.CUDA_SUCCESS
+
+    def load(image: bytes) -> tuple[CUresult, Any]:
+        path = Path(image.decode())
+        return success, SimpleNamespace(library=ctypes.CDLL(str(path)), path=path)
+
+    def get_function(loaded: Any, symbol: bytes) -> tuple[CUresult, Any]:
+        name = symbol.decode()
+        if not hasattr(loaded.library, f"emu_entry_{name}"):
+            return CUresult.CUDA_ERROR_NOT_FOUND, None
+        return success, _Function(loaded.library, loaded.path, name)
+
+    def set_attribute(function: _Function, attribute: int, value: int) -> tuple[CUresult]:
+        if attribute == CUfunctionAttribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES:
+            if value > 227 * 1024:
+                return (CUresult.CUDA_ERROR_INVALID_VALUE,)
+            function.dynamic_smem = value
+        return (success,)
+
+    def encode(kind, rank, address, dims, strides, box, steps, interleave, swizzle, promotion, fill):  # type: ignore[no-untyped-def]
+        if list(steps) != [1] * rank or interleave != 0 or fill != 0:
+            return CUresult.CUDA_ERROR_INVALID_VALUE, None
+        data = ctypes.create_string_buffer(encode_map(int(kind), rank, address, dims, strides, box, int(swizzle)))
+        return success, SimpleNamespace(getPtr=lambda: ctypes.addressof(data), keep=data)
+
+    def launch(function, gx, gy, gz, bx, by, bz, smem, stream, arguments, extra):  # type: ignore[no-untyped-def]
+        return machine.launch(function, (gx, gy, gz), (bx, by, bz), smem, arguments)
+
+    def launch_ex(config, function, arguments, extra):  # type: ignore[no-untyped-def]
+        grid = (config.gridDimX, config.gridDimY, config.gridDimZ)
+        threads = (config.blockDimX, config.blockDimY, config.blockDimZ)
+        return machine.launch(function, grid, threads, config.sharedMemBytes, arguments)
+
+    for name, member in {
+        "CUresult": CUresult,
+        "CUtensorMapDataType": CUtensorMapDataType,
+        "CUtensorMapSwizzle": CUtensorMapSwizzle,
+        "CUtensorMapInterleave": CUtensorMapInterleave,
+        "CUtensorMapL2promotion": CUtensorMapL2promotion,
+        "CUtensorMapFloatOOBfill": CUtensorMapFloatOOBfill,
+        "CUfunction_attribute": CUfunctionAttribute,
+        "CUlaunchConfig": SimpleNamespace,
+        "CUlaunchAttribute": SimpleNamespace,
+        "CUlaunchAttributeValue": SimpleNamespace,
+        "cuuint32_t": int,
+        "cuuint64_t": int,
+        "cuInit": lambda _: (success,),
+        "cuGetErrorString": lambda code: (success, code.name.encode()),
+        "cuDevicePrimaryCtxRetain": lambda _: (success, "context"),
+        "cuCtxSetCurrent": lambda _: (success,),
+        "cuModuleLoadData": load,
+        "cuModuleGetFunction": get_function,
+        "cuFuncSetAttribute": set_attribute,
+        "cuTensorMapEncodeTiled": encode,
+        "cuLaunchKernel": launch,
+        "cuLaunchKernelEx": launch_ex,
+    }.items():
+        setattr(module, name, member)
+    return module
+
+
+@contextmanager
+def emulated(processors: int = 2, seed: int = 0) -> Iterator[Machine]:
+    """Inside, jagtile.runtime.cuda finds a device with this many processors, and torch.cuda answers accordingly."""
+    machine = Machine(processors, seed)
+    bindings = _bindings(machine)
+    package, parent = types.ModuleType("cuda"), types.ModuleType("cuda.bindings")
+    package.bindings, parent.driver = parent, bindings  # type: ignore[attr-defined]
+    modules = {"cuda": package, "cuda.bindings": parent, "cuda.bindings.driver": bindings}
+    properties = SimpleNamespace(multi_processor_count=processors, major=9, minor=0)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(sys.modules, modules))
+        for target, name, answer in (
+            (torch._C, "_cuda_getDevice", lambda: 0),
+            (torch._C, "_cuda_getCurrentRawStream", lambda _: 0),
+            (torch._C, "_cuda_isCurrentStreamCapturing", lambda: False),
+            (torch.cuda, "device", lambda _: torch.no_grad()),
+            (torch.cuda, "current_device", lambda: 0),
+            (torch.cuda, "get_device_properties", lambda _: properties),
+            (work_list, "_ENTRIES", {}),
+        ):
+            stack.enter_context(mock.patch.object(target, name, answer, create=True))
+        for cached in (jagtile_driver.bindings, tensor_map.address_comes_first):
+            cached.cache_clear()
+            stack.callback(cached.cache_clear)
+        yield machine
