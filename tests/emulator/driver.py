@@ -119,7 +119,7 @@ def encode_map(
 
 
 @dataclass
-class _Function:
+class Function:
     library: ctypes.CDLL
     path: Path
     name: str
@@ -158,7 +158,7 @@ class Machine:
                 self.ranges.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
 
     def launch(
-        self, function: _Function, grid: Sequence[int], block: Sequence[int], smem: int, arguments: int
+        self, function: Function, grid: Sequence[int], block: Sequence[int], smem: int, arguments: int
     ) -> tuple[CUresult]:
         name = function.name
         if smem > function.dynamic_smem:
@@ -225,9 +225,9 @@ def _bindings(machine: Machine) -> types.ModuleType:
         name = symbol.decode()
         if not hasattr(loaded.library, f"emu_entry_{name}"):
             return CUresult.CUDA_ERROR_NOT_FOUND, None
-        return success, _Function(loaded.library, loaded.path, name)
+        return success, Function(loaded.library, loaded.path, name)
 
-    def set_attribute(function: _Function, attribute: int, value: int) -> tuple[CUresult]:
+    def set_attribute(function: Function, attribute: int, value: int) -> tuple[CUresult]:
         if attribute == CUfunctionAttribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES:
             if value > 227 * 1024:
                 return (CUresult.CUDA_ERROR_INVALID_VALUE,)

@@ -1,12 +1,17 @@
-"""Variants as artifacts that the emulated driver loads."""
+"""Variants as artifacts that the emulated driver loads; kernels of a few lines, for the emulator's own tests."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from emulator.build import build, cache_folder
+from emulator.driver import Function, Machine
+from jagtile.generator import render as rendering
 from jagtile.generator.render import Source, render
 from jagtile.generator.tile import Variant
 from jagtile.runtime.artifact import ABI_VERSION, Artifact, ArtifactMeta, CompileReport
@@ -35,6 +40,40 @@ def artifact(variant: Variant, change: Callable[[Source], Source] | None = None)
         report=CompileReport(),
     )
     return Artifact(meta, Path(image), "built")
+
+
+class Snippet:
+    """A CUDA text that is no variant's; ``Snippet(text)("name", grid, threads, arguments..., smem=0)`` runs a kernel.
+
+    Includes of templates/ work. Arguments are tensors (their address is passed), integers (int), floats (float) and
+    bytes (a tensor map of driver.encode_map, of 128 bytes, for a parameter ``const __grid_constant__ TensorMap``).
+    """
+
+    def __init__(self, text: str) -> None:
+        self._path = build(Source(text, ".cu", rendering._headers(text)))
+
+    def __call__(
+        self,
+        name: str,
+        grid: int,
+        threads: int,
+        *arguments: torch.Tensor | int | float | bytes,
+        smem: int = 0,
+        machine: Machine | None = None,
+    ) -> None:
+        library = ctypes.CDLL(str(self._path))
+        values = [_as_c(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        function = Function(library, self._path, name, 227 * 1024)
+        (machine or Machine()).launch(function, (grid, 1, 1), (threads, 1, 1), smem, ctypes.addressof(pointers))
+
+
+def _as_c(argument: torch.Tensor | int | float | bytes) -> ctypes._CData:
+    if isinstance(argument, torch.Tensor):
+        return ctypes.c_uint64(argument.data_ptr())
+    if isinstance(argument, bytes):
+        return ctypes.create_string_buffer(argument, len(argument))
+    return ctypes.c_int(argument) if isinstance(argument, int) else ctypes.c_float(argument)
 
 
 def substitution(old: str, new: str, count: int = 1) -> Callable[[Source], Source]:

@@ -154,7 +154,7 @@ uint32_t barrier(int id, int threads, bool aligned, bool wait, Reduce reduce, bo
       fiber.state = Fiber::State::kBlocked;
     }
     complete(here, needed_by(here, *fiber.cta));
-    if (wait) sleep(format("barrier %d, %d threads", id, threads));
+    if (wait) sleep({"barrier %d of %d threads", static_cast<uint32_t>(id), static_cast<uint32_t>(threads)});
     return static_cast<uint32_t>(fiber.result);
   }
   return static_cast<uint32_t>(converge(kFull, true, wait ? "bar.sync" : "bar.arrive", tag, value, 0,
@@ -168,7 +168,8 @@ uint32_t barrier(int id, int threads, bool aligned, bool wait, Reduce reduce, bo
       here.trues += all.value[lane] != 0;
       if (!arrival.wait) continue;
       here.waiting.push_back(warp.lanes[lane]);
-      warp.lanes[lane]->waits_for = format("barrier %d of %d threads", arrival.id, arrival.threads);
+      warp.lanes[lane]->waits_for = {"barrier %d of %d threads", static_cast<uint32_t>(arrival.id),
+                                     static_cast<uint32_t>(arrival.threads)};
     }
     complete(here, needed_by(here, *warp.cta));
     return !arrival.wait;
@@ -297,7 +298,7 @@ bool mbarrier_wait(uint32_t address, bool parity, bool may_block) {
     poll();
   } else {
     barrier.waiting.push_back(&fiber);
-    sleep(format("the phase of parity %d of mbarrier 0x%x", parity, address));
+    sleep({"the phase of parity %d of mbarrier 0x%x", parity, address});
   }
   return (found(*fiber.cta, address).phase & 1) != parity;  // not, if a whole phase more went by
 }

@@ -352,7 +352,7 @@ void bulk_wait(int pending, bool read_only) {
   for (size_t i = 0; i < count; ++i) {
     while (!done(*fiber.bulk[i])) {
       fiber.bulk[i]->waiting = &fiber;
-      sleep("cp.async.bulk.wait_group");
+      sleep({"cp.async.bulk.wait_group", 0, 0});
     }
   }
   while (!fiber.bulk.empty() && fiber.bulk.front()->unwritten == 0) fiber.bulk.pop_front();
@@ -411,7 +411,7 @@ void async_wait(int pending) {
   while (fiber.copies.size() > static_cast<size_t>(pending)) {
     while (fiber.copies.front()->unwritten) {
       fiber.copies.front()->waiting = &fiber;
-      sleep("cp.async.wait_group");
+      sleep({"cp.async.wait_group", 0, 0});
     }
     fiber.copies.pop_front();
   }

@@ -32,6 +32,12 @@ struct CopyArrival {  // an mbarrier that waits for the cp.async before it
   int remaining;
 };
 
+// Why a thread waits: a format of one or two integers, written out only in reports.
+struct Reason {
+  const char* text = "";
+  uint32_t first = 0, second = 0;
+};
+
 struct Fiber : Thread {
   enum class State { kReady, kBlocked, kExited };
   void* stack_pointer = nullptr;
@@ -40,7 +46,7 @@ struct Fiber : Thread {
   Warp* warp = nullptr;
   int index = 0, lane = 0;
   State state = State::kReady;
-  std::string waits_for;    // while blocked
+  Reason waits_for;         // while blocked
   void* caller = nullptr;   // where in the kernel it last entered the runtime
   uint64_t result = 0;      // of the collective that woke it
   std::shared_ptr<CopyGroup> open_bulk;
@@ -154,12 +160,12 @@ extern Random rng;
 extern double early_products;  // probability that a product is carried out at once
 
 Fiber& current();
-void sleep(std::string why);  // until woken
+void sleep(Reason why);  // until woken
 void wake(Fiber& fiber);
 uint64_t converge(uint32_t mask, bool aligned, const char* kind, uint64_t tag, uint64_t value, uint64_t extra,
                   bool (*finish)(Warp&, Collective&));
 void queue(Cta& cta, bool touches_shared, std::function<void()> run);
-std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
+std::string format(const char* text, ...);
 
 #define EMU_ENTER() (current().caller = __builtin_return_address(0))
 

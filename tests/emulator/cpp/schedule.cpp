@@ -246,7 +246,8 @@ std::string stuck() {
       for (int lane = 0; lane < 32; ++lane) {
         const Fiber* fiber = warp->lanes[lane];
         if (fiber == nullptr || fiber->state == Fiber::State::kExited) continue;
-        const std::string why = fiber->state == Fiber::State::kReady ? "polls" : fiber->waits_for;
+        const Reason& reason = fiber->waits_for;
+        const std::string why = fiber->state == Fiber::State::kReady ? "polls" : format(reason.text, reason.first, reason.second);
         reasons[format("%s @%p", why.c_str(), fiber->caller)] |= 1u << lane;
       }
       for (auto& [why, lanes] : reasons) {
@@ -332,14 +333,14 @@ void fail(const char* text, ...) {
 
 Fiber& current() { return *static_cast<Fiber*>(self); }
 
-void sleep(std::string why) {
+void sleep(Reason why) {
   Fiber& fiber = current();
   if (fiber.warp->ready >> fiber.lane & 1) {  // woken before it slept
     to_scheduler();
     return;
   }
   fiber.state = Fiber::State::kBlocked;
-  fiber.waits_for = std::move(why);
+  fiber.waits_for = why;
   to_scheduler();
 }
 
@@ -398,7 +399,7 @@ uint64_t converge(uint32_t mask, bool aligned, const char* kind, uint64_t tag, u
   collective.value[fiber.lane] = value;
   collective.extra[fiber.lane] = extra;
   fiber.state = Fiber::State::kBlocked;
-  fiber.waits_for = format("%s, mask %08x", kind, aligned ? warp.live : mask);
+  fiber.waits_for = {kind, 0, 0};
   try_finish(warp, position);
   to_scheduler();  // even if all have come: lanes leave together
   return fiber.result;

@@ -304,7 +304,7 @@ void wgmma_wait(int pending) {
       return true;
     }
     warp.waiting = true;
-    for (Fiber* fiber : warp.lanes) fiber->waits_for = "wgmma.wait_group, for the warpgroup's other warps to issue";
+    for (Fiber* fiber : warp.lanes) fiber->waits_for = {"wgmma.wait_group, for the warpgroup's other warps to issue", 0, 0};
     return false;
   });
   // Drop what every warp has been given.

@@ -1,0 +1,123 @@
+"""The generated Hopper forward on the emulator: numbers against the float64 oracle, under several schedules."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+
+import pytest
+import torch
+from emulator import kernels
+from emulator.driver import emulated
+
+from jagtile.generator.oracle import errors, reference, tolerance
+from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig, Sm90ForwardSpace
+from jagtile.generator.spec import KernelSpec
+from jagtile.generator.tile import Variant
+from jagtile.generator.workloads import JaggedBatch, Workload
+from jagtile.runtime import cuda
+from jagtile.runtime.artifact import Artifact
+
+# Every mechanism of the template once: (spec, what differs from its default config).
+CASES: tuple[tuple[str, dict[str, int]], ...] = (
+    ("fwd_bf16_d64", {}),
+    ("fwd_bf16_d64_causal", {"block_m": 64, "block_n": 32, "ctas_per_sm": 2, "q_stages": 2}),
+    ("fwd_bf16_d128_causal", {"block_n": 64, "q_stages": 2}),
+    ("fwd_fp16_d72_causal", {"block_m": 192, "block_n": 48, "q_stages": 1}),
+    ("fwd_bf16_d32_causal", {"block_m": 256, "block_n": 16, "num_stages": 3}),
+    ("fwd_fp16_d64_dv128", {"block_m": 64, "block_n": 32, "q_stages": 1}),
+    ("fwd_bf16_d256", {}),
+)
+LENGTHS = (0, 1, 63, 64, 65, 0, 129, 200)
+_seeds = itertools.count(1)  # no two runs share a schedule
+
+
+@cache
+def built(name: str, change: tuple[tuple[str, int], ...]) -> Artifact:
+    spec = KernelSpec.parse(name)
+    base = Sm90ForwardSpace().default(spec).to_dict()
+    base.pop("algorithm")
+    return kernels.artifact(Variant("sm_90a", spec, Sm90ForwardConfig(**{**base, **dict(change)})))
+
+
+def in_nan(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values inside a larger NaN-filled buffer: strided rows and heads, NaN on every side."""
+    tokens, heads, dim = tensor.shape
+    storage = torch.full((tokens + 300, heads + 1, dim + 8), float("nan"), dtype=tensor.dtype)
+    return storage[150 : 150 + tokens, :heads, :dim].copy_(tensor)
+
+
+def run(
+    artifact: Artifact, w: Workload, b: JaggedBatch, scale: float = 0.1, launches: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The outputs of the last of some launches, of which the first builds the work list and each rewinds it."""
+    bottom_right = w.causal_alignment == "bottom_right"
+    with emulated(processors=2, seed=1000 * next(_seeds)) as machine:
+        kernel = cuda.load(artifact, torch.device("cuda", 0))
+        for _ in range(launches):
+            out = in_nan(torch.full((w.total_q, w.num_heads, w.head_dim_v), float("nan"), dtype=b.q.dtype))
+            around = out._base
+            assert around is not None
+            lse = torch.full((w.num_heads, w.total_q), float("nan"))
+            machine.ranges.clear()
+            machine.allow(*b[:5], out, lse)
+            kernel.forward(b.q, b.k, b.v, b.cu_seqlens_q, b.cu_seqlens_k, out, lse, scale, bottom_right)
+        assert int(around.isnan().sum()) == around.numel() - out.numel(), (
+            "NaN inside, or a write outside, of the output"
+        )
+    return out, lse
+
+
+def assert_right(artifact: Artifact, w: Workload, b: JaggedBatch, scale: float = 0.1, launches: int = 1) -> None:
+    out, lse = run(artifact, w, b, scale, launches)
+    expected, expected_lse = reference(
+        *b[:5], is_causal=w.is_causal, causal_alignment=w.causal_alignment, scale=abs(scale)
+    )
+    assert errors(out, expected).rel <= tolerance(out.dtype)
+    torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "change"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(x) or "default")
+def test_numbers_match_the_oracle(name: str, change: dict[str, int]) -> None:
+    artifact = built(name, tuple(change.items()))
+    spec = KernelSpec.parse(name)
+    kind = (spec.head_dim, spec.head_dim_v, spec.causal)
+    for w in (
+        Workload("edges", LENGTHS, LENGTHS, 2, 2, *kind),
+        Workload("cross", (300, 0, 5, 64, 130), (100, 70, 600, 0, 257), 4, 2, *kind, causal_alignment="bottom_right"),
+        Workload("many tiles", (70,) * 6, (0, 1, 257) * 2, 4, 1, *kind),
+    ):
+        b = w.make("cpu", spec.dtype, 5)
+        assert_right(artifact, w, b._replace(q=in_nan(b.q), k=in_nan(b.k), v=in_nan(b.v)), launches=2)
+
+
+@pytest.mark.parametrize("growth", [0.1, 2.0, 40.0])
+def test_scores_that_grow_from_block_to_block(growth: float) -> None:
+    """Blocks are visited from the last to the first: maxima outgrow their references and blocks are computed again."""
+    w = Workload("growing", (130, 0, 300, 5), (130, 40, 500, 400), 2, 2, 64, 64)
+    b = w.make("cpu", "bf16", 11)
+    b.q[:, :1] = b.q[:, :1].abs()
+    age = torch.cat([torch.arange(length, 0, -1) for length in w.seqlens_k])
+    b.k.add_((growth / 64 * age)[:, None, None]).clamp_(-200, 200)
+    assert_right(built("fwd_bf16_d64", ()), w, b, scale=0.5)
+
+
+def test_offsets_of_either_width() -> None:
+    w = Workload("edges", LENGTHS, LENGTHS[::-1], 1, 1, 64, 64)
+    b = w.make("cpu", "bf16", 7)
+    for q_type, k_type in ((torch.int64, torch.int64), (torch.int32, torch.int64)):
+        offsets = {"cu_seqlens_q": b.cu_seqlens_q.to(q_type), "cu_seqlens_k": b.cu_seqlens_k.to(k_type)}
+        assert_right(built("fwd_bf16_d64", ()), w, b._replace(**offsets))
+
+
+def test_nan_in_one_sequence_stays_there() -> None:
+    w = Workload("neighbours", (100, 77, 130), (70, 200, 61), 1, 1, 64, 64)
+    b = w.make("cpu", "bf16", 6)
+    expected, _ = reference(*b[:5], scale=0.1)
+    b.q[100:177] = b.k[70:270] = b.v[70:270] = float("nan")
+    out = torch.full_like(b.q, float("nan"))
+    with emulated(seed=4):
+        kernel = cuda.load(built("fwd_bf16_d64", ()), torch.device("cuda", 0))
+        kernel.forward(*b[:5], out, None, 0.1, False)
+    for rows in (slice(0, 100), slice(177, None)):
+        assert errors(out[rows], expected[rows]).rel <= tolerance(torch.bfloat16)
