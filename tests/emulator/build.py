@@ -18,14 +18,10 @@ _CPP = Path(__file__).parent / "cpp"
 _RUNTIME_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-g1", "-ffp-contract=off")
 # Registers that an asynchronous product writes are variables whose address it keeps: no two may share a place.
 _KERNEL_FLAGS = (
-    "-O1",
-    "-std=c++17",
-    "-fPIC",
-    "-g1",
-    "-w",
-    "-fstack-reuse=none",
-    "-fno-strict-aliasing",
-    "-fno-ipa-sra",
+    *("-O1", "-std=c++17", "-fPIC", "-g1", "-w", "-fstack-reuse=none", "-fno-strict-aliasing", "-fno-ipa-sra"),
+    # A call before every access to memory, cpp/accesses.cpp.
+    "-fsanitize=kernel-address",
+    *("--param=asan-instrumentation-with-call-threshold=0", "--param=asan-stack=0", "--param=asan-globals=0"),
 )
 _PATIENCE_SECONDS = 300
 

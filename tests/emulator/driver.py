@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import gc
 import struct
 import subprocess
 import sys
@@ -126,6 +127,16 @@ class Function:
     dynamic_smem: int = 48 * 1024
 
 
+def _tensor_spans() -> list[tuple[int, int]]:
+    """Where the elements of every tensor of the process are: what a kernel may read and write."""
+    spans = set()
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            spans.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+    return [(begin, end) for begin, end in sorted(spans) if end > begin]
+
+
 class _Parameters:
     """A launch's own copy of its parameters, aligned as constant memory is."""
 
@@ -139,6 +150,9 @@ class _Parameters:
             self._buffers.append(buffer)
             pointers.append(aligned)
         self.pointers = (ctypes.c_void_p * len(pointers))(*pointers)
+        self.spans = [
+            (ctypes.addressof(b), ctypes.addressof(b) + ctypes.sizeof(b)) for b in [*self._buffers, self.pointers]
+        ]
 
 
 @dataclass
@@ -148,14 +162,6 @@ class Machine:
     processors: int = 2
     seed: int = 0
     launches: list[tuple[str, int, int, int]] = field(default_factory=list)  # kernel, CTAs, threads, shared memory
-    ranges: list[tuple[int, int]] = field(default_factory=list)  # of global memory that copies may touch; none: any
-
-    def allow(self, *tensors: torch.Tensor | None) -> None:
-        """Let copies touch the storages of these tensors."""
-        for tensor in tensors:
-            if tensor is not None:
-                storage = tensor.untyped_storage()
-                self.ranges.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
 
     def launch(
         self, function: Function, grid: Sequence[int], block: Sequence[int], smem: int, arguments: int
@@ -166,11 +172,11 @@ class Machine:
         self.launches.append((name, grid[0] * grid[1] * grid[2], block[0] * block[1] * block[2], smem))
         library = function.library
         entry = ctypes.cast(getattr(library, f"emu_entry_{name}"), ctypes.c_void_p)
-        flat = [word for pair in self.ranges for word in pair]
-        library.emu_allow((ctypes.c_uint64 * len(flat))(*flat), len(self.ranges))
         library.emu_launch.restype = ctypes.c_char_p
         unsigned3 = ctypes.c_uint * 3
         parameters = _Parameters(library, name, arguments)
+        flat = [word for span in [*parameters.spans, *_tensor_spans()] for word in span]
+        library.emu_allow((ctypes.c_uint64 * len(flat))(*flat), len(flat) // 2)
         error = library.emu_launch(
             entry,
             parameters.pointers,

@@ -465,6 +465,8 @@ def _ld(i: Instruction, m: re.Match[str]) -> str:
         raise PtxError(f"{len(targets)} registers for: {i.text}")
     names = [i.name(t) for t in targets]
     code = f"emu::load<{_TYPES[m[4]]}>({_space(m[2])}, {i.address(1)}, {', '.join(names)});"
+    if m[1] == "acquire" and m[2] not in (None, "global"):
+        code += f" emu::acquire_flag(uint32_t({i.address(1)}));"
     return ("emu::poll(); " if m[1] in ("volatile", "relaxed", "acquire") else "") + code
 
 
@@ -474,7 +476,10 @@ def _st(i: Instruction, m: re.Match[str]) -> str:
     values = [i._value(v, m[4]) for v in i.vector(1)]
     if len(values) != int(m[3] or 1):
         raise PtxError(f"{len(values)} registers for: {i.text}")
-    return f"emu::store<{_TYPES[m[4]]}>({_space(m[2])}, {i.address(0)}, {', '.join(values)});"
+    release = (
+        f"emu::release_flag(uint32_t({i.address(0)})); " if m[1] == "release" and m[2] not in (None, "global") else ""
+    )
+    return f"{release}emu::store<{_TYPES[m[4]]}>({_space(m[2])}, {i.address(0)}, {', '.join(values)});"
 
 
 @instruction(rf"red(?:\.(?:relaxed|release))?{_SCOPE}{_SPACE}{_CACHE}(?:\.v([24]))?\.add(?:\.noftz)?\.({_ANY})")

@@ -93,8 +93,10 @@ bool complete(NamedBarrier& barrier, int needed) {
   if (barrier.reduce == Reduce::kAnd) result = barrier.trues == barrier.votes;
   if (barrier.reduce == Reduce::kPopc) result = static_cast<uint64_t>(barrier.trues);
   const std::vector<Fiber*> waiting = std::move(barrier.waiting);
+  const Clock clock = std::move(barrier.clock);
   barrier = {};
   for (Fiber* fiber : waiting) {
+    acquire(*fiber->warp, clock);
     fiber->result = result;
     wake(*fiber);
   }
@@ -146,6 +148,7 @@ uint32_t barrier(int id, int threads, bool aligned, bool wait, Reduce reduce, bo
                        static_cast<uint64_t>(wait) << 24 | static_cast<uint64_t>(reduce) << 25;
   if (!aligned) {
     NamedBarrier& here = joined(*fiber.cta, unpack(tag));
+    release(*fiber.warp, here.clock);
     here.arrived += 1;
     here.votes += 1;
     here.trues += value;
@@ -161,6 +164,7 @@ uint32_t barrier(int id, int threads, bool aligned, bool wait, Reduce reduce, bo
                                         [](Warp& warp, Collective& all) {
     const Arrival arrival = unpack(all.tag);
     NamedBarrier& here = joined(*warp.cta, arrival);
+    release(warp, here.clock);
     here.arrived += 32;
     for (int lane = 0; lane < 32; ++lane) {
       if (!(all.arrived >> lane & 1)) continue;
@@ -202,6 +206,7 @@ Mbarrier& found(Cta& cta, uint32_t address) {
 bool finish_phase(Mbarrier& barrier) {
   if (barrier.pending != 0 || barrier.bytes != 0) return false;
   ++barrier.phase;
+  if (!barrier.arriving.empty()) merge(barrier.completed, barrier.arriving);
   barrier.pending = barrier.expected;
   for (Fiber* fiber : barrier.waiting) wake(*fiber);
   barrier.waiting.clear();
@@ -228,6 +233,7 @@ void mbarrier_init(uint32_t address, uint32_t arrivals) {
   Mbarrier& barrier = cta.mbarriers[address];
   barrier.expected = barrier.pending = arrivals;
   std::memcpy(cta.shared + address, &kCookie, sizeof kCookie);
+  generic_access(*current().warp, address, 8, true, current().caller);
   current().unfenced_barriers.push_back(address);
 }
 
@@ -282,7 +288,9 @@ uint64_t mbarrier_arrive(uint32_t address, uint32_t count, uint32_t expected_byt
   preempt();
   Cta& cta = *current().cta;
   if (expected_bytes) mbarrier_expect(address, expected_bytes);
-  const uint64_t state = found(cta, address).phase;
+  Mbarrier& barrier = found(cta, address);
+  const uint64_t state = barrier.phase;
+  release(*current().warp, barrier.arriving);
   arrive(cta, address, count);
   preempt();
   return state;
@@ -293,14 +301,21 @@ bool mbarrier_wait(uint32_t address, bool parity, bool may_block) {
   preempt();
   Fiber& fiber = current();
   Mbarrier& barrier = found(*fiber.cta, address);
-  if ((barrier.phase & 1) != parity) return true;
+  const auto passed = [&] {
+    const Mbarrier& now = found(*fiber.cta, address);
+    if ((now.phase & 1) == parity) return false;
+    acquire(*fiber.warp, now.completed);
+    copies_done(*fiber.warp, address, now.phase);
+    return true;
+  };
+  if (passed()) return true;
   if (!may_block) {
     poll();
   } else {
     barrier.waiting.push_back(&fiber);
     sleep({"the phase of parity %d of mbarrier 0x%x", parity, address});
   }
-  return (found(*fiber.cta, address).phase & 1) != parity;  // not, if a whole phase more went by
+  return passed();  // not, if a whole phase more went by
 }
 
 }  // namespace emu

@@ -134,18 +134,24 @@ void settle(CopyGroup& group) {
   group.waiting = nullptr;
 }
 
+void copy_lands(uint32_t smem, uint32_t bytes, uint32_t barrier) {
+  Fiber& fiber = current();
+  copy_writes(*fiber.warp, barrier, fiber.cta->mbarriers[barrier].phase, smem, bytes, fiber.caller);
+}
+
 // Reads now-or-later from shared memory, then, later again, writes to global memory.
 struct Piece {
   char* to;
   uint32_t bytes;
   char data[16];
 };
-void queue_store(std::function<std::vector<Piece>(Cta&)> read, Combine combine) {
+void queue_store(uint32_t smem, uint32_t bytes, std::function<std::vector<Piece>(Cta&)> read, Combine combine) {
   Fiber* fiber = &current();
   Cta* cta = fiber->cta;
   const std::shared_ptr<CopyGroup> group = opened(fiber->open_bulk);
   ++group->unread;
   ++group->unwritten;
+  group->last_store = store_reads(*fiber->warp, smem, bytes, fiber->caller);
   queue(*cta, true, [=] {
     auto pieces = std::make_shared<std::vector<Piece>>(read(*cta));
     --group->unread;
@@ -202,8 +208,6 @@ void check_global(const void* pointer, uint64_t bytes, bool write) {
 }
 
 // ---- the two proxies ------------------------------------------------------------------------------------------------
-
-void wrote_shared(uint32_t address, uint32_t bytes) { mark_written(current(), address, bytes); }
 
 void mark_written(Fiber& fiber, uint32_t address, uint32_t bytes) {
   for (uint32_t g = address / kGranule; g <= (address + bytes - 1) / kGranule; ++g) {
@@ -266,6 +270,7 @@ void tensor_load(uint32_t smem, const void* map, uint32_t barrier, int rank, con
   const uint32_t bytes = box_bytes(decoded_map);
   window(*cta, smem, bytes);
   check_usable_by_copies(*cta, barrier);
+  copy_lands(smem, bytes, barrier);
   std::vector<int> origin(coordinates, coordinates + rank);
   queue(*cta, true, [=] {
     for_each_chunk(decoded_map, smem, origin.data(), [&](uint32_t to, const char* from, uint32_t skipped, uint32_t valid) {
@@ -284,9 +289,10 @@ void tensor_store(const void* map, uint32_t smem, int rank, const int* coordinat
   EMU_ENTER();
   const TensorMap decoded_map = decoded(map, rank);
   check_box(decoded_map, smem);
-  window(*current().cta, smem, box_bytes(decoded_map));
+  const uint32_t bytes = box_bytes(decoded_map);
+  window(*current().cta, smem, bytes);
   std::vector<int> origin(coordinates, coordinates + rank);
-  queue_store([=](Cta& cta) {
+  queue_store(smem, bytes, [=](Cta& cta) {
     std::vector<Piece> pieces;
     for_each_chunk(decoded_map, smem, origin.data(), [&](uint32_t from, char* to, uint32_t skipped, uint32_t valid) {
       check_fenced(cta, from, 16, "a tensor store");
@@ -313,6 +319,7 @@ void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barri
   check_bulk(smem, global, bytes);
   Cta* cta = current().cta;
   check_usable_by_copies(*cta, barrier);
+  if (bytes) copy_lands(smem, bytes, barrier);
   queue(*cta, true, [=] {
     check_global(global, bytes, false);
     std::memcpy(window(*cta, smem, bytes), global, bytes);
@@ -325,7 +332,7 @@ void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barri
 void bulk_store(void* global, uint32_t smem, uint32_t bytes, Combine combine) {
   EMU_ENTER();
   check_bulk(smem, global, bytes);
-  queue_store([=](Cta& cta) {
+  queue_store(smem, bytes, [=](Cta& cta) {
     check_fenced(cta, smem, bytes, "a bulk store");
     std::vector<Piece> pieces;
     for (uint32_t at = 0; at < bytes; at += 16) {
@@ -355,6 +362,7 @@ void bulk_wait(int pending, bool read_only) {
       sleep({"cp.async.bulk.wait_group", 0, 0});
     }
   }
+  if (count) stores_done(*fiber.warp, fiber.bulk[count - 1]->last_store);
   while (!fiber.bulk.empty() && fiber.bulk.front()->unwritten == 0) fiber.bulk.pop_front();
 }
 
@@ -367,6 +375,7 @@ void async_copy(uint32_t smem, const void* global, uint32_t bytes, uint32_t sour
   Fiber* fiber = &current();
   Cta* cta = fiber->cta;
   window(*cta, smem, bytes);
+  generic_access(*fiber->warp, smem, bytes, true, fiber->caller);
   const std::shared_ptr<CopyGroup> group = opened(fiber->open_copies);
   ++group->unwritten;
   ++fiber->copies_outstanding;

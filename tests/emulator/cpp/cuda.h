@@ -121,8 +121,11 @@ inline size_t __cvta_generic_to_shared(const void* pointer) { return emu::shared
 #define EMU_ATOMIC(name, expression)                           \
   template <typename T, typename U>                            \
   inline T name(T* pointer, U operand) {                       \
-    const T value = static_cast<T>(operand), old = *pointer;   \
-    *pointer = (expression);                                   \
+    const T value = static_cast<T>(operand);                   \
+    T old;                                                     \
+    emu::raw_copy(&old, pointer, sizeof old);                  \
+    const T changed = (expression);                            \
+    emu::raw_copy(pointer, &changed, sizeof changed);          \
     emu::progress();                                           \
     emu::preempt();                                            \
     return old;                                                \
@@ -137,8 +140,9 @@ EMU_ATOMIC(atomicAnd, old & value)
 #undef EMU_ATOMIC
 template <typename T>
 inline T atomicCAS(T* pointer, T expected, T value) {
-  const T old = *pointer;
-  if (old == expected) *pointer = value;
+  T old;
+  emu::raw_copy(&old, pointer, sizeof old);
+  if (old == expected) emu::raw_copy(pointer, &value, sizeof value);
   emu::progress();
   emu::poll();
   return old;

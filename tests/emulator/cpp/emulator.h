@@ -24,7 +24,9 @@ uint32_t shared_address(const void* pointer);
 void* shared_pointer(uint32_t address, uint32_t bytes);
 void* dynamic_shared();
 void* static_shared(int id, uint32_t bytes, uint32_t alignment);
-void wrote_shared(uint32_t address, uint32_t bytes);  // through the generic proxy
+void raw_copy(void* to, const void* from, unsigned bytes);  // of an atomic operation: no race, no bounds
+void release_flag(uint32_t address);
+void acquire_flag(uint32_t address);
 void check_global(const void* pointer, uint64_t bytes, bool write);
 
 // ---- scheduling -----------------------------------------------------------------------------------------------------

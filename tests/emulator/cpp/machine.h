@@ -20,9 +20,14 @@ struct Warpgroup;
 constexpr uint32_t kWindowBytes = 256 * 1024;  // of shared addresses
 constexpr uint32_t kGranule = 16;              // bytes that writes through the generic proxy are followed by
 constexpr uint32_t kFull = 0xFFFFFFFFu;
+constexpr size_t kStackBytes = 128 * 1024;
+
+struct Races;
+using Clock = std::vector<uint32_t>;  // how far each actor is known to have come, see races.cpp
 
 struct CopyGroup {
   int unread = 0, unwritten = 0;  // copies that have not read their source, or are not complete
+  uint32_t last_store = 0;        // number of the last of its warp's bulk stores
   Fiber* waiting = nullptr;
 };
 
@@ -108,6 +113,8 @@ struct Warp {
   bool fenced = false, waiting = false;
   uint64_t wait_target = 0;
   int registers = 0;
+  Clock clock;
+  uint32_t stores = 0;  // bulk stores so far
 };
 
 struct NamedBarrier {
@@ -115,6 +122,7 @@ struct NamedBarrier {
   std::vector<Fiber*> waiting;
   Reduce reduce = Reduce::kNone;
   int trues = 0, votes = 0;
+  Clock clock;
 };
 
 struct Mbarrier {
@@ -122,6 +130,7 @@ struct Mbarrier {
   int64_t bytes = 0;
   uint64_t phase = 0;
   bool visible_to_copies = false;
+  Clock arriving, completed;
   std::vector<Fiber*> waiting;
 };
 
@@ -136,6 +145,7 @@ struct Cta {
   std::vector<std::unique_ptr<Warpgroup>> groups;
   std::map<int, NamedBarrier> barriers;
   std::map<uint32_t, Mbarrier> mbarriers;
+  std::shared_ptr<Races> races;
   std::vector<int> unfenced_writer;  // of a granule: thread + 1
   int live = 0, copies = 0;          // threads; asynchronous operations on its shared memory
 };
@@ -176,6 +186,19 @@ void complete_bytes(Cta& cta, uint32_t mbarrier, uint32_t bytes);
 void arrive(Cta& cta, uint32_t mbarrier, uint32_t count);
 void expect_arrivals(Cta& cta, uint32_t mbarrier, uint32_t count);  // in this phase, besides those of every phase
 void recheck_thread_barriers(Cta& cta);  // after a thread has exited
+
+// ---- races.cpp
+void start_races(Cta& cta);
+void generic_access(Warp& warp, uint32_t address, uint32_t bytes, bool write, void* place);
+void release(Warp& warp, Clock& to);
+void acquire(Warp& warp, const Clock& from);
+void merge(Clock& to, Clock& from);  // and clear the latter
+void product_reads(Warp& warp, uint64_t number, uint32_t address, uint32_t bytes, void* place);
+void products_done(Warp& warp, uint64_t end);
+uint32_t store_reads(Warp& warp, uint32_t address, uint32_t bytes, void* place);
+void stores_done(Warp& warp, uint32_t number);
+void copy_writes(Warp& warp, uint32_t mbarrier, uint64_t phase, uint32_t address, uint32_t bytes, void* place);
+void copies_done(Warp& warp, uint32_t mbarrier, uint64_t phases);
 
 // ---- copies.cpp
 void check_fenced(Cta& cta, uint32_t address, uint32_t bytes, const char* reader);

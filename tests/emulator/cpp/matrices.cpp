@@ -28,6 +28,9 @@ void load_matrix(uint32_t smem, int count, bool transpose, uint32_t* const* regi
   converge(kFull, true, "ldmatrix", static_cast<uint64_t>(count) << 1 | transpose, smem,
            reinterpret_cast<uint64_t>(registers), [](Warp& warp, Collective& all) {
     const int count = static_cast<int>(all.tag >> 1);
+    for (int lane = 0; lane < 8 * count; ++lane) {
+      generic_access(warp, static_cast<uint32_t>(all.value[lane]), 16, false, warp.lanes[lane]->caller);
+    }
     for (int lane = 0; lane < 32; ++lane) {
       for (int matrix = 0; matrix < count; ++matrix) {
         uint32_t packed = 0;
@@ -48,7 +51,11 @@ void store_matrix(uint32_t smem, int count, bool transpose, const uint32_t* regi
     const int count = static_cast<int>(all.tag >> 1);
     for (int lane = 0; lane < 32; ++lane) {
       // Which thread wrote what is not architected: whoever addressed a row is taken for its writer, and must fence.
-      if (lane < 8 * count) mark_written(*warp.lanes[lane], static_cast<uint32_t>(all.value[lane]), 16);
+      if (lane < 8 * count) {
+        const auto address = static_cast<uint32_t>(all.value[lane]);
+        mark_written(*warp.lanes[lane], address, 16);
+        generic_access(warp, address, 16, true, warp.lanes[lane]->caller);
+      }
       for (int matrix = 0; matrix < count; ++matrix) {
         const uint32_t packed = reinterpret_cast<const uint32_t*>(all.extra[lane])[matrix];
         for (int half = 0; half < 2; ++half) {

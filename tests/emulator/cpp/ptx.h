@@ -153,39 +153,46 @@ inline T reduce_sync(uint32_t mask, T value, Operation operation) {
 enum class Space { kGlobal, kShared, kGeneric };
 
 template <typename T>
-inline T* located(Space space, uint64_t address, int count, bool write) {
+inline T* located(Space space, uint64_t address, int count) {
   const uint32_t bytes = count * sizeof(T);
   if (address % bytes) fail("address 0x%llx is not a multiple of %u bytes", static_cast<unsigned long long>(address), bytes);
   if (space == Space::kShared) return static_cast<T*>(shared_pointer(static_cast<uint32_t>(address), bytes));
   T* pointer = reinterpret_cast<T*>(address);
-  if (space == Space::kGlobal) check_global(pointer, bytes, write);
   return pointer;
 }
 template <typename T, typename... Registers>
 inline void load(Space space, uint64_t address, Registers&... registers) {
-  const T* from = located<T>(space, address, sizeof...(registers), false);
+  const T* from = located<T>(space, address, sizeof...(registers));
   (set(registers, *from++), ...);
 }
 template <typename T, typename... Values>
 inline void store(Space space, uint64_t address, Values... values) {
-  T* to = located<T>(space, address, sizeof...(values), true);
+  T* to = located<T>(space, address, sizeof...(values));
   ((*to++ = as<T>(values)), ...);
-  if (space == Space::kShared) wrote_shared(static_cast<uint32_t>(address), sizeof...(values) * sizeof(T));
   progress();
 }
 template <typename T, typename Operation>
 inline T atomic(Space space, uint64_t address, Operation operation) {
-  T* pointer = located<T>(space, address, 1, true);
-  const T old = *pointer;
-  *pointer = operation(old);
+  T* pointer = located<T>(space, address, 1);
+  T old;
+  raw_copy(&old, pointer, sizeof old);
+  const T changed = operation(old);
+  raw_copy(pointer, &changed, sizeof changed);
   progress();
   poll();
   return old;
 }
 template <typename T, typename... Values>
 inline void reduce_add(Space space, uint64_t address, Values... values) {
-  T* to = located<T>(space, address, sizeof...(values), true);
-  ((*to = *to + as<T>(values), ++to), ...);
+  T* to = located<T>(space, address, sizeof...(values));
+  if (space != Space::kShared) check_global(to, sizeof...(values) * sizeof(T), true);
+  const T terms[] = {as<T>(values)...};
+  for (T term : terms) {
+    T sum;
+    raw_copy(&sum, to, sizeof sum);
+    sum = static_cast<T>(sum + term);
+    raw_copy(to++, &sum, sizeof sum);
+  }
   progress();
 }
 

@@ -21,7 +21,6 @@ double early_products = 0.0;
 
 namespace {
 
-constexpr size_t kStackBytes = 128 * 1024;
 constexpr uint64_t kIdlePolls = 2'000'000, kPatience = 2'000;
 
 struct Launch {
@@ -195,6 +194,7 @@ void start_cta(int index) {
     }
     cta->warps.push_back(std::move(warp));
   }
+  start_races(*cta);
   for (auto& fiber : cta->fibers) make_ready(*fiber);
   launch->resident.push_back(std::move(cta));
 }

@@ -55,8 +55,9 @@ uint32_t element_address(const Layout& l, bool transposed, int mn, int k) {
   return swizzled(plain, l.swizzle);
 }
 
-// An operand of 16 x `count` values, k by k.
-void gather(Cta& cta, uint64_t descriptor, bool transposed, bool bf16, int count, float* to, const char* operand) {
+// Calls visit(address, mn, k) for every eight values of an operand of 16 x `count` that lie together.
+template <typename Visit>
+void for_each_chunk(uint64_t descriptor, bool transposed, int count, const char* operand, Visit visit) {
   const Layout l = layout(descriptor, operand);
   const uint32_t pattern = l.swizzle == Swizzle::k128 ? 1024 : l.swizzle == Swizzle::k64 ? 512 : 256;
   const uint32_t row = l.swizzle == Swizzle::k128 ? 128 : l.swizzle == Swizzle::k64 ? 64 : 32;
@@ -64,20 +65,31 @@ void gather(Cta& cta, uint64_t descriptor, bool transposed, bool bf16, int count
     fail("descriptor of %s: start address 0x%x is not at the beginning of a swizzle pattern of %u bytes (plus an offset "
          "inside of a row)", operand, l.start, pattern);
   }
-  // Eight values that lie together at a time.
   const int mn_step = transposed ? 8 : 1, k_step = transposed ? 1 : 8;
   for (int k = 0; k < 16; k += k_step) {
-    for (int mn = 0; mn < count; mn += mn_step) {
-      const uint32_t address = element_address(l, transposed, mn, k);
-      check_fenced(cta, address, 16, operand);
-      uint16_t bits[8];
-      std::memcpy(bits, window(cta, address, 16), 16);
-      for (int i = 0; i < 8; ++i) {
-        const float value = bf16 ? bf16_to_float(bits[i]) : f16_to_float(bits[i]);
-        (transposed ? to[k * count + mn + i] : to[(k + i) * count + mn]) = value;
-      }
-    }
+    for (int mn = 0; mn < count; mn += mn_step) visit(element_address(l, transposed, mn, k), mn, k);
   }
+}
+
+// An operand, k by k.
+void gather(Cta& cta, uint64_t descriptor, bool transposed, bool bf16, int count, float* to, const char* operand) {
+  for_each_chunk(descriptor, transposed, count, operand, [&](uint32_t address, int mn, int k) {
+    check_fenced(cta, address, 16, operand);
+    uint16_t bits[8];
+    std::memcpy(bits, window(cta, address, 16), 16);
+    for (int i = 0; i < 8; ++i) {
+      const float value = bf16 ? bf16_to_float(bits[i]) : f16_to_float(bits[i]);
+      (transposed ? to[k * count + mn + i] : to[(k + i) * count + mn]) = value;
+    }
+  });
+}
+
+void check_order(Warp& warp, uint64_t number, uint64_t descriptor, bool transposed, int count, const char* operand) {
+  void* place = warp.lanes[0]->caller;
+  for_each_chunk(descriptor, transposed, count, operand, [&](uint32_t address, int, int) {
+    window(*warp.cta, address, 16);
+    product_reads(warp, number, address, 16, place);
+  });
 }
 
 // ---- execution ------------------------------------------------------------------------------------------------------
@@ -167,6 +179,7 @@ void retire(Warp& warp, uint64_t end) {
 void finish_wait(Warp& warp) {
   execute_until(*warp.group, warp.wait_target);
   retire(warp, warp.wait_target);
+  products_done(warp, warp.wait_target);
   warp.fenced = false;
   warp.waiting = false;
 }
@@ -252,6 +265,8 @@ bool issue(Warp& warp, Collective& all) {
   if (op.a_in_registers) {
     for (int lane = 0; lane < 32; ++lane) std::memcpy(product.a[32 * place + lane], lanes[lane].a, sizeof product.a[0]);
   }
+  if (!op.a_in_registers) check_order(warp, number, op.a, op.transpose_a, 64, "wgmma A");
+  check_order(warp, number, op.b, op.transpose_b, op.n, "wgmma B");
   if (++product.issued < 4) return true;
   if (early_products > 0.0 && rng.chance(early_products)) execute_until(group, number + 1);
   for (auto& other : warp.cta->warps) {

@@ -1,0 +1,198 @@
+// Data races in shared memory, whatever the schedule: vector clocks over the warps of a CTA and what acts for them.
+//
+// Actors: the warps; the products of each warpgroup; the bulk stores of each warp; the copies that complete on each mbarrier.
+// A warp knows how far each actor has come (its clock): arrivals and barriers pass clocks on, wgmma.wait_group and bulk
+// waits add the warpgroup's and the warp's own, an mbarrier's completed phase its copies'. An access of four bytes must
+// come after the last write, a write also after all reads since, by the clock of the warp that does it or issued it.
+// Lanes of a warp are taken to be in order.
+#include <cstdlib>
+#include <cstring>
+
+#include "machine.h"
+
+namespace emu {
+
+namespace {
+
+constexpr uint32_t kWord = 4, kWords = kWindowBytes / kWord;
+constexpr size_t kMostMbarriers = 256;
+
+}  // namespace
+
+struct Races {
+  size_t warps, groups;
+  std::vector<uint32_t*> reads;  // by actor, of warps, warpgroups and bulk stores; made at the first read
+  std::vector<uint16_t> writer = std::vector<uint16_t>(kWords);  // actor
+  std::vector<uint32_t> write_clock = std::vector<uint32_t>(kWords);
+  std::vector<void*> write_place = std::vector<void*>(kWords), read_place = std::vector<void*>(kWords);
+  std::map<uint32_t, size_t> mbarrier_index;
+  std::map<uint32_t, Clock> flags;  // released by st.release and the like
+
+  ~Races() {
+    for (uint32_t* words : reads) std::free(words);
+  }
+  size_t products_of(const Warpgroup& group) const { return warps + static_cast<size_t>(group.index); }
+  size_t stores_of(const Warp& warp) const { return warps + groups + static_cast<size_t>(warp.index); }
+  size_t copies_of(uint32_t mbarrier) {
+    const size_t index = mbarrier_index.try_emplace(mbarrier, mbarrier_index.size()).first->second;
+    if (index >= kMostMbarriers) fail("more than %zu mbarriers", kMostMbarriers);
+    return 2 * warps + groups + index;
+  }
+  std::string name(size_t actor) const {
+    if (actor < warps) return format("warp %zu", actor);
+    if (actor < warps + groups) return format("wgmma of warpgroup %zu", actor - warps);
+    if (actor < 2 * warps + groups) return format("a bulk store of warp %zu", actor - warps - groups);
+    for (auto& [address, index] : mbarrier_index) {
+      if (index == actor - 2 * warps - groups) return format("a copy that completes on mbarrier 0x%x", address);
+    }
+    return "nobody";
+  }
+};
+
+namespace {
+
+void join(Clock& to, const Clock& from) {
+  for (size_t i = 0; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
+}
+
+[[noreturn]] void race(const Races& races, const char* what, size_t actor, uint32_t word, const char* before, size_t other,
+                       void* place) {
+  fail("race on shared address 0x%x: the %s by %s is not ordered after the %s by %s @%p", word * kWord, what,
+       races.name(actor).c_str(), before, races.name(other).c_str(), place);
+}
+
+void check_read(const Races& races, const Clock& clock, size_t actor, uint32_t first, uint32_t end) {
+  for (uint32_t word = first; word < end; ++word) {
+    const size_t writer = races.writer[word];
+    if (races.write_clock[word] > clock[writer]) {
+      race(races, "read", actor, word, "write", writer, races.write_place[word]);
+    }
+  }
+}
+
+void record_read(Races& races, size_t actor, uint32_t time, uint32_t first, uint32_t end, void* place) {
+  uint32_t*& times = races.reads[actor];
+  if (times == nullptr) times = static_cast<uint32_t*>(std::calloc(kWords, sizeof(uint32_t)));
+  for (uint32_t word = first; word < end; ++word) {
+    times[word] = time;
+    races.read_place[word] = place;
+  }
+}
+
+void write(Races& races, const Clock& clock, size_t actor, uint32_t time, uint32_t first, uint32_t end, void* place) {
+  for (uint32_t word = first; word < end; ++word) {
+    const size_t writer = races.writer[word];
+    if (races.write_clock[word] > clock[writer]) {
+      race(races, "write", actor, word, "write", writer, races.write_place[word]);
+    }
+  }
+  for (size_t reader = 0; reader < races.reads.size(); ++reader) {
+    uint32_t* times = races.reads[reader];
+    if (times == nullptr) continue;
+    for (uint32_t word = first; word < end; ++word) {
+      if (times[word] > clock[reader]) race(races, "write", actor, word, "read", reader, races.read_place[word]);
+    }
+  }
+  for (uint32_t word = first; word < end; ++word) {
+    races.writer[word] = static_cast<uint16_t>(actor);
+    races.write_clock[word] = time;
+    races.write_place[word] = place;
+  }
+}
+
+uint32_t first_word(uint32_t address) { return address / kWord; }
+uint32_t end_word(uint32_t address, uint32_t bytes) { return (address + bytes + kWord - 1) / kWord; }
+size_t self_of(const Warp& warp) { return static_cast<size_t>(warp.index); }
+
+}  // namespace
+
+void start_races(Cta& cta) {
+  cta.races = std::make_shared<Races>();
+  cta.races->warps = cta.warps.size();
+  cta.races->groups = cta.groups.size();
+  cta.races->reads.resize(2 * cta.warps.size() + cta.groups.size());
+  for (auto& warp : cta.warps) {
+    warp->clock.assign(cta.races->reads.size() + kMostMbarriers, 0);
+    warp->clock[self_of(*warp)] = 1;
+  }
+}
+
+void generic_access(Warp& warp, uint32_t address, uint32_t bytes, bool is_write, void* place) {
+  Races& races = *warp.cta->races;
+  const size_t self = self_of(warp);
+  const uint32_t first = first_word(address), end = end_word(address, bytes), now = warp.clock[self];
+  if (is_write) {
+    write(races, warp.clock, self, now, first, end, place);
+  } else {
+    check_read(races, warp.clock, self, first, end);
+    record_read(races, self, now, first, end, place);
+  }
+}
+
+// ---- passing clocks on -----------------------------------------------------------------------------------------------
+
+void release(Warp& warp, Clock& to) {
+  if (to.empty()) to.assign(warp.clock.size(), 0);
+  join(to, warp.clock);
+  ++warp.clock[self_of(warp)];
+}
+
+void acquire(Warp& warp, const Clock& from) { join(warp.clock, from); }
+
+void merge(Clock& to, Clock& from) {
+  if (to.empty()) to.assign(from.size(), 0);
+  join(to, from);
+  from.clear();
+}
+
+void release_flag(uint32_t address) {
+  Warp& warp = *current().warp;
+  release(warp, warp.cta->races->flags[address]);
+}
+
+void acquire_flag(uint32_t address) {
+  Warp& warp = *current().warp;
+  acquire(warp, warp.cta->races->flags[address]);
+}
+
+// ---- what acts for a warp ----------------------------------------------------------------------------------------------
+
+void product_reads(Warp& warp, uint64_t number, uint32_t address, uint32_t bytes, void* place) {
+  Races& races = *warp.cta->races;
+  const size_t actor = races.products_of(*warp.group);
+  const uint32_t first = first_word(address), end = end_word(address, bytes);
+  check_read(races, warp.clock, actor, first, end);
+  record_read(races, actor, static_cast<uint32_t>(number + 1), first, end, place);
+}
+
+void products_done(Warp& warp, uint64_t end) {
+  uint32_t& known = warp.clock[warp.cta->races->products_of(*warp.group)];
+  known = std::max(known, static_cast<uint32_t>(end));
+}
+
+uint32_t store_reads(Warp& warp, uint32_t address, uint32_t bytes, void* place) {
+  Races& races = *warp.cta->races;
+  const size_t actor = races.stores_of(warp);
+  const uint32_t first = first_word(address), end = end_word(address, bytes), number = ++warp.stores;
+  check_read(races, warp.clock, actor, first, end);
+  record_read(races, actor, number, first, end, place);
+  return number;
+}
+
+void stores_done(Warp& warp, uint32_t number) {
+  uint32_t& known = warp.clock[warp.cta->races->stores_of(warp)];
+  known = std::max(known, number);
+}
+
+void copy_writes(Warp& warp, uint32_t mbarrier, uint64_t phase, uint32_t address, uint32_t bytes, void* place) {
+  Races& races = *warp.cta->races;
+  write(races, warp.clock, races.copies_of(mbarrier), static_cast<uint32_t>(phase + 1), first_word(address),
+        end_word(address, bytes), place);
+}
+
+void copies_done(Warp& warp, uint32_t mbarrier, uint64_t phases) {
+  uint32_t& known = warp.clock[warp.cta->races->copies_of(mbarrier)];
+  known = std::max(known, static_cast<uint32_t>(phases));
+}
+
+}  // namespace emu
