@@ -10,29 +10,23 @@ and what the time was; exits with 1 where they differ by more than rounding expl
 from __future__ import annotations
 
 import argparse
-import ast
 import statistics
 import sys
-import sysconfig
 import time
 import warnings
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import accumulate, islice
-from pathlib import Path
-from typing import NamedTuple
+from itertools import islice
 
 import torch
-from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+from ragged_text import BYTES, Batch, functions, nested_batch
+from transformer import Transformer
 
 import jagtile
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Two computations of the same model, each rounding in its own order, differ by this much at most (relative, in norm).
 AGREEMENT = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 3e-3}
-BYTES = 256  # the vocabulary
 
 
 @dataclass(frozen=True)
@@ -53,99 +47,31 @@ SIZES = {
 }
 
 
-def functions(max_bytes: int) -> Iterator[bytes]:
-    """The source of every function of the standard library's top-level modules, always in the same order."""
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        source = path.read_bytes()
-        lines = source.splitlines(keepends=True)
-        try:
-            tree = ast.parse(source)
-        except SyntaxError:
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef):
-                yield b"".join(lines[node.lineno - 1 : node.end_lineno])[:max_bytes]
-
-
-class Batch(NamedTuple):
-    """Nested tensors (B, j) of one raggedness."""
-
-    tokens: torch.Tensor
-    places: torch.Tensor  # of each token in its sequence
-
-
 def nested_batches(sizes: Sizes, device: torch.device) -> list[Batch]:
     """The text in batches."""
     texts = functions(sizes.max_bytes)
-    batches = []
-    for _ in range(sizes.batches):
-        sequences = [torch.tensor(list(text)) for text in islice(texts, sizes.batch)]
-        lengths = [len(sequence) for sequence in sequences]
-        offsets = torch.tensor([0, *accumulate(lengths)], device=device)
-        tokens, places = (
-            torch.nested.nested_tensor_from_jagged(
-                torch.cat(rows).to(device), offsets, min_seqlen=min(lengths), max_seqlen=max(lengths)
-            )
-            for rows in (sequences, [torch.arange(length) for length in lengths])
-        )
-        batches.append(Batch(tokens, places))
-    return batches
+    return [nested_batch(list(islice(texts, sizes.batch)), device) for _ in range(sizes.batches)]
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block on (B, j, E)."""
-
-    def __init__(self, heads: int, head_dim: int) -> None:
-        super().__init__()
-        width = heads * head_dim
-        self.heads, self.head_dim = heads, head_dim
-        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
-        self.project = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed = self.norm_attention(x)
-        query, key, value = (
-            projection(normed).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
-            for projection in (self.query, self.key, self.value)
-        )
-        attended = scaled_dot_product_attention(query, key, value)
-        x = x + self.project(attended.transpose(1, 2).flatten(-2))
-        return x + self.mlp(self.norm_mlp(x))
+def encoder(sizes: Sizes) -> Transformer:
+    """Of bytes."""
+    return Transformer(BYTES, sizes.max_bytes, sizes.layers, sizes.heads, sizes.head_dim, expansion=2)
 
 
-class Encoder(nn.Module):
-    """Bytes and their places (B, j) to features (B, j, E)."""
-
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        width = sizes.heads * sizes.head_dim
-        self.embed, self.position = nn.Embedding(BYTES, width), nn.Embedding(sizes.max_bytes, width)
-        self.blocks = nn.ModuleList(Block(sizes.heads, sizes.head_dim) for _ in range(sizes.layers))
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        x = self.embed(batch.tokens) + self.position(batch.places)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
-
-
-def timed(model: Encoder, batch: Batch, attention: AbstractContextManager[object]) -> tuple[torch.Tensor, float]:
+def timed(model: Transformer, batch: Batch, attention: AbstractContextManager[object]) -> tuple[torch.Tensor, float]:
     """Packed features (total, E) and the seconds that they took."""
     cuda = batch.tokens.is_cuda
     if cuda:
         torch.cuda.synchronize()
     begin = time.perf_counter()
     with attention:
-        features = model(batch)
+        features = model(*batch)
     if cuda:
         torch.cuda.synchronize()
     return features.values(), time.perf_counter() - begin
 
 
-def compare(model: Encoder, batches: list[Batch], rounds: int) -> tuple[float, float, dict[str, float]]:
+def compare(model: Transformer, batches: list[Batch], rounds: int) -> tuple[float, float, dict[str, float]]:
     """Largest relative (in norm) and absolute difference of a batch, and seconds for all batches."""
     seconds: dict[str, list[float]] = {"torch": [], "jagtile": []}
     worst_rel = worst_abs = 0.0
@@ -177,7 +103,7 @@ def main() -> int:
 
     warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors is in prototype stage")
     torch.manual_seed(0)
-    model = Encoder(sizes).to(device, DTYPES[dtype]).eval()
+    model = encoder(sizes).to(device, DTYPES[dtype]).eval()
     batches = nested_batches(sizes, device)
     lengths = [int(length) for batch in batches for length in batch.tokens.offsets().diff()]
     print(

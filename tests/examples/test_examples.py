@@ -2,55 +2,44 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import text_encoder
 import torch
+from ragged_text import functions
 
 import jagtile
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def encoder() -> ModuleType:
-    """examples/text_encoder.py as a module."""
-    spec = importlib.util.spec_from_file_location("text_encoder", ROOT / "examples/text_encoder.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_text_is_ragged_cut_where_it_is_too_long_and_always_the_same(encoder):
-    first = [text for text, _ in zip(encoder.functions(300), range(50), strict=False)]
-    assert first == [text for text, _ in zip(encoder.functions(300), range(50), strict=False)]
+def test_the_text_is_ragged_cut_where_it_is_too_long_and_always_the_same():
+    first = [text for text, _ in zip(functions(300), range(50), strict=False)]
+    assert first == [text for text, _ in zip(functions(300), range(50), strict=False)]
     assert len({len(text) for text in first}) > 10
     assert max(map(len, first)) == 300
 
 
-def test_tokens_and_places_have_one_raggedness(encoder):
-    sizes = encoder.Sizes(batches=2, batch=3, max_bytes=40, layers=1, heads=1)
-    for tokens, places in encoder.nested_batches(sizes, torch.device("cpu")):
+def test_tokens_and_places_have_one_raggedness():
+    sizes = text_encoder.Sizes(batches=2, batch=3, max_bytes=40, layers=1, heads=1)
+    for tokens, places in text_encoder.nested_batches(sizes, torch.device("cpu")):
         assert tokens.offsets() is places.offsets()
         for row, numbers in zip(tokens.unbind(), places.unbind(), strict=True):
             assert numbers.tolist() == list(range(len(row)))
 
 
-def test_the_encoder_computes_the_same_with_jagtile_as_with_torch(encoder):
-    sizes = encoder.Sizes(batches=1, batch=4, max_bytes=60, layers=1, heads=2, head_dim=16)
+def test_the_encoder_computes_the_same_with_jagtile_as_with_torch():
+    sizes = text_encoder.Sizes(batches=1, batch=4, max_bytes=60, layers=1, heads=2, head_dim=16)
     torch.manual_seed(0)
-    model = encoder.Encoder(sizes).eval()
+    model = text_encoder.encoder(sizes).eval()
     with torch.no_grad():
-        relative, _, seconds = encoder.compare(model, encoder.nested_batches(sizes, torch.device("cpu")), rounds=1)
-    assert relative <= encoder.AGREEMENT["fp32"]
+        relative, _, seconds = text_encoder.compare(
+            model, text_encoder.nested_batches(sizes, torch.device("cpu")), rounds=1
+        )
+    assert relative <= text_encoder.AGREEMENT["fp32"]
     assert set(seconds) == {"torch", "jagtile"}
 
 
