@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from ragged_text import BYTES, Batch, functions, nested_batch
+from ragged_text import BYTES, Batch, byte_tokens, functions, nested_batch
 from transformer import Transformer
 
 import jagtile
@@ -49,7 +49,7 @@ SIZES = {
 
 def nested_batches(sizes: Sizes, device: torch.device) -> list[Batch]:
     """The text in batches."""
-    texts = functions(sizes.max_bytes)
+    texts = map(byte_tokens, functions(sizes.max_bytes))
     return [nested_batch(list(islice(texts, sizes.batch)), device) for _ in range(sizes.batches)]
 
 

@@ -1,0 +1,268 @@
+"""Worker side of the model benchmark: one form of one model, eager or compiled, in training and in inference."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from model_forms import FORMS, Inputs
+from model_text import Model, TextBatch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformer import Transformer
+
+import jagtile
+from jagtile.generator.oracle import torch_dtype
+from jagtile.generator.spec import DType
+from jagtile.generator.worker import Note
+from jagtile.runtime.routes import BACKWARD_ROUTES, ROUTES
+from jagtile.runtime.trainable import why_no_backward
+
+Task = Literal["training", "inference"]
+TASKS: tuple[Task, ...] = ("training", "inference")
+Array = npt.NDArray[np.float32]
+Result = TypeVar("Result")
+
+_COMPARED_ROWS = 512  # of the features
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A task that does not run, and why."""
+
+    state: Literal["refused", "failed"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a task computed on the first batch, and what it takes.
+
+    In inference ``found`` is some packed features (rows, width), in training the gradients of the first block's weights
+    of query, key and value (3 * width, width). ``peak_bytes`` are those above what was held before the task's model
+    was made; None where the system does not tell.
+    """
+
+    found: Array
+    peak_bytes: int | None
+    note: str  # what is to be known of how it ran
+
+
+class Batch:
+    """A batch on the device, in a form."""
+
+    def __init__(self, form: str, text: TextBatch, device: torch.device) -> None:
+        self.inputs: Inputs = FORMS[form].inputs([torch.from_numpy(tokens) for tokens in text.sequences], device)
+        self.rows = torch.from_numpy(text.rows).to(device)
+        self.targets = torch.from_numpy(text.targets).to(device)
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A task under way: ``step`` runs it on a batch, ``look`` gives what is to be compared and changes no weight."""
+
+    step: Callable[[Batch], object]
+    look: Callable[[Batch], torch.Tensor]
+    held_before: int | None  # bytes
+
+
+class Runner:
+    """The worker's object. What a task raises is its result, and costs the other task nothing.
+
+    ``scratch``: a folder for what torch.compile makes.
+    """
+
+    def __init__(
+        self,
+        form: str,
+        compiled: bool,
+        model: Model,
+        texts: Sequence[TextBatch],
+        dtype: DType,
+        device: str,
+        scratch: str,
+    ) -> None:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch  # of its own: a worker that is killed leaves half-written files
+        warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors is in prototype stage")
+        self.device = torch.device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device.index or 0)
+        self._form, self._compiled, self._model, self._dtype = FORMS[form], compiled, model, torch_dtype(dtype)
+        self._texts = texts
+        self._batches: list[Batch] = []
+        self._running: dict[Task, _Running] = {}
+        if self._form.jagtile:
+            jagtile.enable()
+
+    def start(self, task: Task, note: Note) -> Refused | None:
+        """Make the model and run parts of batches, which builds and compiles what is needed."""
+        note(f"start {task}")
+
+        def start() -> None:
+            self._running[task] = (self._inference if task == "inference" else self._training)()
+            for text, sequences in ((self._texts[0], 2), (self._texts[-1], 3)):
+                self._running[task].look(Batch(self._form.name, text.first(sequences), self.device))
+
+        return self._attempt(task, start)
+
+    def check(self, task: Task, note: Note) -> Evidence | Refused:
+        """Run all batches once."""
+        note(f"check {task}")
+
+        def check() -> Evidence:
+            self._batches = self._batches or [Batch(self._form.name, text, self.device) for text in self._texts]
+            running = self._running[task]
+            found = running.look(self._batches[0]).float().cpu().numpy()
+            forget_peak(self.device)
+            for batch in self._batches:
+                running.step(batch)
+            peak = peak_bytes(self.device)
+            known = peak is not None and running.held_before is not None
+            return Evidence(found, peak - running.held_before if known else None, self._note(task))
+
+        return self._attempt(task, check)
+
+    def turn(self, task: Task, note: Note) -> float | Refused:
+        """Seconds for all batches, after a pass that is not timed."""
+        note(f"time {task}")
+
+        def turn() -> float:
+            seconds = 0.0
+            for _ in range(2):
+                begin = time.perf_counter()
+                for batch in self._batches:
+                    self._running[task].step(batch)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                seconds = time.perf_counter() - begin
+            return seconds
+
+        return self._attempt(task, turn)
+
+    def _attempt(self, task: Task, function: Callable[[], Result]) -> Result | Refused:
+        try:
+            result: Result | Refused = function()
+        except jagtile.UnsupportedError as error:
+            result = Refused("refused", str(error))
+        except Exception as error:
+            result = Refused("failed", f"{type(error).__name__}: {error}")
+        if isinstance(result, Refused):
+            self._running.pop(task, None)
+            gc.collect()  # what a trace back held
+        if self.device.type == "cuda":
+            with suppress(RuntimeError):  # of a context that is ruined: the next call tells
+                torch.cuda.empty_cache()  # others run on this GPU too
+        return result
+
+    def _modules(self) -> tuple[Transformer, nn.Module]:
+        """The body and the head, with the same weights in every worker."""
+        torch.manual_seed(0)
+        model = self._model
+        body = Transformer(model.vocabulary, model.max_length, model.layers, model.heads, model.head_dim)
+        head = nn.Linear(model.heads * model.head_dim, model.vocabulary, bias=False)
+        return body.to(self.device), head.to(self.device)
+
+    def _inference(self) -> _Running:
+        """Features of every token, with weights of the dtype."""
+        held = held_bytes(self.device)
+        body = self._modules()[0].to(self._dtype).eval()
+        features = self._perhaps_compiled(lambda inputs: self._form.features(body, inputs, self._model.is_causal))
+
+        @torch.no_grad()
+        def step(batch: Batch) -> torch.Tensor:
+            return features(batch.inputs)
+
+        def look(batch: Batch) -> torch.Tensor:
+            found = step(batch)
+            return found[:: max(1, len(found) // _COMPARED_ROWS)]
+
+        return _Running(step, look, held)
+
+    def _training(self) -> _Running:
+        """A step of AdamW on float32 weights; 16 bits by autocast."""
+        held = held_bytes(self.device)
+        body, head = self._modules()
+        optimizer = torch.optim.AdamW([*body.parameters(), *head.parameters()], 1e-4, fused=True)
+        autocast = torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32)
+
+        def predict(inputs: Inputs, rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            features = self._form.features(body, inputs, self._model.is_causal)
+            return cross_entropy(head(features[rows]).float(), targets)
+
+        loss_of = self._perhaps_compiled(predict)
+
+        def differentiate(batch: Batch) -> None:
+            with autocast:
+                loss = loss_of(batch.inputs, batch.rows, batch.targets)
+            loss.backward()
+
+        def step(batch: Batch) -> None:
+            differentiate(batch)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        def look(batch: Batch) -> torch.Tensor:
+            differentiate(batch)
+            first = body.blocks[0]
+            found = torch.cat([layer.weight.grad for layer in (first.query, first.key, first.value)])
+            optimizer.zero_grad()
+            return found
+
+        return _Running(step, look, held)
+
+    def _perhaps_compiled(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        if not self._compiled:
+            return function
+        torch._functorch.config.enable_autograd_cache = False  # it can't store nested tensors, and says so at length
+        return torch.compile(function, dynamic=True)
+
+    def _note(self, task: Task) -> str:
+        said = []
+        if self._form.jagtile and task == "training" and not BACKWARD_ROUTES:
+            size = self._model.head_dim
+            said.append(
+                f"torch's own attention: {why_no_backward(self._dtype, size, size, self.device) or 'unknown why'}"
+            )
+        if self._form.jagtile and task == "inference" and not ROUTES:
+            said.append("no kernel of jagtile's")
+        if breaks := sum(torch._dynamo.utils.counters["graph_break"].values()) if self._compiled else 0:
+            said.append(f"{breaks} graph breaks")
+        return "; ".join(said)
+
+
+def held_bytes(device: torch.device) -> int | None:
+    """Allocated now: on a GPU by torch, else resident memory of the process."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status_bytes("VmRSS")
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most since ``forget_peak``."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status_bytes("VmHWM")
+
+
+def forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            _CLEAR_REFS.write_text("5")  # Linux: the peak is what is resident now
+
+
+def _status_bytes(field: str) -> int | None:
+    """A field of Linux's description of this process; None elsewhere."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)
