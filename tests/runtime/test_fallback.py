@@ -126,10 +126,18 @@ def test_autograd_goes_through_it_twice(way, kind):
     assert torch.autograd.gradgradcheck(call, inputs)
 
 
-def test_lse_has_a_gradient(way):
-    q, k, v, cu_q, cu_k = packed(Workload("tiny", (2, 3), (3, 1), 2, 1, 3, 2))
-    q.requires_grad_()
-    assert torch.autograd.gradcheck(lambda q: jagtile.varlen_attention(q, k, v, cu_q, cu_k, return_lse=True)[1], (q,))
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_lse_has_gradients_beside_those_of_out(way, kind):
+    """With GQA, cross lengths, empty sequences and rows that see no key, whose lse is -inf."""
+    *operands, cu_q, cu_k = packed(Workload("tiny", (2, 0, 4, 2), (3, 2, 1, 0), 2, 1, 3, 2))
+    finite = jagtile.varlen_attention(*operands, cu_q, cu_k, return_lse=True, **kind)[1].isfinite()
+    assert not finite.all()
+
+    def call(q, k, v):
+        out, lse = jagtile.varlen_attention(q, k, v, cu_q, cu_k, return_lse=True, **kind)
+        return out, lse[finite]
+
+    assert torch.autograd.gradcheck(call, tuple(x.clone().requires_grad_() for x in operands))
 
 
 def test_functorch_goes_through_it(way):

@@ -86,6 +86,38 @@ def test_a_layer_on_nested_tensors_learns_as_dense_attention_does():
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """What torch does not do deterministically raises, and memory that it hands out is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("real_kernels", "deterministic")
+def test_deterministic_training_gives_the_same_bits_again():
+    offsets, values = torch.tensor([0, 13, 13, 60, 61, 200]), torch.randn(200, 24)
+
+    def train() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        projection, back = torch.nn.Linear(24, 3 * 4 * 8), torch.nn.Linear(4 * 8, 24)
+        optimizer = torch.optim.AdamW([*projection.parameters(), *back.parameters()], 1e-2)
+        x = torch.nested.nested_tensor_from_jagged(values, offsets)
+        for _ in range(4):
+            heads = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in projection(x).chunk(3, -1))
+            with jagtile.enabled():
+                out = scaled_dot_product_attention(*heads, is_causal=True)
+            (back(out.transpose(1, 2).flatten(-2)) - x).values().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [*projection.parameters(), *back.parameters()]
+
+    first = train()
+    assert all(weight.isfinite().all() for weight in first)
+    for _ in range(3):
+        assert all(torch.equal(again, weight) for again, weight in zip(train(), first, strict=True))
+
+
 @pytest.mark.usefixtures("real_kernels")
 def test_warmup_for_training_spares_the_builds(caplog):
     forget()
