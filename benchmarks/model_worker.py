@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from model_forms import FORMS, Inputs
+from model_forms import FORMS, Inputs, Nested
 from model_text import Model, TextBatch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -104,12 +104,16 @@ class Runner:
         self._running: dict[Task, _Running] = {}
         if self._form.jagtile:
             jagtile.enable()
+        if isinstance(self._form, Nested):
+            torch.backends.cuda.enable_cudnn_sdp(False)  # on nested tensors it has ended in an illegal memory access
 
     def start(self, task: Task, note: Note) -> Refused | None:
         """Make the model and run parts of batches, which builds and compiles what is needed."""
         note(f"start {task}")
 
         def start() -> None:
+            if self._form.jagtile:
+                self._warm_up(task)
             self._running[task] = (self._inference if task == "inference" else self._training)()
             for text, sequences in ((self._texts[0], 2), (self._texts[-1], 3)):
                 self._running[task].look(Batch(self._form.name, text.first(sequences), self.device))
@@ -149,6 +153,11 @@ class Runner:
             return seconds
 
         return self._attempt(task, turn)
+
+    def _warm_up(self, task: Task) -> None:
+        kind = {"is_causal": self._model.is_causal, "device": self.device}
+        with suppress(jagtile.UnsupportedError):  # for want of a kernel: what then happens is to be seen
+            jagtile.warmup(self._model.head_dim, self._dtype, training=task == "training", **kind)
 
     def _attempt(self, task: Task, function: Callable[[], Result]) -> Result | Refused:
         try:
