@@ -22,7 +22,7 @@ from jagtile.runtime.errors import (
     UnsupportedError,
 )
 
-VERBS = ("generate", "build", "tune", "bench", "explain", "db", "pack", "doctor")
+VERBS = ("generate", "build", "tune", "bench", "report", "explain", "db", "pack", "doctor")
 
 
 class Verbs(click.Group):

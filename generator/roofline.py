@@ -13,6 +13,7 @@ from functools import lru_cache
 
 from jagtile.generator.oracle import torch_dtype
 from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig
+from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant
 from jagtile.generator.workloads import Workload
 from jagtile.runtime.device import Facts
@@ -103,3 +104,23 @@ def _tiles(workload: Workload, block_m: int) -> Counter[int]:
             seen = min(len_k, max(0, min(len_q, first + block_m) + diagonal)) if workload.is_causal else len_k
             found[seen] += workload.num_heads
     return found
+
+
+def speed_of_light(spec: KernelSpec, flops: int, rows_q: int, rows_k: int, device: Facts) -> Roofline | None:
+    """The least time that any kernel could take: what the busiest of tensor cores, exponentials and memory needs alone.
+
+    ``flops``: of unmasked elements, in the spec's direction; ``rows_q`` and ``rows_k``: tokens times heads. Every
+    tensor crosses the memory's bus once. None where the device's rates are not known: this is no Hopper GPU.
+    """
+    if device.compute_capability != "9.0" or spec.dtype == "fp32":
+        return None
+    dim, dim_v = spec.head_dim, spec.head_dim_v
+    forward = spec.direction == "fwd"
+    elements = flops / (2 * (dim + dim_v) if forward else 2 * (3 * dim + 2 * dim_v))
+    tensors = (rows_q + rows_k) * (dim + dim_v) * (1 if forward else 2)  # a backward: each and its gradient
+    clocks = {"tensor": flops / MMA_FLOPS, "exp": elements / EXPONENTIALS}
+    us = {unit: each / device.units / CLOCK_GHZ / 1e3 for unit, each in clocks.items()}
+    if device.bandwidth_gbs:
+        us["memory"] = torch_dtype(spec.dtype).itemsize * tensors / device.bandwidth_gbs / 1e3
+    bound = max(us, key=us.__getitem__)
+    return Roofline(us[bound], bound)
