@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from jagtile.generator.cli_common import (
+    device_slug,
     json_option,
     parse_spec,
     parse_variant,
@@ -24,24 +25,40 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("names", nargs=-1, required=True, metavar="SPEC|VARIANT...")
+@click.argument("names", nargs=-1, metavar="[SPEC|VARIANT]...")
 @click.option("--target", help="Of the SPECs. [default: the first that serves each, GPUs before the CPU]")
-@click.option("--all", "every", is_flag=True, help="Every legal config of each SPEC, not its default alone.")
+@click.option(
+    "--all",
+    "every",
+    is_flag=True,
+    help="Every legal config of each SPEC, not its default alone. Without SPECs: every variant that the choices for "
+    "the device name, which is all that calls of tuned specs take.",
+)
+@click.option(
+    "--device",
+    metavar="DEVICE",
+    help="With --all and no SPECs: a slug of `jagtile db list`, cpu, cuda, ... [default: cuda where there is one]",
+)
 @click.option("--jobs", type=click.IntRange(1), help="Compilers side by side. [default: JAGTILE_JOBS]")
 @json_option
-def build(names: tuple[str, ...], target: str | None, every: bool, jobs: int | None, as_json: bool) -> None:
+def build(
+    names: tuple[str, ...], target: str | None, every: bool, device: str | None, jobs: int | None, as_json: bool
+) -> None:
     """Compile variants, or take them from the cache, and show registers, spills, shared memory and time.
 
     \b
     jagtile build fwd_fp32_d64 --target cpu
     jagtile build fwd_bf16_d128_causal --all
+    jagtile build --all --device sm90-132sm
     """
     from rich.console import Console
     from rich.progress import Progress
 
     from jagtile.generator.build import build as run
 
-    variants = [variant for name in names for variant in _variants(name, target, every)]
+    if (device or not names) and not (every and not names and target is None):
+        raise click.UsageError("name SPECs or VARIANTs; or --all alone, or with --device, for all that was chosen")
+    variants = [variant for name in names for variant in _variants(name, target, every)] or _chosen(device)
     with Progress(console=Console(stderr=True), transient=True, disable=as_json) as progress:
         task = progress.add_task("building", total=len(variants))
         results = run(variants, jobs=jobs, on_result=lambda result: progress.advance(task))
@@ -50,7 +67,7 @@ def build(names: tuple[str, ...], target: str | None, every: bool, jobs: int | N
     else:
         _print(results)
     named = {name for name in names if "/" in name}
-    wanted = [result for result in results if not every or result.variant.name in named]
+    wanted = [result for result in results if not (every and names) or result.variant.name in named]
     failed = [result.variant.name for result in wanted if result.state != "ok"]
     if failed or all(result.state != "ok" for result in results):
         raise click.ClickException(f"not built: {', '.join(failed) or 'any'}")
@@ -68,6 +85,14 @@ def _variants(name: str, target: str | None, every: bool) -> list[Variant]:
         return [default_variant(spec, target)]
     spaces = serving_spaces(target, spec)
     return [Variant(target, spec, config) for space in spaces for config in legal_configs(space, spec)]
+
+
+def _chosen(device: str | None) -> list[Variant]:
+    """What dispatch takes on a device for every spec that has choices there."""
+    from jagtile.generator.pack import plan_pack
+    from jagtile.tuning_db.store import Database
+
+    return list(plan_pack(device_slug(device), [], Database()).variants)
 
 
 def _print(results: list[BuildResult]) -> None:

@@ -146,6 +146,15 @@ def torch_device(name: str | None) -> torch.device:
     return torch.device("cuda", device.index or 0)
 
 
+def device_slug(device: str | None) -> str:
+    """The slug of a device of this machine, or the slug that the option is."""
+    from jagtile.runtime.device import device_id
+
+    if device is None or device.partition(":")[0] in ("cpu", "cuda"):
+        return device_id(torch_device(device)).slug
+    return device
+
+
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?[smh])+")
 

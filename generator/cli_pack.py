@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jagtile.generator.cli_common import json_option, parse_spec, print_json, print_table, torch_device
+from jagtile.generator.cli_common import device_slug, json_option, parse_spec, print_json, print_table
 
 if TYPE_CHECKING:
     from jagtile.runtime.pack import Pack
@@ -55,7 +55,7 @@ def build(
     from jagtile.tuning_db.store import Database
 
     version = check_version(version or jagtile.__version__)
-    plan = plan_pack(_slug(device), [parse_spec(name) for name in specs], Database())
+    plan = plan_pack(device_slug(device), [parse_spec(name) for name in specs], Database())
     click.echo(f"packing {len(plan.variants)} kernels of {len(plan.choices.specs)} specs", err=True)
     if wheel:
         with tempfile.TemporaryDirectory(prefix="jagtile-pack-") as temporary:
@@ -134,15 +134,6 @@ def list_(as_json: bool) -> None:
         return
     columns = ("name", "version", "device", "specs", "kernels", "megabytes", "from", "path", "refused")
     print_table("Kernel packs", columns, [[row.get(name, "") for name in columns] for row in rows], right=columns[3:6])
-
-
-def _slug(device: str | None) -> str:
-    """The slug of a device of this machine, or the slug that the option is."""
-    from jagtile.runtime.device import device_id
-
-    if device is None or device.partition(":")[0] in ("cpu", "cuda"):
-        return device_id(torch_device(device)).slug
-    return device
 
 
 def _facts(pack: Pack) -> dict[str, object]:

@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
+
+from jagtile.generator.spec import KernelSpec
+from jagtile.generator.tile import legal_configs
+from jagtile.runtime.device import device_id
+from jagtile.runtime.dispatch import default_variant
+from jagtile.runtime.settings import settings
+from jagtile.tuning_db.schema import ChoiceEntry, Choices, DeviceFacts
+from jagtile.tuning_db.store import Database
 
 SPEC = "fwd_fp32_d16"
 
@@ -38,4 +47,18 @@ def test_without_a_compiler_the_exit_code_is_2_and_the_message_helps(run, monkey
 
 def test_names_that_are_none_exit_with_1(run):
     assert "is not a name like" in run("build", "nonsense", code=1).output
-    assert "Missing argument" in run("build", code=1).output
+    for arguments in ((), (SPEC, "--device", "cpu"), ("--all", "--target", "cpu")):
+        assert "name SPECs or VARIANTs" in run("build", *arguments, code=1).output
+
+
+def test_without_names_all_builds_what_was_chosen_for_the_device(run, run_json, tmp_path):
+    with settings.override(cache_dir=tmp_path):
+        assert "there are no choices for cpu" in run("build", "--all", "--device", "cpu", code=1).output
+        here, usual = device_id(torch.device("cpu")), default_variant(KernelSpec.parse(SPEC), "cpu")
+        other = next(c for c in legal_configs(usual.space, usual.spec) if c != usual.config)
+        entry = ChoiceEntry(default=usual.config.to_dict(), regimes={"long": other.to_dict()})
+        facts = DeviceFacts(**{name: getattr(here, name) for name in DeviceFacts.__struct_fields__})
+        Database().write_choices(Choices(device=facts, specs={f"cpu/{SPEC}": entry}), ship=False)
+        built = run_json("build", "--all", "--device", "cpu")
+    assert {row["variant"] for row in built} == {usual.name, f"cpu/{SPEC}/{other.name}"}
+    assert all(row["state"] == "ok" for row in built)
