@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,8 +20,11 @@ from jagtile.generator.cli_common import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from jagtile.generator.dry_run import Plan
     from jagtile.generator.spec import KernelSpec
+    from jagtile.generator.tune_all import Outcome
     from jagtile.generator.tune_types import Budget, Progress, TuneResult
     from jagtile.runtime.device import Facts
 
@@ -30,15 +33,23 @@ _SHOWN_REJECTED = 20
 
 
 @click.command()
-@click.argument("specs", nargs=-1, required=True, metavar="SPEC...")
+@click.argument("specs", nargs=-1, metavar="[SPEC]...")
+@click.option(
+    "--all",
+    "every",
+    is_flag=True,
+    help="Every spec that has choices for the device, or for its nearest relative; what is done already is left out.",
+)
 @device_option
 @click.option("--regime", "regimes", multiple=True, help="Only this regime (repeatable). [default: all]")
 @click.option(
     "--budget",
     multiple=True,
     metavar="BUDGET",
-    help="Of each spec: trials a regime (40), time for everything (90s, 5m, 1h30m), or both (40,5m). [default: 40]",
+    help="Of each spec: trials a regime (40), time for everything (90s, 5m, 1h30m), or both (40,5m); with --all "
+    "the time is for all specs together. [default: 40]",
 )
+@click.option("--exhaustive", is_flag=True, help="Try every legal config instead, for a sweep (docs/tuning.md).")
 @click.option("--ship", is_flag=True, help="Write to jagtile's own tuning_db/ instead of the user's overlay.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the search and of the order of turns.")
 @click.option(
@@ -71,9 +82,11 @@ _SHOWN_REJECTED = 20
 @json_option
 def tune(
     specs: tuple[str, ...],
+    every: bool,
     device: str | None,
     regimes: tuple[str, ...],
     budget: tuple[str, ...],
+    exhaustive: bool,
     ship: bool,
     seed: int,
     storage: str | None,
@@ -93,46 +106,72 @@ def tune(
     jagtile tune fwd_bf16_d128 fwd_bf16_d128_causal --budget 10m
     jagtile tune fwd_fp32_d64 --device cpu --regime medium --budget 12
     jagtile tune fwd_bf16_d128 --dry-run --target sm_90a
+    jagtile tune --all --budget 30m
     """
     from jagtile.generator.tune_types import DEFAULT_BUDGET, Budget
     from jagtile.runtime.problem import REGIMES
 
     wanted = [parse_spec(name) for name in dict.fromkeys(specs)]
+    if every == bool(wanted) or (every and (dry_run or storage)):
+        raise click.UsageError("name SPECs; or --all without them, --dry-run and --storage")
     unknown = [name for name in regimes if name not in REGIMES]
     if unknown:
         raise click.UsageError(f"no regime {', '.join(unknown)}; there are {', '.join(REGIMES)}")
+    if exhaustive and budget:
+        raise click.UsageError("--exhaustive has no --budget")
     trials, seconds = parse_budget(budget)
-    limits = Budget(trials, seconds) if budget else DEFAULT_BUDGET
+    limits = Budget(trials, seconds) if budget or exhaustive else DEFAULT_BUDGET
     chosen = tuple(dict.fromkeys(regimes)) or REGIMES
     if target is not None and (device is not None or not dry_run):
         raise click.UsageError("--target goes with --dry-run and without --device")
     if dry_run:
         _dry_run(wanted, _facts(device, target), chosen, limits, as_json)
         return
+    options = {"ship": ship, "seed": seed, "timeout": timeout, "resume": not fresh}
     where = torch_device(device)
-    from jagtile.generator.tune import tune as run
-
-    results = []
-    for spec in wanted:
-        with _interruptible(), _progress(spec, len(chosen)) as progress:
-            result = run(
-                spec,
-                where,
-                chosen,
-                budget=limits,
-                ship=ship,
-                seed=seed,
-                storage=storage,
-                grace=grace,
-                timeout=timeout,
-                resume=not fresh,
-                progress=progress,
-            )
-        results.append(result)
-        if not as_json:
-            _print_result(result)
+    results, failures = [], []
+    with _interruptible():
+        if every:
+            outcomes = _tune_all(where, chosen, limits, options)
+        else:
+            outcomes = _tune(wanted, where, chosen, limits, {**options, "storage": storage, "grace": grace})
+        for outcome in outcomes:
+            if outcome.failure:
+                failures.append(f"{outcome.spec.name}: {outcome.failure}")
+            elif outcome.result is None:
+                click.echo(f"{outcome.spec.name}: done already (--fresh measures it anew)", err=True)
+            else:
+                results.append(outcome.result)
+                if not as_json:
+                    _print_result(outcome.result)
     if as_json:
         print_json([_as_json(result) for result in results])
+    if failures:
+        raise click.ClickException("; ".join(failures))
+
+
+def _tune(
+    specs: Sequence[KernelSpec],
+    device: torch.device,
+    regimes: Sequence[str],
+    budget: Budget,
+    options: Mapping[str, Any],
+) -> Iterator[Outcome]:
+    from jagtile.generator.tune import tune as run
+    from jagtile.generator.tune_all import Outcome
+
+    for spec in specs:
+        with _progress(spec, len(regimes)) as progress:
+            result = run(spec, device, regimes, budget=budget, progress=progress, **options)
+        yield Outcome(spec, result)
+
+
+def _tune_all(
+    device: torch.device, regimes: Sequence[str], budget: Budget, options: Mapping[str, Any]
+) -> Iterator[Outcome]:
+    from jagtile.generator.tune_all import tune_all
+
+    return tune_all(device, regimes, budget=budget, progress_of=lambda spec: _progress(spec, len(regimes)), **options)
 
 
 @contextmanager

@@ -1,20 +1,21 @@
 """How long a config should take, by arithmetic: the busiest unit of an SM in a step, times the steps of an SM.
 
-It ranks candidates before anything is compiled; roofline_check.py says how well, against measured records. A step is
-one block of keys for one CTA's query rows. Rates are an SM's, in its clocks.
+It ranks candidates before anything is compiled, and a search begins with the best of them; roofline_check.py says how
+well, against measured records. A step is one block of keys for one CTA's query rows. Rates are an SM's, in its clocks.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from jagtile.generator.oracle import torch_dtype
 from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig
 from jagtile.generator.spec import KernelSpec
-from jagtile.generator.tile import Variant
+from jagtile.generator.tile import TileConfig, Variant
 from jagtile.generator.workloads import Workload
 from jagtile.runtime.device import Facts
 
@@ -51,6 +52,17 @@ def roofline(variant: Variant, workload: Workload, device: Facts) -> Roofline | 
     return None
 
 
+def predictor(device: Facts, spec: KernelSpec, workloads: Sequence[Workload]) -> Callable[[TileConfig], float | None]:
+    """``roofline`` of a spec's configs: the geometric mean over the workloads in microseconds, None without a model."""
+
+    def predict(config: TileConfig) -> float | None:
+        variant = Variant(device.target, spec, config)
+        guesses = [guess.us for each in workloads if (guess := roofline(variant, each, device)) is not None]
+        return statistics.geometric_mean(guesses) if guesses else None
+
+    return predict
+
+
 def _hopper_forward(variant: Variant, config: Sm90ForwardConfig, workload: Workload, device: Facts) -> Roofline:
     spec, ctas = variant.spec, config.ctas_per_sm
     units = _step_clocks(config, spec.head_dim, spec.head_dim_v)
@@ -61,7 +73,8 @@ def _hopper_forward(variant: Variant, config: Sm90ForwardConfig, workload: Workl
     element = torch_dtype(spec.dtype).itemsize
     hides = config.q_stages > 1
     ends = _TILE_CLOCKS + element * config.block_m * (spec.head_dim + spec.head_dim_v) / L2_BYTES
-    tile = ends * (0.5 if hides else 1.0) + _FILL_CLOCKS * (_HIDDEN_FILL if hides else 1.0)
+    fill = _FILL_CLOCKS * (_HIDDEN_FILL if hides else 1.0) / (config.num_stages - 1)
+    tile = ends * (0.5 if hides else 1.0) + fill
 
     clocks = longest = 0.0
     for keys, tiles in _tiles(workload, config.block_m).items():

@@ -1,4 +1,4 @@
-"""Which config to try next: seeds, then Optuna's TPE by ask-and-tell, then the neighbours of the best ones found.
+"""Which config to try next: seeds, then an Optuna sampler's by ask-and-tell, then neighbours of the best ones found.
 
 Knows spaces and numbers only: no files, no device, no clock. What is illegal is rejected by arithmetic and costs
 nothing; what is known already is answered from memory; where all that is left fits the budget, all of it is tried.
@@ -7,25 +7,44 @@ nothing; what is known already is answered from memory; where all that is left f
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from jagtile.generator.fleet import Point
 from jagtile.generator.spec import KernelSpec
-from jagtile.generator.tile import Knob, TileConfig, legal_configs, spaces_of
+from jagtile.generator.tile import Knob, Space, TileConfig, legal_configs, spaces_of
 from jagtile.runtime.errors import UnsupportedError
 
 if TYPE_CHECKING:
     import optuna
 
-TPE_SHARE = 0.6  # of the budget; the rest descends through neighbours
-_EXPLORED_FIRST = 20  # configs of an open-ended search, before turns alternate ...
-_TURNS = 10  # ... in rounds of so many
+_ROUNDS = 32, 10  # configs of the first and of each later round of an open-ended search
 _DESCEND_FROM = 4  # of the best configs
 _RUNNER_UP = 0.6  # steps by which each next of them is handicapped
 _LONG_STEP = 0.25  # what a step counts beyond the first along one knob
 _FOREIGN = 10.0  # steps to a config of another algorithm
-_MAX_ASKS = 64  # of TPE for one fresh config, before one is drawn at random
+_MAX_ASKS = 64  # of the sampler for one fresh config, before one is drawn at random
+
+
+def _tpe(seed: int) -> optuna.samplers.BaseSampler:
+    import optuna
+
+    return optuna.samplers.TPESampler(seed=seed)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to search; docs/tuning.md says how they compare."""
+
+    predicted: float = 0.7  # share of the budget for the configs that are predicted to be best, if any are predicted
+    explored: float = 0.6  # share of the rest that the sampler has; what is left descends through neighbours
+    sampler: Callable[[int], optuna.samplers.BaseSampler] = _tpe  # of a seed
+    ordered: bool = False  # whether the sampler sees numbers as places in their order, or as mere categories
+
+
+DEFAULT_METHOD = Method()
 
 
 class Search:
@@ -39,20 +58,28 @@ class Search:
         trials: int | None,
         seeds: Sequence[TileConfig] = (),
         seed: int = 0,
+        predict: Callable[[TileConfig], float | None] = lambda config: None,
+        spaces: Sequence[Space] | None = None,
+        method: Method = DEFAULT_METHOD,
     ) -> None:
         """``trials``: distinct configs to try, those told beforehand included; None: the caller stops when it likes.
-        ``seeds``: known-good configs, tried first.
+        ``seeds``: known-good configs, tried first. ``predict``: a guess at a config's time, None where there is none.
+        ``spaces`` stand in for the target's, in replays.
         """
         self.trials = trials
+        self._method = method
         self.results: dict[TileConfig, float | None] = {}  # None: it failed
         self.elsewhere: set[TileConfig] = set()  # configs that others are at work on
-        self._spaces = {space.algorithm: space for space in spaces_of(target, spec)}
+        self._spaces = {space.algorithm: space for space in spaces or spaces_of(target, spec)}
         if not self._spaces:
             raise UnsupportedError(f"no template of target {target} computes {spec.name}")
         self._grids = {space.algorithm: space.knobs(spec) for space in self._spaces.values()}
         self.legal = tuple(config for space in self._spaces.values() for config in legal_configs(space, spec))
         self._legal_set = frozenset(self.legal)
         self._seeds = [config for config in dict.fromkeys(seeds) if config in self._legal_set]
+        guesses = {config: guess for config in self.legal if (guess := predict(config)) is not None}
+        self._predicted = sorted(guesses, key=guesses.__getitem__)  # the most promising first
+        self._places = {config: place for place, config in enumerate(self._predicted)}
         self._rng = random.Random(seed)
         self._asked: dict[TileConfig, optuna.Trial | None] = {}
         self._seed = seed
@@ -108,19 +135,25 @@ class Search:
         unknown = [config for config in self.legal if self._is_fresh(config)]
         if self.trials is not None and len(unknown) <= self.remaining:
             return unknown[0], None
-        return self._ask_tpe(unknown) if self._is_explored_now() else (self._nearest(unknown), None)
+        predicted = next(filter(self._is_fresh, self._predicted), None)
+        share = self._method.predicted if self._predicted else 0.0
+        if predicted is not None and self._is_turn_of(share):
+            return predicted, None
+        explores = self._is_turn_of(share + (1 - share) * self._method.explored)
+        return self._sampled(unknown) if explores else (self._nearest(unknown), None)
 
-    def _is_explored_now(self) -> bool:
-        """Whether TPE asks next. Where the end is not known, turns alternate at the same share."""
+    def _is_turn_of(self, share: float) -> bool:
+        """Whether what has the first ``share`` of the budget is next; where the end is not known, of each round."""
         done = len(self.results) + len(self._asked) + len(self.elsewhere)
         if self.trials is not None:
-            return done < TPE_SHARE * self.trials
-        return done < _EXPLORED_FIRST or done % _TURNS < TPE_SHARE * _TURNS
+            return done < share * self.trials
+        first, later = _ROUNDS
+        return done < share * first if done < first else (done - first) % later < share * later
 
     def _is_fresh(self, config: TileConfig) -> bool:
         return config not in self.results and config not in self._asked and config not in self.elsewhere
 
-    def _ask_tpe(self, unknown: Sequence[TileConfig]) -> tuple[TileConfig, optuna.Trial | None]:
+    def _sampled(self, unknown: Sequence[TileConfig]) -> tuple[TileConfig, optuna.Trial | None]:
         study = self._study = self._study or self._open_study()
         for _ in range(_MAX_ASKS):
             trial = study.ask(dict(self._distributions()))
@@ -136,15 +169,19 @@ class Search:
         return self._rng.choice(unknown), None
 
     def _nearest(self, unknown: Sequence[TileConfig]) -> TileConfig:
-        """The unknown config that is the fewest steps away from one of the best; ties are drawn."""
+        """The unknown config that is the fewest steps away from one of the best; of equally near ones the one that is
+        predicted to be faster, else they are drawn.
+        """
         best = self.best()[:_DESCEND_FROM]
         shuffled = self._rng.sample(unknown, len(unknown))
         if not best:
             return shuffled[0]
-        return min(
-            shuffled,
-            key=lambda config: min(self._steps(config, good) + _RUNNER_UP * i for i, good in enumerate(best)),
-        )
+
+        def distance(config: TileConfig) -> tuple[float, int]:
+            steps = min(self._steps(config, good) + _RUNNER_UP * i for i, good in enumerate(best))
+            return steps, self._places.get(config, len(self._places))
+
+        return min(shuffled, key=distance)
 
     def _steps(self, a: TileConfig, b: TileConfig) -> float:
         if a.algorithm != b.algorithm:
@@ -164,7 +201,7 @@ class Search:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(direction="minimize", sampler=optuna.samplers.TPESampler(seed=self._seed))
+        study = optuna.create_study(direction="minimize", sampler=self._method.sampler(self._seed))
         study.add_trials([self._told(config, value) for config, value in self.results.items()])
         return study
 
@@ -177,23 +214,38 @@ class Search:
             yield name, tuple(dict.fromkeys(value for domain in domains for value in domain))
 
     def _distributions(self) -> Iterator[tuple[str, optuna.distributions.BaseDistribution]]:
-        from optuna.distributions import CategoricalDistribution
+        from optuna.distributions import CategoricalDistribution, IntDistribution
 
         for name, choices in self._domains():
-            yield name, CategoricalDistribution(choices)
+            ranks = self._ranks.get(name)
+            yield name, IntDistribution(0, len(ranks) - 1) if ranks else CategoricalDistribution(choices)
+
+    @cached_property
+    def _ranks(self) -> dict[str, list[int]]:
+        """The values, in order, of knobs that the sampler sees as places."""
+        if not self._method.ordered:
+            return {}
+        numbers = {name: [v for v in values if type(v) is int] for name, values in self._domains()}
+        return {name: sorted(numbers[name]) for name, values in self._domains() if len(values) == len(numbers[name])}
+
+    def _params(self, config: TileConfig) -> dict[str, Knob]:
+        """The config as the sampler sees it."""
+        params = self.point(config).params
+        return {k: self._ranks[k].index(v) if k in self._ranks and isinstance(v, int) else v for k, v in params.items()}
 
     def _config(self, params: dict[str, Knob]) -> TileConfig | None:
-        """The config of a point of the joint grid, None where it is not legal."""
-        algorithm = str(params["algorithm"])
+        """The config of what the sampler proposes, None where it is not legal."""
+        values = {k: self._ranks[k][v] if k in self._ranks and isinstance(v, int) else v for k, v in params.items()}
+        algorithm = str(values["algorithm"])
         make = self._spaces[algorithm].config_type
-        config = make(**{knob: params[knob] for knob in self._grids[algorithm]})
+        config = make(**{knob: values[knob] for knob in self._grids[algorithm]})
         return config if config in self._legal_set else None
 
     def _told(self, config: TileConfig, value: float | None) -> optuna.trial.FrozenTrial:
         from optuna.trial import TrialState, create_trial
 
         return create_trial(
-            params=self.point(config).params,
+            params=self._params(config),
             distributions=dict(self._distributions()),
             value=value,
             state=TrialState.PRUNED if value is None else TrialState.COMPLETE,

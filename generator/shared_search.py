@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from jagtile.generator.fleet import Ledger
 from jagtile.generator.resume import known_ratios
@@ -26,13 +26,14 @@ class SharedSearch(Search):
         trials: int | None,
         seeds: Sequence[TileConfig] = (),
         seed: int = 0,
+        predict: Callable[[TileConfig], float | None] = lambda config: None,
         ledger: Ledger,
         regime: str,
         workloads: tuple[Workload, ...],
         recorded: Sequence[TuningRecord],
     ) -> None:
         """``recorded``: what this process measures, a list that grows. The others see it with each result."""
-        super().__init__(target, spec, trials=trials, seeds=seeds, seed=seed)
+        super().__init__(target, spec, trials=trials, seeds=seeds, seed=seed, predict=predict)
         self.control: TileConfig | None = None  # whose time the others' results are put in proportion to
         self.pause = ledger.fleet.poll  # seconds between two looks at what the others do
         self._ledger, self._regime, self._workloads, self._recorded = ledger, regime, workloads, recorded

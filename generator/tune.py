@@ -69,11 +69,8 @@ def tune(
         raise ValueError(f"regimes must be some of {', '.join(REGIMES)}; got {', '.join(unknown) or 'none'}")
     database = database or Database()
     progress = progress or Silent()
-    with (make_worker or (lambda: Worker(Trials, str(device), seed, cap_memory=device.type == "cpu")))() as worker:
-        try:
-            facts = cast(WorkerFacts, worker.call("facts", timeout=max(timeout, 120.0)))
-        except WorkerFailure as failure:
-            raise TuningError(f"{device} can't be used: {failure.reason}") from None
+    with (make_worker or worker_for(device, seed))() as worker:
+        facts = facts_of(worker, device, timeout)
         name = f"{facts.device.slug}/{facts.device.target}/{spec.name}"
         with (
             database.writer(facts.device.slug, ship) as writer,
@@ -108,6 +105,19 @@ def tune(
             found = tuner.settle(found)
             tuner.finals(found)
             return tuner.conclude(found, ship, slack)
+
+
+def worker_for(device: torch.device, seed: int) -> Callable[[], AbstractContextManager[Caller]]:
+    """What makes the worker that owns a device."""
+    return lambda: Worker(Trials, str(device), seed, cap_memory=device.type == "cpu")
+
+
+def facts_of(worker: Caller, device: torch.device, timeout: float) -> WorkerFacts:
+    """What a worker's device is. TuningError where it can't be used."""
+    try:
+        return cast(WorkerFacts, worker.call("facts", timeout=max(timeout, 120.0)))
+    except WorkerFailure as failure:
+        raise TuningError(f"{device} can't be used: {failure.reason}") from None
 
 
 def _build(variants: Sequence[Variant]) -> Sequence[BuildResult]:

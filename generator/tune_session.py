@@ -18,6 +18,7 @@ from jagtile.generator.choose import choose
 from jagtile.generator.fleet import Fleet
 from jagtile.generator.measure import Plan
 from jagtile.generator.resume import best_of_old, current_records, known_ratios
+from jagtile.generator.roofline import predictor
 from jagtile.generator.search import Search
 from jagtile.generator.shared_search import SharedSearch, fingerprint
 from jagtile.generator.tile import TileConfig, config_from_dict
@@ -116,14 +117,16 @@ class TuneSession:
 
     def _make_search(self, regime: str, workloads: tuple[Workload, ...], seeds: Sequence[TileConfig]) -> Search:
         spec, target, trials = self.runner.spec, self.runner.target, self._trials()
+        predict = predictor(self._device(), spec, workloads)
         if self.fleet is None:
-            return Search(target, spec, trials=trials, seeds=seeds, seed=self.seed)
+            return Search(target, spec, trials=trials, seeds=seeds, seed=self.seed, predict=predict)
         return SharedSearch(
             target,
             spec,
             trials=trials,
             seeds=seeds,
             seed=self.seed + self.fleet.number,  # tuners that draw alike would be in each other's way
+            predict=predict,
             ledger=self.fleet.ledger(f"{regime}/{fingerprint(target, spec, workloads)}"),
             regime=regime,
             workloads=workloads,

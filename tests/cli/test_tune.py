@@ -10,11 +10,13 @@ import torch
 from click.testing import CliRunner
 
 from jagtile.generator import tune as tune_module
+from jagtile.generator import tune_all as tune_all_module
 from jagtile.generator.cli import cli
 from jagtile.generator.cli_common import parse_budget
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import all_configs, legal_configs, parse_config, spaces_of
-from jagtile.generator.tune_types import DEFAULT_BUDGET, Budget, RegimeResult, TuneResult
+from jagtile.generator.tune_all import Outcome
+from jagtile.generator.tune_types import DEFAULT_BUDGET, Budget, RegimeResult, Silent, TuneResult
 from jagtile.generator.workloads import representative
 from jagtile.runtime.problem import REGIMES
 from jagtile.runtime.settings import settings
@@ -105,6 +107,36 @@ def test_options_reach_the_tuner(run, fake):
     assert (options["ship"], options["seed"], options["storage"], options["resume"]) == (True, 3, storage, False)
 
 
+def test_exhaustive_is_a_budget_without_limits(run, fake):
+    run("tune", SPEC, "--device", "cpu", "--regime", "long", "--exhaustive")
+    assert fake.calls[0][3]["budget"] == Budget(None, None)
+
+
+def test_all_tunes_what_is_chosen_and_tells_what_was_done_and_what_failed(run, monkeypatch, fake):
+    calls = []
+
+    def outcomes(device, regimes, **options):
+        calls.append((device, tuple(regimes), options))
+        options.pop("progress_of")
+        spec = KernelSpec.parse(SPEC)
+        yield Outcome(KernelSpec.parse("fwd_fp32_d32"), None)
+        yield Outcome(spec, fake(spec, device, regimes, progress=Silent()))
+        yield Outcome(KernelSpec.parse("fwd_fp32_d96"), None, "none of 3 configs works")
+
+    monkeypatch.setattr(tune_all_module, "tune_all", outcomes)
+    result = run("tune", "--all", "--device", "cpu", "--budget", "30m", "--ship", code=1)
+    assert calls == [
+        (
+            torch.device("cpu"),
+            REGIMES,
+            {"budget": Budget(None, 1800.0), "ship": True, "seed": 0, "timeout": 30.0, "resume": True},
+        )
+    ]
+    assert "fwd_fp32_d32: done already" in result.stderr
+    assert f"{SPEC} on Some CPU" in result.stdout
+    assert "fwd_fp32_d96: none of 3 configs works" in result.stderr
+
+
 def test_the_summary_names_the_chosen_configs_and_the_progress_why_others_failed(run, fake):
     result = run("tune", SPEC, "--device", "cpu", "--regime", "medium")
     chosen = legal_configs(spaces_of("cpu", KernelSpec.parse(SPEC))[0], KernelSpec.parse(SPEC))[0].name
@@ -167,7 +199,11 @@ def test_a_dry_run_for_a_gpu_that_is_not_here_predicts_and_gives_the_reasons_of_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "Missing argument"),
+        ((), "name SPECs; or --all"),
+        ((SPEC, "--all"), "name SPECs; or --all"),
+        (("--all", "--dry-run"), "name SPECs; or --all"),
+        (("--all", "--storage", "sqlite:///x.db"), "name SPECs; or --all"),
+        ((SPEC, "--exhaustive", "--budget", "3"), "--exhaustive has no --budget"),
         ((SPEC, "--target", "cpu"), "--target goes with --dry-run"),
         ((SPEC, "--target", "cpu", "--device", "cpu", "--dry-run"), "without --device"),
         ((SPEC, "--target", "sm_20", "--dry-run"), "no device of target 'sm_20'"),

@@ -1,0 +1,171 @@
+"""Compare ways to search by replaying them over recorded sweeps: regret of the choice against trials.
+
+    python benchmarks/samplers.py tests/tune/sweeps --seeds 20 --plot docs/samplers.svg
+
+Prints the tables of docs/tuning.md. Needs matplotlib for the plot; scipy and cmaes for the samplers that use them (what
+can't be imported is left out). Every method is run with the tuner's batches and the sweeps' own noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import optuna
+
+from jagtile.generator.replay import Replay, Sweep, quarter, read_sweeps, replay, share_within
+from jagtile.generator.search import DEFAULT_METHOD, Method
+
+Make = Callable[[int], optuna.samplers.BaseSampler]
+
+
+def _random(seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _brute_force(seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.BruteForceSampler(seed=seed)
+
+
+def _tpe(seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.TPESampler(seed=seed)
+
+
+def _tpe_joint(seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+
+
+def _gp(seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=6, deterministic_objective=False)
+
+
+def _cma(seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.CmaEsSampler(seed=seed, n_startup_trials=1, warn_independent_sampling=False)
+
+
+def _genetic(seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.NSGAIISampler(seed=seed, population_size=8)
+
+
+_SAMPLERS: dict[str, tuple[Make, tuple[str, ...]]] = {
+    "random": (_random, ()),
+    "brute force": (_brute_force, ()),
+    "TPE": (_tpe, ()),
+    "TPE, multivariate": (_tpe_joint, ()),
+    "GP": (_gp, ("scipy",)),
+    "CMA-ES": (_cma, ("cmaes",)),
+    "NSGA-II": (_genetic, ()),
+}
+
+
+def methods() -> dict[str, Method]:
+    """Each sampler by itself and followed by the descent, and the tuner's own method."""
+    found = {"the tuner's": DEFAULT_METHOD}
+    for name, (make, needs) in _SAMPLERS.items():
+        if all(find_spec(module) for module in needs):
+            ordered = name == "CMA-ES"  # it knows numbers only
+            found[name] = Method(0.0, 1.0, make, ordered)
+            found[f"{name}, then descent"] = Method(0.0, 0.6, make, ordered)
+    found["descent"] = Method(0.0, 0.15, _random)
+    for predicted in (0.0, 0.3, 0.5, 1.0):
+        found[f"the tuner's, {predicted:.0%} predicted"] = Method(predicted)
+    return found
+
+
+def _run(task: tuple[str, Sweep, int]) -> Replay:
+    warnings.simplefilter("ignore")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    name, sweep, seed = task
+    return replay(sweep, quarter(sweep), seed=seed, method=methods()[name])
+
+
+def compare(sweeps: Sequence[Sweep], names: Sequence[str], seeds: int, jobs: int) -> dict[str, dict[str, list[Replay]]]:
+    """Replays by method and sweep."""
+    tasks = list(itertools.product(names, sweeps, range(seeds)))
+    found: dict[str, dict[str, list[Replay]]] = {name: {sweep.name: [] for sweep in sweeps} for name in names}
+    with ProcessPoolExecutor(jobs) as pool:
+        for (name, sweep, _), result in zip(tasks, pool.map(_run, tasks, chunksize=8), strict=True):
+            found[name][sweep.name].append(result)
+    return found
+
+
+def print_tables(sweeps: Sequence[Sweep], found: dict[str, dict[str, list[Replay]]]) -> None:
+    """A row a method, then a row a sweep for the tuner's own."""
+    print("| method | regret: mean | median | 9 of 10 below | within 2 % | worst sweep's mean |")
+    print("|---|---|---|---|---|---|")
+    for name, by_sweep in sorted(found.items(), key=lambda item: _mean(_all(item[1]))):
+        each = _all(by_sweep)
+        tenths = statistics.quantiles([min(replay.regret, 1.0) for replay in each], n=10)
+        print(
+            f"| {name} | {_mean(each):.2%} | {statistics.median(r.regret for r in each):.2%} | {tenths[-1]:.2%} "
+            f"| {share_within(each, 0.02):.0%} | {max(map(_mean, by_sweep.values())):.2%} |"
+        )
+    print("\n| sweep | configs | trials | noise | regret: mean | worst | within 2 % |\n|---|---|---|---|---|---|---|")
+    for sweep in sweeps:
+        own = found["the tuner's"][sweep.name]
+        print(
+            f"| {sweep.device} {sweep.spec} {sweep.regime} | {len(sweep.configs)} | {quarter(sweep)} "
+            f"| {sweep.noise:.1%} | {_mean(own):.2%} | {max(r.regret for r in own):.2%} "
+            f"| {share_within(own, 0.02):.0%} |"
+        )
+
+
+def _all(by_sweep: dict[str, list[Replay]]) -> list[Replay]:
+    return list(itertools.chain.from_iterable(by_sweep.values()))
+
+
+def _mean(replays: Sequence[Replay]) -> float:
+    return statistics.mean(min(replay.regret, 1.0) for replay in replays)
+
+
+def plot(found: dict[str, dict[str, list[Replay]]], path: Path) -> None:
+    """Mean regret of the best tried so far against the share of a sweep that was tried."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "jagtile"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
+    shares = [step / 100 for step in range(4, 101, 4)]  # of the trials
+    for name, by_sweep in found.items():
+        each = _all(by_sweep)
+        means = [statistics.mean(_at(replay, share) for replay in each) for share in shares]
+        bold = name == "the tuner's"
+        axes.plot([25 * s for s in shares], [100 * m for m in means], label=name, linewidth=2.5 if bold else 1)
+    axes.axhline(2, color="grey", linewidth=0.5)
+    axes.set(xlabel="configs tried, % of the space", ylabel="mean regret of the best so far, %", ylim=(0, 12))
+    axes.legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _at(replay: Replay, share: float) -> float:
+    place = max(0, round(share * replay.trials) - 1)
+    return min(replay.course[place], 1.0)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of sweeps")
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--method", action="append", choices=list(methods()), help="only this one (repeatable)")
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    sweeps = read_sweeps(options.folder)
+    names = list(dict.fromkeys(["the tuner's", *(options.method or methods())]))
+    found = compare(sweeps, names, options.seeds, options.jobs)
+    print_tables(sweeps, found)
+    if options.plot:
+        plot(found, options.plot)
+
+
+if __name__ == "__main__":
+    main()
