@@ -45,7 +45,7 @@ def main(device: str) -> None:
     q, k, v = torch.randn(3, batch * length, heads, head_dim, device=device, dtype=torch.bfloat16)
     cu = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
     for regime in range(len(REGIMES)):
-        routes.ROUTES[q.dtype, head_dim, head_dim, False, q.get_device(), regime] = NoKernel()
+        routes.ROUTES[q.dtype, head_dim, head_dim, False, q.get_device(), regime, False] = NoKernel()
     nested = torch.nested.nested_tensor_from_jagged(q, cu.long()).transpose(1, 2)
     operator = torch.ops.jagtile.forward.default
     call = (q, k, v, cu, cu, None, None, False, False, 0.125, False)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from jagtile.generator.roofline import Roofline, roofline
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant, all_configs, spaces_of
-from jagtile.generator.tune_types import Budget
+from jagtile.generator.tune_types import Budget, check_tunable
 from jagtile.generator.workloads import representative
 from jagtile.runtime.device import Facts
 from jagtile.runtime.errors import UnsupportedError
@@ -51,6 +51,7 @@ class Plan:
 
 def plan(spec: KernelSpec, device: Facts, regimes: Sequence[str], budget: Budget) -> Plan:
     """The plan for a spec on a device, which need not be here."""
+    check_tunable(spec)
     candidates, rejected = [], []
     workloads = {regime: representative(spec, regime, device.target) for regime in regimes}
     for space in spaces_of(device.target, spec):

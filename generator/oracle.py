@@ -47,12 +47,14 @@ def reference(
     is_causal: bool = False,
     causal_alignment: CausalAlignment = "top_left",
     scale: float | None = None,
+    kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every sequence in float64, on the inputs' device.
 
     q (total_q, H, D), k (total_k, H_kv, D), v (total_k, H_kv, D_v), any strides; cu_seqlens (B+1,) of any integer
-    dtype. Returns out float64 (total_q, H, D_v) and lse float64 (H, total_q), natural logarithm. A row that sees no key
-    gives 0 and -inf, and so does a row of q that belongs to no sequence.
+    dtype. kept (H, total_q, total_k): by what dropout multiplies the weights. Returns out float64 (total_q, H, D_v) and
+    lse float64 (H, total_q), natural logarithm, which dropout leaves alone. A row that sees no key gives 0 and -inf,
+    and so does a row of q that belongs to no sequence.
     """
     total_q, heads, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
@@ -64,7 +66,8 @@ def reference(
         diagonal = None if not is_causal else 0 if causal_alignment == "top_left" else len_k - len_q
         if len_q and len_k:
             rows_q, rows_k = slice(begin_q, end_q), slice(begin_k, end_k)
-            _sequence(q[rows_q], k[rows_k], v[rows_k], out[rows_q], lse[:, rows_q], scale, diagonal)
+            factors = None if kept is None else kept[:, rows_q, rows_k]
+            _sequence(q[rows_q], k[rows_k], v[rows_k], out[rows_q], lse[:, rows_q], scale, diagonal, factors)
     return out, lse
 
 
@@ -76,6 +79,7 @@ def _sequence(
     lse: torch.Tensor,
     scale: float,
     diagonal: int | None,
+    kept: torch.Tensor | None,
 ) -> None:
     """One sequence, in blocks of heads and rows that keep the scores small. Row i sees the keys j <= i + diagonal."""
     (len_q, heads, _), (len_k, heads_kv, _) = q.shape, k.shape
@@ -97,6 +101,8 @@ def _sequence(
             peak = torch.where(peak == float("-inf"), 0.0, peak)
             weights = scores.sub_(peak).exp_()
             total = weights.sum(dim=-1, keepdim=True)
+            if kept is not None:
+                weights = weights * kept[q_heads, block]
             result = (weights @ values) / torch.where(total == 0, 1.0, total)
             out[block, q_heads] = result.transpose(0, 1)
             lse[q_heads, block] = (peak + total.log()).squeeze(-1)

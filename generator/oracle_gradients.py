@@ -40,11 +40,12 @@ def reference_gradients(
     is_causal: bool = False,
     causal_alignment: CausalAlignment = "top_left",
     scale: float | None = None,
+    kept: torch.Tensor | None = None,
 ) -> Gradients:
     """Gradients, in float64, of a loss whose gradients by ``oracle.reference``'s results are dout and dlse.
 
-    dout (total_q, H, D_v), dlse (H, total_q) or None for zeros; the rest as ``oracle.reference`` takes it. A row that
-    sees no key, a key that no row sees, and rows of no sequence have zeros.
+    dout (total_q, H, D_v), dlse (H, total_q) or None for zeros; kept and the rest as ``oracle.reference`` takes it. A
+    row that sees no key, a key that no row sees, and rows of no sequence have zeros.
     """
     heads, head_dim = q.shape[1:]
     scale = head_dim**-0.5 if scale is None else scale
@@ -74,6 +75,7 @@ def reference_gradients(
                     dlse[head, rows].double(),
                     scale,
                     seen,
+                    1.0 if kept is None else kept[head, rows, begin_k:end_k],
                 )
                 found.dq[rows, head] = dq
                 found.dk[begin_k:end_k, kv] += dk
@@ -89,13 +91,14 @@ def _block(
     dlse: torch.Tensor,
     scale: float,
     seen: torch.Tensor,
+    kept: torch.Tensor | float,
 ) -> Gradients:
-    """Some rows of one head against all keys of their sequence; ``seen`` (rows, keys)."""
+    """Some rows of one head against all keys of their sequence; ``seen`` (rows, keys), and so ``kept`` or a number."""
     some = seen.any(dim=1, keepdim=True)
     scores = torch.where(seen, q @ k.T * scale, float("-inf"))
     weights = torch.where(some, torch.where(some, scores, 0.0).softmax(dim=1), 0.0)
     dout, dlse = torch.where(some, dout, 0.0), torch.where(some.squeeze(1), dlse, 0.0)
-    dweights = dout @ v.T
+    dweights = dout @ v.T * kept
     delta = (weights * dweights).sum(dim=1) - dlse
     dscores = weights * (dweights - delta.unsqueeze(1)) * scale
-    return Gradients(dscores @ k, dscores.T @ q, weights.T @ dout)
+    return Gradients(dscores @ k, dscores.T @ q, (weights * kept).T @ dout)

@@ -13,15 +13,17 @@ DIRECTIONS: tuple[Direction, ...] = ("fwd", "bwd")
 DTYPES: tuple[DType, ...] = ("fp32", "bf16", "fp16")
 MAX_HEAD_DIM = 256
 
-_NAME = re.compile(r"(?P<direction>[a-z]+)_(?P<dtype>[a-z]+\d+)_d(?P<d>\d+)(?:_dv(?P<dv>\d+))?(?P<causal>_causal)?")
+_NAME = re.compile(
+    r"(?P<direction>[a-z]+)_(?P<dtype>[a-z]+\d+)_d(?P<d>\d+)(?:_dv(?P<dv>\d+))?(?P<causal>_causal)?(?P<dropout>_drop)?"
+)
 
 
 @dataclass(frozen=True, order=True)
 class KernelSpec:
     """What changes the mathematics at compile time.
 
-    Batch size, lengths, strides, numbers of heads, the GQA ratio, the scale and the causal alignment are run-time
-    values and have no place here.
+    Batch size, lengths, strides, numbers of heads, the GQA ratio, the scale, the causal alignment, the rate and the
+    random numbers of dropout are run-time values and have no place here.
     """
 
     direction: Direction
@@ -29,6 +31,7 @@ class KernelSpec:
     head_dim: int
     head_dim_v: int
     causal: bool
+    dropout: bool = False
 
     def __post_init__(self) -> None:
         if self.direction not in DIRECTIONS:
@@ -41,9 +44,10 @@ class KernelSpec:
 
     @property
     def name(self) -> str:
-        """Canonical name, e.g. ``fwd_bf16_d128_causal`` or ``bwd_bf16_d192_dv128``."""
+        """Canonical name, e.g. ``fwd_bf16_d128_causal``, ``bwd_bf16_d192_dv128`` or ``fwd_fp32_d64_drop``."""
         dv = "" if self.head_dim_v == self.head_dim else f"_dv{self.head_dim_v}"
-        return f"{self.direction}_{self.dtype}_d{self.head_dim}{dv}{'_causal' if self.causal else ''}"
+        kind = f"{'_causal' if self.causal else ''}{'_drop' if self.dropout else ''}"
+        return f"{self.direction}_{self.dtype}_d{self.head_dim}{dv}{kind}"
 
     @staticmethod
     def parse(name: str) -> KernelSpec:
@@ -60,4 +64,5 @@ class KernelSpec:
             head_dim=head_dim,
             head_dim_v=int(match["dv"] or head_dim),
             causal=match["causal"] is not None,
+            dropout=match["dropout"] is not None,
         )

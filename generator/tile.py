@@ -145,11 +145,13 @@ def space_for(target: str, algorithm: str) -> Space:
 
 def refusal(space: Space, spec: KernelSpec) -> str | None:
     """None where a space's template computes the spec, else the reason why it can't. Unless it says so by a
-    ``direction``, a space computes the forward.
+    ``direction``, a space computes the forward, and dropout only where its ``dropout`` is true.
     """
     direction = getattr(space, "direction", "fwd")
     if spec.direction != direction:
         return f"it computes {direction} specs only"
+    if spec.dropout and not getattr(space, "dropout", False):
+        return "it computes no dropout"
     return space.serves(spec)
 
 

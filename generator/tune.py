@@ -21,7 +21,15 @@ from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant
 from jagtile.generator.trial import Build, Caller, TrialRunner
 from jagtile.generator.tune_session import Found, TuneSession
-from jagtile.generator.tune_types import DEFAULT_BUDGET, Budget, Progress, RegimeResult, Silent, TuneResult
+from jagtile.generator.tune_types import (
+    DEFAULT_BUDGET,
+    Budget,
+    Progress,
+    RegimeResult,
+    Silent,
+    TuneResult,
+    check_tunable,
+)
 from jagtile.generator.worker import Worker, WorkerFailure
 from jagtile.runtime.errors import TuningError
 from jagtile.runtime.problem import REGIMES
@@ -60,10 +68,11 @@ def tune(
     configs on record with the same source as measured. ``build`` and ``make_worker`` stand in for the builder and the
     worker, in tests.
 
-    Raises UnsupportedError where no template serves the spec, DatabaseError where nothing can be written,
-    CompilerNotFoundError, and TuningError where the device or the storage can't be used or no config works.
+    Raises UnsupportedError where no template serves the spec or it has dropout, DatabaseError where nothing can be
+    written, CompilerNotFoundError, and TuningError where the device or the storage can't be used or no config works.
     """
     begin = time.monotonic()
+    check_tunable(spec)
     unknown = [regime for regime in regimes if regime not in REGIMES]
     if unknown or not regimes:
         raise ValueError(f"regimes must be some of {', '.join(REGIMES)}; got {', '.join(unknown) or 'none'}")

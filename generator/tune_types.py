@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import TileConfig
 from jagtile.generator.workloads import Workload
+from jagtile.runtime.errors import UnsupportedError
 from jagtile.tuning_db.schema import Choices, TuningRecord
 
 DEFAULT_TRIALS = 40
@@ -26,6 +27,13 @@ class Budget:
 
 
 DEFAULT_BUDGET = Budget()
+
+
+def check_tunable(spec: KernelSpec) -> None:
+    """UnsupportedError for what takes another spec's choices."""
+    if spec.dropout:
+        other = replace(spec, dropout=False)
+        raise UnsupportedError(f"{spec.name} is not tuned: kernels with dropout take the choices of {other.name}")
 
 
 class Progress(Protocol):

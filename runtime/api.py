@@ -15,6 +15,7 @@ from jagtile.runtime.checks import (
     softmax_scale,
 )
 from jagtile.runtime.device import resolved
+from jagtile.runtime.dropout import check_dropout_p, check_dropout_served, draw_state
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.fallback import attention, why_no_kernel
 from jagtile.runtime.operators import forward_for
@@ -22,6 +23,9 @@ from jagtile.runtime.problem import DTYPE_NAMES, REGIMES
 from jagtile.runtime.routes import prepare
 
 CausalAlignment = Literal["top_left", "bottom_right"]
+
+# q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int | None, int | None]
 
 
 @overload
@@ -37,6 +41,7 @@ def varlen_attention(
     is_causal: bool = ...,
     causal_alignment: CausalAlignment = ...,
     scale: float | None = ...,
+    dropout_p: float = ...,
     return_lse: Literal[False] = ...,
 ) -> torch.Tensor: ...
 @overload
@@ -52,6 +57,7 @@ def varlen_attention(
     is_causal: bool = ...,
     causal_alignment: CausalAlignment = ...,
     scale: float | None = ...,
+    dropout_p: float = ...,
     return_lse: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 def varlen_attention(
@@ -66,6 +72,7 @@ def varlen_attention(
     is_causal: bool = False,
     causal_alignment: CausalAlignment = "top_left",
     scale: float | None = None,
+    dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention within each sequence of a packed jagged batch. Differentiable where there is a backward kernel.
@@ -83,7 +90,11 @@ def varlen_attention(
         causal_alignment: "top_left": query i of a sequence sees keys 0..i; "bottom_right": its last query sees all
             keys, as in FlashAttention. They differ where query and key lengths do.
         scale: of the scores; None is 1/sqrt(D).
-        return_lse: whether to return the log-sum-exp of each row's scaled scores as well.
+        dropout_p: the rate, from 0 to 1, at which weights are dropped, whether in training or not, as in torch's
+            function; those kept are divided by what is left. The random numbers come from torch's default generator
+            of the device. Not on GPUs yet, but for what plain operations serve.
+        return_lse: whether to return the log-sum-exp of each row's scaled scores as well. Dropout does not
+            change it.
 
     Returns:
         out (total_q, H, D_v), contiguous, in q's dtype; with ``return_lse`` also lse, float32 (H, total_q), natural
@@ -94,28 +105,37 @@ def varlen_attention(
 
     Raises:
         TypeError, ValueError: a bad argument; the message names it, what it was and what is accepted.
-        UnsupportedError: (a NotImplementedError) a dtype that is not served, or grad is required and there is no
-            backward kernel (CUDA).
+        UnsupportedError: (a NotImplementedError) a dtype that is not served, dropout on a GPU, or grad is required
+            and there is no backward kernel (CUDA).
         NoKernelError, CompilerNotFoundError, BuildError: no kernel can be had; the message says the ways out.
     """
     check_batch(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     check_flag("is_causal", is_causal)
     check_flag("return_lse", return_lse)
-    serve = attention if why_no_kernel(q, v, is_causal) else forward_for(q, k, v)
-    outputs = serve(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
+    outputs = attend(
+        (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
         is_causal,
         bottom_right(causal_alignment),
         softmax_scale(scale, q.shape[2]),
+        check_dropout_p(dropout_p),
         return_lse,
     )
     return (outputs[0], outputs[1]) if return_lse else outputs[0]
+
+
+def attend(
+    batch: Batch, is_causal: bool, bottom_right: bool, scale: float, dropout_p: float, return_lse: bool
+) -> list[torch.Tensor]:
+    """[out] or [out, lse] of checked arguments, by a kernel or by plain operations. UnsupportedError as above."""
+    q, k, v = batch[:3]
+    reason = why_no_kernel(q, v, is_causal)
+    dropout: tuple[float, torch.Tensor] | tuple[()] = ()
+    if dropout_p:
+        if not reason:
+            check_dropout_served(dropout_p, q, v, is_causal)
+        dropout = (dropout_p, draw_state(q.device))
+    serve = attention if reason else forward_for(q, k, v)
+    return serve(*batch, is_causal, bottom_right, scale, return_lse, *dropout)
 
 
 def warmup(
@@ -127,6 +147,7 @@ def warmup(
     device: torch.device | str | None = None,
     regimes: Sequence[str] | None = None,
     training: bool = False,
+    dropout: bool = False,
 ) -> tuple[str, ...]:
     """Build and load, ahead of time, every kernel that calls of one kind may take.
 
@@ -141,12 +162,14 @@ def warmup(
         device: where they will run; None is the current CUDA device, the CPU where there is none.
         regimes: some of "short", "medium", "long", "cross", "decode"; None is all.
         training: whether gradients will be wanted: the backward kernels too.
+        dropout: whether there will be dropout: the kernels with it too.
 
     Returns:
         The names of the variants, each once. Errors as ``varlen_attention``.
     """
     check_flag("is_causal", is_causal)
     check_flag("training", training)
+    check_flag("dropout", dropout)
     if dtype not in DTYPE_NAMES:
         raise UnsupportedError(f"dtype {dtype} is not served; served: {', '.join(map(str, DTYPE_NAMES))}")
     names = REGIMES if regimes is None else tuple(regimes)
@@ -155,5 +178,9 @@ def warmup(
         raise ValueError(f"regimes holds {', '.join(map(repr, unknown))}; regimes are {', '.join(REGIMES)}")
     directions: tuple[Direction, ...] = ("fwd", "bwd") if training else ("fwd",)
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
-    specs = [KernelSpec(direction, DTYPE_NAMES[dtype], head_dim, head_dim_v, is_causal) for direction in directions]
+    specs = [
+        KernelSpec(direction, DTYPE_NAMES[dtype], head_dim, head_dim_v, is_causal, drops)
+        for drops in ((False, True) if dropout else (False,))
+        for direction in directions
+    ]
     return tuple(variant.name for spec in specs for variant in prepare(spec, names, resolved(device)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from jagtile.runtime.api import varlen_attention
@@ -34,6 +36,7 @@ def flash_attn_varlen_func(
         q: (total_q, H, D); k: (total_k, H_kv, D); v: (total_k, H_kv, D_v), as ``varlen_attention`` takes them.
         cu_seqlens_q: (B+1,) int32 (or int64) offsets; likewise cu_seqlens_k.
         max_seqlen_q: the longest query length; here only a hint, likewise max_seqlen_k.
+        dropout_p: as ``varlen_attention`` takes it.
         softmax_scale: of the scores; None is 1/sqrt(D).
         causal: a sequence's last query sees all its keys, the one before it all but the last, and so on.
         window_size: (-1, -1) for no window, or (-1, 0), which is another way to say causal.
@@ -44,12 +47,11 @@ def flash_attn_varlen_func(
         out (total_q, H, D_v), rows that see no key 0; or the triple.
 
     Raises:
-        UnsupportedError: for dropout_p, softcap, alibi_slopes, block_table or a window in use, and where grad is
+        UnsupportedError: for softcap, alibi_slopes, block_table or a window in use, and where grad is
             required. Other errors as ``varlen_attention``.
     """
     window = tuple(window_size)
     asked = {
-        "dropout_p": (dropout_p, dropout_p != 0.0, "0.0"),
         "softcap": (softcap, softcap != 0.0, "0.0"),
         "alibi_slopes": (type(alibi_slopes).__name__, alibi_slopes is not None, "None"),
         "block_table": (type(block_table).__name__, block_table is not None, "None"),
@@ -58,11 +60,12 @@ def flash_attn_varlen_func(
     for name, (value, used, served) in asked.items():
         if used:
             raise UnsupportedError(f"{name} is {value}; served: {served}")
-    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    is_causal = causal or window == (-1, 0)
-    if not return_attn_probs:
-        return varlen_attention(*tensors, is_causal=is_causal, causal_alignment="bottom_right", scale=softmax_scale)
-    out, lse = varlen_attention(
-        *tensors, is_causal=is_causal, causal_alignment="bottom_right", scale=softmax_scale, return_lse=True
+    attention = partial(
+        varlen_attention,
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+        is_causal=causal or window == (-1, 0),
+        causal_alignment="bottom_right",
+        scale=softmax_scale,
+        dropout_p=dropout_p,
     )
-    return out, lse, None
+    return (*attention(return_lse=True), None) if return_attn_probs else attention()

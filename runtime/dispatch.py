@@ -2,7 +2,8 @@
 
 Order: the user's choices for this device, those of kernel packs for it, the shipped ones for it, the nearest
 relative's (in the same order); on a GPU the same for the spec's twin in the other 16-bit dtype, as fast on tensor
-cores; the space's safe default. A regime without an entry takes the spec's default entry, never another regime's.
+cores; with dropout the same for the spec without it; the space's safe default. A regime without an entry takes the
+spec's default entry, never another regime's.
 """
 
 from __future__ import annotations
@@ -122,6 +123,8 @@ def recorded_as(spec: KernelSpec, target: str) -> Iterator[KernelSpec]:
     twin = _TWINS.get(spec.dtype)
     if twin is not None and target.startswith("sm_"):
         yield replace(spec, dtype=twin)
+    if spec.dropout:
+        yield from recorded_as(replace(spec, dropout=False), target)
 
 
 def _places(

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from jagtile.generator.spec import MAX_HEAD_DIM, KernelSpec
 from jagtile.runtime.checks import check_offsets_on_host
 from jagtile.runtime.device import device_id
+from jagtile.runtime.dropout import Dropout, dropout_of, keep_mask
 from jagtile.runtime.errors import JagtileWarning, UnsupportedError
 from jagtile.runtime.problem import DTYPE_NAMES
 
@@ -56,7 +57,7 @@ def _reason_of(dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: bo
     if case not in _REASONS:
         reason = _REASONS[case] = _find_reason(*case)
         if reason is not None:
-            warnings.warn(f"{reason}: slow operations of torch serve this call", JagtileWarning, stacklevel=4)
+            warnings.warn(f"{reason}: slow operations of torch serve this call", JagtileWarning, stacklevel=5)
     return _REASONS[case]
 
 
@@ -115,6 +116,8 @@ def attention(
     bottom_right: bool,
     scale: float,
     return_lse: bool,
+    dropout_p: float = 0.0,
+    dropout_state: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """As ``ops.forward``, arguments and result, for what no kernel serves. float64 has an lse in float64.
 
@@ -122,13 +125,14 @@ def attention(
     """
     total_q, total_k = q.shape[0], k.shape[0]
     precision = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dropout = dropout_of(dropout_p, dropout_state)
     operands = (q.to(precision) * scale, k.to(precision), v.to(precision))
     if not q.is_cpu or torch.compiler.is_compiling() or _is_fake(cu_seqlens_q):
-        parts = _masked(*operands, cu_seqlens_q, cu_seqlens_k, is_causal, bottom_right)
+        parts = _masked(*operands, cu_seqlens_q, cu_seqlens_k, is_causal, bottom_right, dropout)
     else:
         check_offsets_on_host("cu_seqlens_q", cu_seqlens_q, total_q)
         check_offsets_on_host("cu_seqlens_k", cu_seqlens_k, total_k)
-        parts = _by_sequence(*operands, cu_seqlens_q, cu_seqlens_k, is_causal, bottom_right)
+        parts = _by_sequence(*operands, cu_seqlens_q, cu_seqlens_k, is_causal, bottom_right, dropout)
     with _no_autocast(q.device.type):
         outs, lses = zip(*parts, strict=True)
     out = torch.cat(outs).to(q.dtype)
@@ -155,6 +159,7 @@ def _by_sequence(
     cu_seqlens_k: torch.Tensor,
     is_causal: bool,
     bottom_right: bool,
+    dropout: Dropout | None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(out, lse) of each sequence in turn, and of the rows that belong to none."""
     offsets_q, offsets_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -164,7 +169,11 @@ def _by_sequence(
         seen = torch.ones(len_q, len_k, dtype=torch.bool, device=q.device)
         if is_causal:
             seen = seen.tril(len_k - len_q if bottom_right else 0)
-        yield _block(q[rows], k[keys], v[keys], seen)
+        kept = None
+        if dropout is not None:
+            kept = keep_mask(dropout, torch.arange(begin_q, end_q, device=q.device), q.shape[1], begin_k, len_k)
+            kept = kept.to(q.dtype) * dropout.scale
+        yield _block(q[rows], k[keys], v[keys], seen, kept)
     tail = q[offsets_q[-1] :]
     yield _block(tail, k[:0], v[:0], torch.ones(tail.shape[0], 0, dtype=torch.bool, device=q.device))
 
@@ -177,6 +186,7 @@ def _masked(
     cu_seqlens_k: torch.Tensor,
     is_causal: bool,
     bottom_right: bool,
+    dropout: Dropout | None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(out, lse) of blocks of rows, each against all keys; nothing is read by the host."""
     batch = cu_seqlens_q.shape[0] - 1
@@ -186,6 +196,7 @@ def _masked(
     if bottom_right:
         surplus = cu_seqlens_k.diff() - cu_seqlens_q.diff()
         last_seen = position_q + torch.cat([surplus, surplus.new_zeros(1)])[sequence_q]
+    row = torch.arange(q.shape[0], device=q.device)
     # Zero times NaN is NaN: what is not finite is taken out of the products and put back where it is seen.
     (q, bad_q), (k, bad_k), (v, bad_v) = map(_finite, (q, k, v))
     bad_k = bad_k | bad_v
@@ -194,7 +205,10 @@ def _masked(
         seen = (sequence_q[rows, None] == sequence_k) & (sequence_k < batch)
         if is_causal:
             seen = seen & (position_k <= last_seen[rows, None])
-        out, lse = _block(q[rows], k, v, seen)
+        kept = None
+        if dropout is not None:
+            kept = keep_mask(dropout, row[rows], q.shape[1], 0, k.shape[0]).to(q.dtype) * dropout.scale
+        out, lse = _block(q[rows], k, v, seen, kept)
         spoilt = (seen.to(q.dtype) @ bad_k.to(q.dtype)) > 0  # (rows, H_kv)
         spoilt = spoilt.repeat_interleave(q.shape[1] // k.shape[1], dim=1) | (bad_q[rows] & seen.any(1, keepdim=True))
         return out.masked_fill(spoilt[..., None], float("nan")), lse.masked_fill(spoilt.T, float("nan"))
@@ -232,10 +246,12 @@ def _blocks(q: torch.Tensor, k: torch.Tensor) -> Iterator[slice]:
         yield slice(first, first + rows)
 
 
-def _block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _block(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, kept: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """out (n, H, D_v) and lse (H, n) of q (n, H, D), scaled, on k (m, H_kv, D) and v (m, H_kv, D_v).
 
-    seen (n, m): which key a row sees.
+    seen (n, m): which key a row sees. kept (H, n, m): by what dropout multiplies the weights.
     """
     rows, heads, head_dim = q.shape
     keys, heads_kv, head_dim_v = v.shape
@@ -252,6 +268,8 @@ def _block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor
     total = weights.sum(-1, keepdim=True)
     dead = total == 0
     total = torch.where(dead, 1.0, total)
+    if kept is not None:
+        weights = weights * kept.view(heads_kv, group, rows, keys)
     out = (weights.view(heads_kv, group * rows, keys) @ v.transpose(0, 1)).view(heads_kv, group, rows, head_dim_v)
     lse = torch.where(dead, float("-inf"), peak + total.log())
     return (out / total).permute(2, 0, 1, 3).reshape(rows, heads, head_dim_v), lse.view(heads, rows)

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from jagtile.runtime.artifact import ArtifactMeta
+from jagtile.runtime.dropout import Dropout
 
 
 class ForwardKernel(Protocol):
@@ -14,7 +15,8 @@ class ForwardKernel(Protocol):
 
     Shapes: q (total_q, H, D), k (total_k, H_kv, D), v (total_k, H_kv, D_v), out (total_q, H, D_v), all of the spec's
     dtype, last stride 1; H a multiple of H_kv. cu_seqlens_q and cu_seqlens_k: (B+1,) int32 or int64 on the same device.
-    lse: float32 (H, total_q), natural log, -inf for a row that sees no key; or None.
+    lse: float32 (H, total_q), natural log, -inf for a row that sees no key; or None. dropout: what is dropped, None for
+    nothing; only kernels whose spec has dropout are given one.
     The arguments have been checked; the launch is asynchronous on the current stream (CUDA) or done at return (CPU).
     """
 
@@ -31,6 +33,7 @@ class ForwardKernel(Protocol):
         lse: torch.Tensor | None,
         scale: float,
         bottom_right: bool,
+        dropout: Dropout | None = None,
     ) -> None:
         """Compute attention of every sequence into ``out`` (and ``lse``)."""
         ...
@@ -62,6 +65,7 @@ class BackwardKernel(Protocol):
         dv: torch.Tensor,
         scale: float,
         bottom_right: bool,
+        dropout: Dropout | None = None,
     ) -> None:
         """Compute the gradients by q, k and v into ``dq``, ``dk`` and ``dv``, zeros for tokens without partners."""
         ...

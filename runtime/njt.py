@@ -12,12 +12,11 @@ from typing import NamedTuple, cast
 import torch
 from torch.nested._internal.nested_tensor import NestedTensor, nested_view_from_values_offsets_lengths
 
-from jagtile.runtime.api import CausalAlignment
+from jagtile.runtime.api import CausalAlignment, attend
 from jagtile.runtime.checks import bottom_right, check_flag, check_operands, softmax_scale
+from jagtile.runtime.dropout import check_dropout_p
 from jagtile.runtime.errors import UnsupportedError
-from jagtile.runtime.fallback import attention, why_no_kernel
 from jagtile.runtime.holes import close_holes, offsets_of, open_holes
-from jagtile.runtime.operators import forward_for
 
 Sdpa = Callable[..., torch.Tensor]
 
@@ -57,7 +56,7 @@ def sdpa(
         value: NJT (B, H_kv, j', D_v) with the lengths of key. Where it has not the same offsets tensor as key, the CPU
             compares the two; on CUDA what the host knows is compared here and the values by an assertion on the device.
         attn_mask: not accepted, as in torch.
-        dropout_p: only 0.
+        dropout_p: as in ``varlen_attention``.
         is_causal: whether a query sees only the keys up to its own position.
         scale: of the scores; None is 1/sqrt(D).
         enable_gqa: must be True where query has more heads than key and value (a multiple of theirs).
@@ -74,7 +73,7 @@ def sdpa(
     Raises:
         ValueError, TypeError: a bad argument.
         UnsupportedError: (a NotImplementedError, hence a RuntimeError) a valid request that is not served:
-            dropout, grad where there is no backward kernel (CUDA), other dtypes or numbers of dimensions.
+            dropout on a GPU, grad where there is no backward kernel (CUDA), other dtypes or numbers of dimensions.
         NoKernelError, CompilerNotFoundError, BuildError: no kernel can be had; the message says the ways out.
     """
     if _ragged_batch_like(query, key, value):
@@ -82,17 +81,13 @@ def sdpa(
     packed = pack(query, key, value, enable_gqa=enable_gqa)
     if attn_mask is not None:
         raise ValueError(f"attn_mask must be None for nested tensors, got {type(attn_mask).__name__}")
-    if not isinstance(dropout_p, (float, int)):
-        raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
-    if dropout_p != 0:
-        raise UnsupportedError(f"dropout_p is {dropout_p}; served: 0")
     check_flag("is_causal", is_causal)
-    serve = attention if why_no_kernel(packed.q, packed.v, is_causal) else forward_for(*packed[:3])
-    outputs = serve(
-        *packed,
+    outputs = attend(
+        packed,
         is_causal,
         bottom_right(causal_alignment),
         softmax_scale(scale, packed.q.shape[2]),
+        check_dropout_p(dropout_p),
         False,
     )
     return wrap(outputs[0], cast(NestedTensor, query))

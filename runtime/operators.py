@@ -16,6 +16,8 @@ from jagtile.runtime.ops import backward, forward
 
 Forward = Callable[..., list[torch.Tensor]]
 
+_CALL = 10  # arguments of ``forward`` before return_lse; dropout's, which may be left out, come after it
+
 
 def forward_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Forward:
     """``ops.forward``, or the operator where grad is required or a compiler, a tensor subclass, a mode or a transform
@@ -36,18 +38,18 @@ def forward_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Forward:
 
 def _forward_with_grad(*arguments: Any) -> list[torch.Tensor]:
     """The backward needs the lse, which is dropped here where the caller does not ask for it."""
-    *call, return_lse = arguments
-    out, lse = torch.ops.jagtile.differentiable_forward.default(*call)
+    call, return_lse, dropout = arguments[:_CALL], arguments[_CALL], arguments[_CALL + 1 :]
+    out, lse = torch.ops.jagtile.differentiable_forward.default(*call, *(dropout or (0.0, None)))
     return [out, lse] if return_lse else [out]
 
 
 def _differentiable_forward(*call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = cast(Forward, forward)(*call, True)
+    out, lse = cast(Forward, forward)(*call[:_CALL], True, *call[_CALL:])
     return out, lse
 
 
 def _differentiable_forward_fake(*call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = cast(Forward, _forward_fake)(*call, True)
+    out, lse = cast(Forward, _forward_fake)(*call[:_CALL], True)
     return out, lse
 
 
@@ -63,6 +65,8 @@ def _forward_fake(
     bottom_right: bool,
     scale: float,
     return_lse: bool,
+    dropout_p: float = 0.0,
+    dropout_state: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     total_q, heads, _ = q.shape
     out = q.new_empty((total_q, heads, v.shape[2]))
@@ -81,17 +85,19 @@ def _backward_fake(
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5], *output)
-    ctx.options = inputs[5:]
+    *call, dropout_state = inputs
+    ctx.save_for_backward(*call[:5], *output, dropout_state)
+    ctx.options = call[5:]
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
+    *tensors, dropout_state = ctx.saved_tensors
+    out = tensors[5]
     dout = torch.zeros_like(out) if dout is None else dout
-    found = torch.ops.jagtile.backward.default(dout, dlse, *tensors, out, lse, *ctx.options)
+    found = torch.ops.jagtile.backward.default(dout, dlse, *tensors, *ctx.options, dropout_state)
     wanted = (grad if needed else None for grad, needed in zip(found, ctx.needs_input_grad, strict=False))
-    return (*wanted, *(None,) * 7)
+    return (*wanted, *(None,) * (len(ctx.needs_input_grad) - 3))
 
 
 def _refuse_second_derivative(ctx: Any, *grads: torch.Tensor) -> None:
@@ -105,15 +111,16 @@ def _refuse_second_derivative(ctx: Any, *grads: torch.Tensor) -> None:
 _LIBRARY = torch.library.Library("jagtile", "DEF")  # type: ignore[no-untyped-call]
 _BATCH = "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k"
 _OPTIONS = "SymInt? max_seqlen_q, SymInt? max_seqlen_k, bool is_causal, bool bottom_right, float scale"
+_DROPOUT = "float dropout_p=0.0, Tensor? dropout_state=None"
 for _schema, _function, _fake in (
-    (f"forward({_BATCH}, {_OPTIONS}, bool return_lse) -> Tensor[]", forward, _forward_fake),
+    (f"forward({_BATCH}, {_OPTIONS}, bool return_lse, {_DROPOUT}) -> Tensor[]", forward, _forward_fake),
     (
-        f"differentiable_forward({_BATCH}, {_OPTIONS}) -> (Tensor, Tensor)",
+        f"differentiable_forward({_BATCH}, {_OPTIONS}, {_DROPOUT}) -> (Tensor, Tensor)",
         _differentiable_forward,
         _differentiable_forward_fake,
     ),
     (
-        f"backward(Tensor dout, Tensor? dlse, {_BATCH}, Tensor out, Tensor lse, {_OPTIONS})"
+        f"backward(Tensor dout, Tensor? dlse, {_BATCH}, Tensor out, Tensor lse, {_OPTIONS}, {_DROPOUT})"
         " -> (Tensor dq, Tensor dk, Tensor dv)",
         backward,
         _backward_fake,

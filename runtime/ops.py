@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from jagtile.runtime.checks import check_offsets_on_host
+from jagtile.runtime.dropout import dropout_of
 from jagtile.runtime.problem import regime_index
 from jagtile.runtime.routes import BACKWARD_ROUTES, ROUTES, resolve, resolve_backward
 
@@ -24,6 +25,8 @@ def forward(
     bottom_right: bool,
     scale: float,
     return_lse: bool,
+    dropout_p: float = 0.0,
+    dropout_state: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """[out] or [out, lse]: out (total_q, H, D_v) in q's dtype, lse float32 (H, total_q). Shapes as in ForwardKernel.
 
@@ -42,9 +45,11 @@ def forward(
     lse = q.new_empty(heads, total_q, dtype=torch.float32) if return_lse else None
     if batch and total_q and total_k:
         regime = regime_index(batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0)
-        route = (q.dtype, head_dim, head_dim_v, is_causal, device_index, regime)
+        dropout = dropout_of(dropout_p, dropout_state)
+        route = (q.dtype, head_dim, head_dim_v, is_causal, device_index, regime, dropout is not None)
         kernel = ROUTES.get(route) or resolve(route)
-        kernel.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
+        launch = (q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
+        kernel.forward(*launch) if dropout is None else kernel.forward(*launch, dropout)
     else:
         covered = 0
     if covered < total_q:
@@ -69,6 +74,8 @@ def backward(
     is_causal: bool,
     bottom_right: bool,
     scale: float,
+    dropout_p: float = 0.0,
+    dropout_state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients by q, k and v, contiguous, of a loss whose gradients by ``forward``'s results are dout and dlse.
 
@@ -81,9 +88,11 @@ def backward(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     if batch and total_q and total_k:
         regime = regime_index(batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0)
-        route = (q.dtype, head_dim, head_dim_v, is_causal, q.get_device(), regime)
+        dropout = dropout_of(dropout_p, dropout_state)
+        route = (q.dtype, head_dim, head_dim_v, is_causal, q.get_device(), regime, dropout is not None)
         kernel = BACKWARD_ROUTES.get(route) or resolve_backward(route)
-        kernel.backward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, dq, dk, dv, scale, bottom_right)
+        launch = (q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, dq, dk, dv, scale, bottom_right)
+        kernel.backward(*launch) if dropout is None else kernel.backward(*launch, dropout)
     else:
         for grad in (dq, dk, dv):
             grad.zero_()

@@ -138,7 +138,7 @@ _route = _Route()
 def enable() -> None:
     """Route ``F.scaled_dot_product_attention`` on nested tensors here, in all threads. Calling it twice is the same.
 
-    What jagtile does not serve (dropout, devices for which it makes no kernels) still goes to torch's own
+    What jagtile does not serve (dropout on GPUs, devices for which it makes no kernels) still goes to torch's own
     implementation, with a JagtileWarning the first time for each reason; so does, as asked for, everything where
     ``torch.nn.attention.sdpa_kernel`` allows no fused backend. Code under torch.compile comes here too; graphs over
     nested tensors that were made before keep what they hold, and a JagtileWarning names them.

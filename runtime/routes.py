@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("jagtile")
 
-# dtype, head_dim, head_dim_v, is_causal, index of the CUDA device (-1: CPU), index of the regime
-Route = tuple[torch.dtype, int, int, bool, int, int]
+# dtype, head_dim, head_dim_v, is_causal, index of the CUDA device (-1: CPU), index of the regime, dropout
+Route = tuple[torch.dtype, int, int, bool, int, int, bool]
 
 # Read without a lock by every call, written by ``resolve`` only; the values are owned by the kernel table.
 ROUTES: dict[Route, ForwardKernel] = {}
@@ -50,9 +50,9 @@ def resolve_backward(route: Route) -> BackwardKernel:
 
 
 def _resolve(direction: Direction, route: Route) -> Kernel:
-    dtype, head_dim, head_dim_v, is_causal, device_index, regime_index = route
+    dtype, head_dim, head_dim_v, is_causal, device_index, regime_index, dropout = route
     device = torch.device("cpu") if device_index < 0 else torch.device("cuda", device_index)
-    spec = KernelSpec(direction, DTYPE_NAMES[dtype], head_dim, head_dim_v, is_causal)
+    spec = KernelSpec(direction, DTYPE_NAMES[dtype], head_dim, head_dim_v, is_causal, dropout)
     decision = decide(spec, REGIMES[regime_index], device)
     kernel = _load(decision, device)
     log.debug("%s, regime %s on %s: %s (%s)", spec.name, decision.regime, device, kernel.meta.symbol, decision.source)
@@ -79,7 +79,15 @@ def prepare(spec: KernelSpec, regimes: Sequence[str], device: torch.device) -> t
     dtype = next(torch_dtype for torch_dtype, name in DTYPE_NAMES.items() if name == spec.dtype)
     index = -1 if device.index is None else device.index
     for decision in decisions:
-        route = (dtype, spec.head_dim, spec.head_dim_v, spec.causal, index, REGIMES.index(decision.regime))
+        route = (
+            dtype,
+            spec.head_dim,
+            spec.head_dim_v,
+            spec.causal,
+            index,
+            REGIMES.index(decision.regime),
+            spec.dropout,
+        )
         routes = ROUTES if spec.direction == "fwd" else BACKWARD_ROUTES
         cast("dict[Route, Kernel]", routes)[route] = _load(decision, device)
     return variants

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # philox.py
 
 _CACHE = "JAGTILE_CACHE_DIR"
 _KEPT = "JAGTILE_TEST_CACHE"  # where set, kernels (and nothing else) are kept there from run to run

@@ -64,6 +64,7 @@ class CpuSpace:
 
     target = "cpu"
     direction: ClassVar[Direction]
+    dropout: ClassVar[bool] = True
 
     def serves(self, spec: KernelSpec) -> str | None:
         """Every spec."""

@@ -7,6 +7,7 @@ import torch
 from jagtile.runtime.artifact import Artifact
 from jagtile.runtime.cpu.kernel import CpuKernel
 from jagtile.runtime.cpu.params import BLOCK_BYTES, GRADIENT_BLOCK_BYTES, GRADIENTS
+from jagtile.runtime.dropout import Dropout
 
 
 class CpuBackwardKernel(CpuKernel):
@@ -31,9 +32,10 @@ class CpuBackwardKernel(CpuKernel):
         dv: torch.Tensor,
         scale: float,
         bottom_right: bool,
+        dropout: Dropout | None = None,
     ) -> None:
         """Compute at once (see BackwardKernel). ValueError for offsets that fall or leave the tensors."""
-        block = self._pack(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
+        block = self._pack(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right, dropout)
         if dlse is not None:
             dlse_address, (dlse_head, dlse_token) = dlse.data_ptr(), dlse.stride()
         else:

@@ -7,6 +7,7 @@ import torch
 from jagtile.runtime.artifact import Artifact
 from jagtile.runtime.cpu.kernel import CpuKernel
 from jagtile.runtime.cpu.params import BLOCK_BYTES
+from jagtile.runtime.dropout import Dropout
 
 
 class CpuForwardKernel(CpuKernel):
@@ -26,7 +27,8 @@ class CpuForwardKernel(CpuKernel):
         lse: torch.Tensor | None,
         scale: float,
         bottom_right: bool,
+        dropout: Dropout | None = None,
     ) -> None:
         """Compute at once (see ForwardKernel). ValueError for offsets that fall or leave the tensors."""
-        block = self._pack(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
+        block = self._pack(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right, dropout)
         self._launch(block, q, k, cu_seqlens_q)

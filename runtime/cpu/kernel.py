@@ -10,6 +10,7 @@ import torch
 from jagtile.runtime.artifact import Artifact, ArtifactMeta
 from jagtile.runtime.cpu.openmp import share_openmp
 from jagtile.runtime.cpu.params import BAD_OFFSETS, BLOCK, NO_MEMORY
+from jagtile.runtime.dropout import KEEP_ALL, Dropout
 from jagtile.runtime.errors import CorruptArtifactError
 
 
@@ -49,6 +50,7 @@ class CpuKernel:
         lse: torch.Tensor | None,
         scale: float,
         bottom_right: bool,
+        dropout: Dropout | None,
     ) -> _Block:
         """Fill the forward's part of this thread's block."""
         total_q, heads, _ = q.shape
@@ -57,6 +59,7 @@ class CpuKernel:
             lse_address, (lse_head, lse_token) = lse.data_ptr(), lse.stride()
         else:
             lse_address = lse_head = lse_token = 0
+        kept, seed, offset = KEEP_ALL if dropout is None else dropout.on_host()
         block = self._block
         BLOCK.pack_into(
             block.data,
@@ -83,6 +86,9 @@ class CpuKernel:
             bottom_right,
             torch.get_num_threads(),
             scale,
+            kept,
+            seed,
+            offset,
         )
         return block
 

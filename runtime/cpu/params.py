@@ -1,11 +1,11 @@
-"""The parameter blocks of templates/cpu/params.h (ABI version 2), byte for byte."""
+"""The parameter blocks of templates/cpu/params.h (ABI version 3), byte for byte."""
 
 from __future__ import annotations
 
 import struct
 
-# Seven pointers; five (token, head) strides, total_q and total_k; six int32; the scale.
-BLOCK = struct.Struct("=7Q12q6if")
+# Seven pointers; five (token, head) strides, total_q and total_k; six int32; the scale; dropout's three.
+BLOCK = struct.Struct("=7Q12q6ifI2Q")
 BLOCK_BYTES = (BLOCK.size + 7) // 8 * 8
 
 # What a backward's block has behind a forward's: five pointers, five strides.

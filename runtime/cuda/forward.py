@@ -8,6 +8,7 @@ from jagtile.runtime.artifact import Artifact, ArtifactMeta
 from jagtile.runtime.cuda import driver, params, tensor_map, work_list
 from jagtile.runtime.cuda.block import ParameterBlock
 from jagtile.runtime.cuda.tensor_map import addressable
+from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
 
 _LOG2_E = 1.4426950408889634
@@ -50,6 +51,7 @@ class CudaForwardKernel:
         lse: torch.Tensor | None,
         scale: float,
         bottom_right: bool,
+        dropout: Dropout | None = None,
     ) -> None:
         """Launch on the current stream of the tensors' device (see ForwardKernel)."""
         total_q, heads, _ = q.shape

@@ -1,4 +1,4 @@
-// The parameter blocks of the CPU kernels (ABI version 2; runtime/cpu/params.py packs the same bytes).
+// The parameter blocks of the CPU kernels (ABI version 3; runtime/cpu/params.py packs the same bytes).
 #pragma once
 
 #include <cstdint>
@@ -24,6 +24,9 @@ struct Params {  // of a forward
   int32_t bottom_right;  // causal alignment of unequal lengths
   int32_t threads;       // at most so many
   float scale;           // of the softmax, any sign
+  uint32_t kept;         // dropout: so many of 65536 weights are kept
+  uint64_t seed;         // of its random numbers
+  uint64_t offset;       // into their stream; the lower 32 bits count
 };
 
 struct GradientParams {  // of a backward, which reads out and lse

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from philox import kept_weights
 
 from jagtile.generator.oracle import CausalAlignment, errors, reference, tolerance, torch_dtype
 from jagtile.generator.oracle_gradients import gradient_tolerance, reference_gradients
@@ -13,6 +14,7 @@ from jagtile.generator.spaces.cpu_backward import CpuBackwardConfig, CpuBackward
 from jagtile.generator.spaces.cpu_forward import CpuForwardConfig, CpuForwardSpace
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant
+from jagtile.runtime.dropout import dropout_of
 from jagtile.runtime.isa import host_isa, supports
 from jagtile.runtime.kernel import BackwardKernel, ForwardKernel
 
@@ -49,6 +51,12 @@ _WANTED = (
     _variant("fwd_fp32_d10_dv66", "generic", 16, 12, 2, 6),
     _variant("fwd_bf16_d9_causal", "generic", 12, 20, 3, 4),
     _variant("fwd_fp16_d12_dv5", "generic", 8, 6, 1, 10),
+    _default("fwd_fp32_d64_drop"),
+    _variant("fwd_bf16_d40_dv72_causal_drop", "avx512bf16", 48, 26, 3, 9),
+    _variant("fwd_fp16_d17_dv50_drop", "avx512", 64, 14, 4, 6),
+    _variant("fwd_fp32_d19_causal_drop", "avx2", 32, 12, 2, 6),
+    _variant("fwd_fp16_d18_drop", "neon", 16, 24, 2, 12),
+    _variant("fwd_bf16_d9_causal_drop", "generic", 12, 20, 3, 4),
 )
 _WANTED_BACKWARD = (
     _default("bwd_fp32_d64"),
@@ -60,6 +68,11 @@ _WANTED_BACKWARD = (
     _variant("bwd_fp16_d17_dv50_causal", "avx2", 16, 8, 1, 5),
     _variant("bwd_fp32_d33_dv20_causal", "neon", 32, 24, 4, 6),
     _variant("bwd_bf16_d9_causal", "generic", 12, 20, 3, 4),
+    _default("bwd_fp32_d64_drop"),
+    _variant("bwd_bf16_d40_dv72_causal_drop", "avx512bf16", 64, 26, 4, 6),
+    _variant("bwd_fp16_d17_dv50_causal_drop", "avx2", 32, 10, 2, 5),
+    _variant("bwd_fp32_d33_dv20_drop", "neon", 32, 24, 2, 6),
+    _variant("bwd_bf16_d9_causal_drop", "generic", 12, 20, 3, 4),
 )
 VARIANTS = [variant for variant in _WANTED if supports(host_isa(), variant.config.isa)]
 BACKWARD_VARIANTS = [variant for variant in _WANTED_BACKWARD if supports(host_isa(), variant.config.isa)]
@@ -101,6 +114,7 @@ class Call:
     wide_k: bool = False
     with_lse: bool = True
     spare: int = 0  # tokens of no sequence behind the last one
+    dropout_p: float = 0.3  # of kernels with dropout
     seed: int = 0
 
 
@@ -126,6 +140,16 @@ class Inputs:
         self.scale = spec.head_dim**-0.5 if call.scale is None else call.scale
         self.bottom_right = call.alignment == "bottom_right"
         self.meaning = {"is_causal": spec.causal, "causal_alignment": call.alignment, "scale": self.scale}
+        self.dropout = None
+        if spec.dropout:
+            state = torch.randint(-(1 << 63), (1 << 63) - 1, (2,), generator=self._generator)
+            self.dropout = dropout_of(call.dropout_p, state)
+            self.meaning["kept"] = torch.zeros(heads, total_q, total_k, dtype=torch.float64)
+            begins = zip(offsets_q.tolist(), offsets_k.tolist(), strict=True)
+            for (q, k), (len_q, len_k) in zip(begins, call.lengths, strict=False):
+                mask = kept_weights(self.dropout.kept, *state.tolist(), heads, range(q, q + len_q), range(k, k + len_k))
+                block = self.meaning["kept"][:, q : q + len_q, k : k + len_k]
+                block.copy_(torch.from_numpy(mask).double() * self.dropout.scale)
 
     def normal(self, which: int) -> torch.Tensor:
         """Random values in the layout of q, k, v or out; NaN for tokens of no sequence."""
@@ -150,7 +174,7 @@ def check(kernel: ForwardKernel, spec: KernelSpec, call: Call) -> None:
     out, out_storage = given.poisoned(3)
     lse = torch.full((given.shapes[0][1], given.shapes[0][0]), NAN) if call.with_lse else None
 
-    kernel.forward(*operands, out, lse, given.scale, given.bottom_right)
+    kernel.forward(*operands, out, lse, given.scale, given.bottom_right, given.dropout)
 
     expected, expected_lse = reference(*operands, **given.meaning)
     assert errors(out, expected).rel <= tolerance(given.dtype)
@@ -174,13 +198,13 @@ def check_backward(kernel: BackwardKernel, spec: KernelSpec, call: Call) -> None
     dlse = torch.randn(lse.shape).masked_fill_(blind, NAN) if call.with_lse else None
     grads, storages = zip(*(given.poisoned(which) for which in range(3)), strict=True)
 
-    kernel.backward(*operands, out, lse, dout, dlse, *grads, given.scale, given.bottom_right)
+    kernel.backward(*operands, out, lse, dout, dlse, *grads, given.scale, given.bottom_right, given.dropout)
 
     expected = reference_gradients(*operands, dout, dlse, **given.meaning)
     # Scores' gradients are differences dP - delta that may cancel: an error is measured by what they are made of.
     delta = (dout.double() * exact_out).sum(dim=2).T
     parts = reference_gradients(*operands, dout, delta, **given.meaning)
-    unseen = (expected.dv == 0).all(dim=2)
+    unseen = (reference_gradients(*operands, dout, **{**given.meaning, "kept": None}).dv == 0).all(dim=2)
     alone = (blind.T, unseen, unseen)
     for name, grad, want, part, rows, storage in zip("qkv", grads, expected, parts, alone, storages, strict=True):
         size = max(float(want.norm()), float(part.norm()))

@@ -32,6 +32,7 @@ calls = st.builds(
     wide_k=st.booleans(),
     with_lse=st.booleans(),
     spare=st.sampled_from((0, 0, 5)),
+    dropout_p=st.sampled_from((0.1, 0.5, 0.9, 1.0)),
     seed=st.integers(0, 2**31),
 )
 

@@ -73,6 +73,16 @@ def test_a_tile_for_another_machine_is_refused_here(monkeypatch: pytest.MonkeyPa
     assert "does not run neon" in str(SPACE.rejection(D64, replace(GENERIC, isa="neon")))
 
 
+def test_a_spec_with_dropout_has_a_name_of_its_own_and_a_space_must_know_it() -> None:
+    for name in ("fwd_bf16_d64_drop", "bwd_fp32_d192_dv128_causal_drop"):
+        spec = KernelSpec.parse(name)
+        assert spec.dropout
+        assert spec.name == name
+        assert replace(spec, dropout=False).name == name.removesuffix("_drop")
+        assert len(spaces_of("cpu", spec)) == 1
+    assert spaces_of("sm_90a", KernelSpec.parse("fwd_bf16_d64_drop")) == ()
+
+
 @pytest.mark.parametrize("name", ["fwd_fp32_d64", "fwd_bf16_d129_dv31_causal", "fwd_fp16_d256", "bwd_bf16_d64_dv32"])
 def test_every_legal_tile_has_a_name_of_its_own_that_parses_back(name: str) -> None:
     spec = KernelSpec.parse(name)
@@ -117,6 +127,8 @@ def test_rendering_twice_gives_the_same_bytes_without_traces_of_the_machine() ->
         "cpu/fwd_fp16_d72_dv40/tiled_generic_m64_n64_v2_r6",
         "cpu/bwd_bf16_d64_causal/recompute_avx512bf16_m128_n96_v4_r6",
         "cpu/bwd_fp32_d72_dv40/recompute_generic_m64_n48_v2_r6",
+        "cpu/fwd_bf16_d64_causal_drop/tiled_avx512bf16_m256_n128_v2_r13",
+        "cpu/bwd_fp32_d72_dv40_drop/recompute_generic_m64_n48_v2_r6",
     ],
 )
 def test_a_rendered_source_is_the_reviewed_one(name: str) -> None:

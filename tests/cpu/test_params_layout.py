@@ -23,7 +23,7 @@ def test_the_block_has_the_header_s_layout(tmp_path: Path) -> None:
     except CompilerNotFoundError as error:
         pytest.skip(f"no C++ compiler: {error}")
     offsets = {"q": 0, "cu_seqlens_k": 6 * 8, "q_strides": 7 * 8, "total_q": 17 * 8, "batch": 19 * 8}
-    offsets["scale"] = params.BLOCK.size - 4
+    offsets |= {"scale": params.BLOCK.size - 24, "kept": params.BLOCK.size - 20, "offset": params.BLOCK.size - 8}
     checks = [f"offsetof(Params, {field}) == {offset}" for field, offset in offsets.items()]
     checks.append(f"sizeof(Params) == {params.BLOCK_BYTES}")
     gradients = {"dout": 0, "dv": 4 * 8, "dout_strides": 5 * 8, "dv_strides": 13 * 8}

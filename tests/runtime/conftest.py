@@ -14,7 +14,7 @@ from jagtile.generator.oracle import reference
 from jagtile.generator.oracle_gradients import reference_gradients
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Knob, TileConfig
-from jagtile.runtime import ops, trainable
+from jagtile.runtime import dropout, ops, trainable
 from jagtile.runtime.routes import Route
 
 sys.path.insert(0, str(Path(__file__).parent))  # njt_cases.py
@@ -28,11 +28,15 @@ class OracleKernel:
     def __init__(self, causal: bool) -> None:
         self.causal = causal
 
-    def forward(self, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right) -> None:
-        alignment = "bottom_right" if bottom_right else "top_left"
-        expected, expected_lse = reference(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, is_causal=self.causal, causal_alignment=alignment, scale=scale
-        )
+    def meaning(self, q, k, scale, bottom_right, drops=None) -> dict[str, object]:
+        meaning = {"is_causal": self.causal, "scale": scale}
+        if drops is not None:
+            mask = dropout.keep_mask(drops, torch.arange(q.shape[0]), q.shape[1], 0, k.shape[0])
+            meaning["kept"] = mask.double() * drops.scale
+        return {**meaning, "causal_alignment": "bottom_right" if bottom_right else "top_left"}
+
+    def forward(self, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, *options) -> None:
+        expected, expected_lse = reference(q, k, v, cu_seqlens_q, cu_seqlens_k, **self.meaning(q, k, *options))
         covered = int(cu_seqlens_q[-1])
         out.fill_(float("nan"))
         out[:covered] = expected[:covered].to(out.dtype)
@@ -41,9 +45,8 @@ class OracleKernel:
             lse[:, :covered] = expected_lse[:, :covered].float()
 
     def backward(self, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, *rest) -> None:
-        *grads, scale, bottom_right = rest
-        alignment = "bottom_right" if bottom_right else "top_left"
-        meaning = {"is_causal": self.causal, "causal_alignment": alignment, "scale": scale}
+        grads, options = rest[:3], rest[3:]
+        meaning = self.meaning(q, k, *options)
         expected = reference_gradients(q, k, v, cu_seqlens_q, cu_seqlens_k, dout, dlse, **meaning)
         for grad, want in zip(grads, expected, strict=True):
             grad.copy_(want)
@@ -90,6 +93,12 @@ def oracle_kernels(monkeypatch: pytest.MonkeyPatch) -> Calls:
 def no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """There are no backward kernels."""
     monkeypatch.setattr(trainable, "why_no_backward", lambda *case: "none in this test")
+
+
+@pytest.fixture
+def no_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are no kernels with dropout."""
+    monkeypatch.setattr(dropout, "why_no_dropout", lambda *case: "none in this test")
 
 
 @dataclass(frozen=True, order=True)

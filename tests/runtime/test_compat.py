@@ -43,7 +43,6 @@ def test_a_window_of_no_later_keys_is_causal() -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("dropout_p", 0.1),
         ("softcap", 20.0),
         ("alibi_slopes", torch.ones(4)),
         ("block_table", torch.zeros(4, 1, dtype=torch.int32)),

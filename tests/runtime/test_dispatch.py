@@ -99,6 +99,18 @@ def test_on_a_gpu_the_other_16_bit_dtype_serves_where_the_spec_has_no_choices_at
     assert choose(replace(problem(), spec=fp16), H200, database).source == "relative:sm90-78sm"
 
 
+def test_dropout_takes_the_choices_of_the_spec_without_it():
+    plain = KernelSpec("fwd", "fp32", 64, 64, True)
+    variant = default_variant(plain, "cpu")
+    config = replace(variant.config, block_m=variant.config.block_m // 2)
+    device = DeviceFacts(slug="cpu-x", label="a CPU", target="cpu", units=2, bandwidth_gbs=0, compute_capability="")
+    recorded = Choices(device=device, specs={f"cpu/{plain.name}": ChoiceEntry(default=config.to_dict())})
+    identity = DeviceId("cpu-x", "cpu", "a CPU", 2, 0, "")
+    for spec in (plain, replace(plain, dropout=True)):
+        decision = choose_for_regime(spec, "long", identity, FakeDatabase(shipped__cpu_x=recorded))
+        assert decision.variant == replace(variant, spec=spec, config=config)
+
+
 def test_on_the_cpu_16_bit_dtypes_are_tuned_apart():
     cpu = DeviceId("cpu-avx512bf16", "cpu", "a CPU", 2, 0, "")
     facts = DeviceFacts(slug=cpu.slug, label=cpu.label, target="cpu", units=2, bandwidth_gbs=0.0, compute_capability="")

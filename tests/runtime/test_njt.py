@@ -262,7 +262,7 @@ ERRORS = {
     "a nested tensor of another layout": ({"value": strided_nested}, ValueError, "value must be a nested tensor"),
     "no tensor": ({"key": lambda: None}, ValueError, "key must be a nested tensor.*got NoneType"),
     "a mask": ({"attn_mask": lambda: torch.ones(3, 3)}, ValueError, "attn_mask must be None.*got Tensor"),
-    "dropout": ({"dropout_p": lambda: 0.1}, jagtile.UnsupportedError, "dropout_p is 0.1; served: 0"),
+    "dropout of more than all": ({"dropout_p": lambda: 1.1}, ValueError, "dropout_p must be from 0 to 1, got 1.1"),
     "dropout that is no number": ({"dropout_p": lambda: None}, TypeError, "dropout_p must be a float, got NoneType"),
     "is_causal that is no bool": ({"is_causal": lambda: None}, TypeError, "is_causal must be True or False, got None"),
     "enable_gqa that is no bool": ({"enable_gqa": lambda: 1}, TypeError, "enable_gqa must be True or False, got 1"),

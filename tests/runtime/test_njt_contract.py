@@ -294,8 +294,8 @@ REFUSED = {
     "a dropout_p beyond 1": (
         lambda: {**qkv(), "dropout_p": 1.5},
         RuntimeError,
-        RuntimeError,
-        "dropout_p is 1.5; served: 0",
+        ValueError,
+        "dropout_p must be from 0 to 1, got 1.5",
     ),
 }
 
@@ -311,7 +311,18 @@ def test_torch_refuses_it_and_so_do_we(row):
         through_torch(**make())
 
 
-def test_dropout_is_refused_and_torchs_own_takes_it_while_enabled():
+@ours
+def test_dropout_is_served(ours):
+    """Values of 1: a query's output is the part of its weights that is kept, by what is kept on average."""
+    call = qkv(lengths=(200, 300), heads=4)
+    call["value"] = torch.ones_like(call["key"])
+    out = ours(**call, dropout_p=0.25)._values
+    assert abs(float(out.mean()) - 1) < 0.01
+    assert 0.01 < float(out.std()) < 0.3
+    assert torch.equal(ours(**call, dropout_p=1.0)._values, torch.zeros_like(out))
+
+
+def test_dropout_without_kernels_is_refused_and_torchs_own_takes_it_while_enabled(no_dropout):
     call = {**qkv(), "dropout_p": 0.5}
     with pytest.raises(RuntimeError, match=r"dropout_p is 0\.5; served: 0"):
         jagtile.sdpa(**call)

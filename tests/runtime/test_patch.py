@@ -109,7 +109,7 @@ def test_blocks_of_several_threads_do_not_end_one_another(oracle_kernels):
     assert not served_here(oracle_kernels)
 
 
-def test_anothers_replacement_is_kept(monkeypatch, oracle_kernels):
+def test_anothers_replacement_is_kept(monkeypatch, oracle_kernels, no_dropout):
     def another(*args, **kwargs):
         return "another's"
 
@@ -130,7 +130,7 @@ def test_arguments_arrive_as_given(oracle_kernels):
     torch.testing.assert_close(named._values, expected._values)
 
 
-def test_what_is_not_served_goes_to_torch_and_is_said_once(oracle_kernels):
+def test_what_is_not_served_goes_to_torch_and_is_said_once(oracle_kernels, no_dropout):
     x = njt()
     with jagtile.enabled():
         with pytest.warns(
@@ -243,7 +243,7 @@ def test_compiled_code_comes_here_in_one_graph(oracle_kernels, dynamo, kind):
     assert bool(oracle_kernels.arguments) == (not kind)
 
 
-def test_compiled_code_that_is_not_served_reaches_torchs_own(oracle_kernels, dynamo):
+def test_compiled_code_that_is_not_served_reaches_torchs_own(oracle_kernels, no_dropout, dynamo):
     x = njt()
     with torch.no_grad(), jagtile.enabled():
         out = torch.compile(lambda x: scaled_dot_product_attention(x, x, x, dropout_p=1e-9), backend="eager")(x)

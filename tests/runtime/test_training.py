@@ -136,7 +136,7 @@ def test_only_what_requires_grad_gets_one(oracle_kernels):
     expected = reference_gradients(q, k.detach(), v, *rest[:2], torch.ones_like(out), is_causal=True, scale=0.3)
     torch.testing.assert_close(k.grad, expected.dk.float())
     assert q.grad is None
-    assert oracle_kernels.backward_routes == [(torch.float32, 8, 6, True, -1, 0)]
+    assert oracle_kernels.backward_routes == [(torch.float32, 8, 6, True, -1, 0, False)]
 
 
 def test_the_lse_alone_has_gradients(oracle_kernels):

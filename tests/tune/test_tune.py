@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -333,6 +334,11 @@ def test_a_place_that_can_not_be_written_to_is_told_before_anything_is_measured(
     with pytest.raises(DatabaseError):
         run(Database(tmp_path / "file", tmp_path), worker)
     assert worker.checked == []
+
+
+def test_a_spec_with_dropout_is_refused_for_it_takes_anothers_choices(database):
+    with pytest.raises(UnsupportedError, match=r"fwd_bf16_d128_drop is not tuned: .* choices of fwd_bf16_d128$"):
+        tune(replace(SPEC, dropout=True), torch.device("cpu"), database=database)
 
 
 def test_a_spec_that_no_template_serves_is_refused(database):

@@ -10,6 +10,11 @@ constexpr int kVectorBytes = 64;
 static inline Vec widen_fp16(HalfVec bits) { return (Vec)_mm512_cvtph_ps((__m256i)bits); }
 static inline HalfVec narrow_fp16(Vec value) { return (HalfVec)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT); }
 
+// The lower halves of a times b.
+static inline LongVec multiply_words(LongVec a, uint32_t b) {
+  return (LongVec)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+}
+
 // 2^x for x <= 0; 0 for -inf.
 template <int kDegree>
 static inline Vec exp2_negative(Vec x) {

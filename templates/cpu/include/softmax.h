@@ -53,6 +53,14 @@ static inline void softmax_step(Vec* scores, int keys, float scale_log2, Vec* pe
   for (int j = 0; j < kVectors; ++j) total[j] = sum[j];
 }
 
+// The weight 2^(scale_log2 * score - lse); 0 where kMasked and the key is behind the query's last visible one.
+template <int kDegree, bool kMasked>
+static inline Vec weight_again(Vec score, float scale_log2, Vec lse, const IntVec* last_visible, int key) {
+  Vec exponent = score * scale_log2 - lse;
+  if constexpr (kMasked) exponent = select(*last_visible >= key, exponent, broadcast(-INFINITY));
+  return exp2_negative<kDegree>(exponent);
+}
+
 // From scores and the gradients of the weights, weights 2^(scale_log2 * score - lse) and the gradients of the scaled scores,
 // weight * (gradient - delta), both handed to put(index, weight, gradient) for every vector of the tile. Where kMasked,
 // keys behind a query's last visible one weigh 0.
@@ -63,9 +71,8 @@ static inline void softmax_gradient(const Vec* scores, const Vec* gradients, int
 #pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
       const int at = key * kVectors + j;
-      Vec exponent = scores[at] * scale_log2 - lse[j];
-      if constexpr (kMasked) exponent = select(last_visible[j] >= first_key + key, exponent, broadcast(-INFINITY));
-      const Vec weight = exp2_negative<kDegree>(exponent);
+      const Vec weight =
+          weight_again<kDegree, kMasked>(scores[at], scale_log2, lse[j], last_visible + j, first_key + key);
       put(at, weight, weight * (gradients[at] - delta[j]));
     }
   }

@@ -10,6 +10,7 @@ constexpr int kLanes = kVectorBytes / 4;
 typedef float Vec __attribute__((vector_size(kVectorBytes), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(kVectorBytes), may_alias));
 typedef uint32_t WordVec __attribute__((vector_size(kVectorBytes), may_alias));
+typedef uint64_t LongVec __attribute__((vector_size(kVectorBytes), may_alias));
 typedef uint16_t HalfVec __attribute__((vector_size(kVectorBytes / 2), may_alias));
 
 static inline Vec broadcast(float value) { return value - Vec{}; }
