@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import jagtile
 from jagtile.generator.oracle import errors, reference, tolerance
 from jagtile.generator.workloads import Workload, random_workload
+from jagtile.runtime import fallback
 from jagtile.runtime.routes import forget
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -140,12 +141,14 @@ def test_autocast_casts_to_half():
     assert out.dtype == torch.bfloat16
 
 
-def test_float32_is_refused_here_and_goes_to_torch_when_enabled():
-    query, key, value = njts(workload([200, 31]), torch.float32)
-    with pytest.raises(jagtile.UnsupportedError, match="fwd_fp32_d64 on target sm_90a"):
-        jagtile.sdpa(query, key, value)
-    with torch.no_grad(), jagtile.enabled(), pytest.warns(jagtile.JagtileWarning, match="torch's own implementation"):
-        assert scaled_dot_product_attention(query, key, value).dtype == torch.float32
+def test_float32_is_served_by_plain_operations_which_is_said_once(monkeypatch):
+    monkeypatch.setattr(fallback, "_REASONS", {})
+    b = workload([200, 31]).make("cuda", torch.float32)
+    with pytest.warns(jagtile.JagtileWarning, match="fwd_fp32_d64 on target sm_90a.*slow operations"):
+        out, lse = jagtile.varlen_attention(*b, is_causal=True, return_lse=True)
+    expected, expected_lse = reference(*b[:5], is_causal=True)
+    assert errors(out, expected).rel <= 1e-4
+    torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-4, atol=1e-4)
 
 
 def test_the_host_never_waits_for_the_device():
