@@ -8,6 +8,7 @@ from jagtile.runtime.artifact import Artifact, ArtifactMeta
 from jagtile.runtime.cuda import backward_params, driver, tensor_map, work_list
 from jagtile.runtime.cuda.block import ParameterBlock
 from jagtile.runtime.cuda.tensor_map import addressable
+from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
 
 _LOG2_E = 1.4426950408889634
@@ -62,6 +63,7 @@ class CudaBackwardKernel:
         dv: torch.Tensor,
         scale: float,
         bottom_right: bool,
+        dropout: Dropout | None = None,
     ) -> None:
         """Launch on the current stream of the tensors' device (see BackwardKernel).
 
@@ -175,8 +177,9 @@ class CudaBackwardKernel:
         )
         grads = (dq, dk, dv)
         new = [t if addressable(t) else torch.empty_like(t, memory_format=torch.contiguous_format) for t in grads]
+        own_dq, own_dk, own_dv = new
         self.backward(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, *new, scale=scale, bottom_right=bottom_right
+            q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, own_dq, own_dk, own_dv, scale, bottom_right
         )
         for grad, found in zip(grads, new, strict=True):
             if found is not grad:
