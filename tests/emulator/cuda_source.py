@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from emulator.ptx import Operand, PtxError, Statement, split_commas
 
 _ASM = re.compile(r"\basm\s*(?:volatile\s*)?\(")
-_KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s*(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(')
+_KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s*(?:__launch_bounds__\(([^)]*)\)\s*)?(\w+)\s*\(')
 _STATIC_SHARED = re.compile(
     r"(?<!extern )__shared__\s+(?:(?:__align__|alignas)\((\d+)\)\s*)?([\w: ]+?)\s+(\w+)((?:\s*\[[^\]]*\])*)\s*;"
 )
@@ -24,6 +24,7 @@ class Translation:
     statements: int = 0
     shared_variables: int = 0
     kernels: dict[str, list[str]] = field(default_factory=dict)  # name -> types of parameters
+    bounds: dict[str, str] = field(default_factory=dict)  # name -> threads and CTAs an SM
 
     def translate(self, text: str) -> str:
         text = self._asm_statements(text)
@@ -70,8 +71,9 @@ class Translation:
                 types.append(kind.removeprefix("const ") if not kind.endswith("*") else kind)
                 by_reference = "__grid_constant__" in parameter
                 parameters.append(f"const {types[-1]}& {name}" if by_reference else f"{kind} {name}")
-            self.kernels[match[1]] = types
-            result.append(text[position : match.start()] + f'extern "C" void {match[1]}({", ".join(parameters)})')
+            self.kernels[match[2]] = types
+            self.bounds[match[2]] = match[1] or "0"
+            result.append(text[position : match.start()] + f'extern "C" void {match[2]}({", ".join(parameters)})')
             position = end + 1
         return "".join([*result, text[position:]])
 
@@ -83,6 +85,7 @@ class Translation:
             sizes = "".join(f"sizeof({t}), " for t in types)
             lines.append(f'extern "C" void emu_entry_{name}(void** arguments) {{ {name}({arguments}); }}')
             lines.append(f'extern "C" const unsigned emu_sizes_{name}[] = {{{sizes}0}};')
+            lines.append(f'extern "C" const unsigned emu_bounds_{name}[2] = {{{self.bounds[name]}}};')
         return "\n".join(lines) + "\n"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import gc
+import re
 import struct
 import subprocess
 import sys
@@ -174,6 +175,11 @@ class Machine:
         entry = ctypes.cast(getattr(library, f"emu_entry_{name}"), ctypes.c_void_p)
         library.emu_launch.restype = ctypes.c_char_p
         unsigned3 = ctypes.c_uint * 3
+        threads, ctas = (ctypes.c_uint * 2).in_dll(library, f"emu_bounds_{name}")
+        if threads and block[0] * block[1] * block[2] > threads:
+            raise EmulatorError(f"{name}: {block} threads, __launch_bounds__ allow {threads}")
+        ctas = max(ctas, 1)
+        registers = min(65536 // (threads * ctas) // 8 * 8, 256) if threads else 0  # ptxas's choice, by the bounds
         parameters = _Parameters(library, name, arguments)
         flat = [word for span in [*parameters.spans, *_tensor_spans()] for word in span]
         library.emu_allow((ctypes.c_uint64 * len(flat))(*flat), len(flat) // 2)
@@ -183,7 +189,8 @@ class Machine:
             unsigned3(*grid),
             unsigned3(*block),
             ctypes.c_uint(smem),
-            self.processors * (2 if block[0] <= 256 else 1),
+            registers,
+            self.processors * ctas,
             ctypes.c_uint64(self.seed),
         )
         self.seed += 1
@@ -195,7 +202,6 @@ class Machine:
 
 def _with_places(text: str, library: ctypes.CDLL, path: Path) -> str:
     """Addresses (``@0x...``) as functions and lines of the translated source, if addr2line is there."""
-    import re
 
     base = ctypes.cast(library.emu_launch, ctypes.c_void_p).value or 0
     try:
@@ -207,15 +213,14 @@ def _with_places(text: str, library: ctypes.CDLL, path: Path) -> str:
     def place(match: re.Match[str]) -> str:
         address = hex(int(match[1], 16) - base + offset - 1)
         try:
-            command = ["addr2line", "-Cfipse", str(path), address]
+            command = ["addr2line", "-Cfips", "-e", str(path), address]
             found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError):
             return match[0]
-        names = [re.sub(r"^ *\(inlined by\) ", "", line).split("(")[0].strip() for line in found.splitlines()]
-        line = re.findall(r":(\d+)", found)
-        return f"in {' < '.join(names)} ({path.with_suffix('.cpp').name}:{line[-1] if line else '?'})"
+        calls = re.findall(r"^(?: *\(inlined by\) )?(.*) at (?:.*):(\d+|\?)", found, re.MULTILINE)
+        return "in " + " < ".join(f"{name.split('(')[0].removeprefix('void ')}:{line}" for name, line in calls)
 
-    return re.sub(r"@(0x[0-9a-f]+)", place, text)
+    return f"{re.sub(r'@(0x[0-9a-f]+)', place, text)}\n  (lines of {path.with_suffix('.cpp')})"
 
 
 def _bindings(machine: Machine) -> types.ModuleType:

@@ -61,23 +61,47 @@ bool elect(uint32_t mask, uint32_t& leader) {
   return static_cast<int>(leader) == current().lane;
 }
 
+namespace {
+
+// To warps that ask for more than they have, from what the others have released.
+void give_registers(Cta& cta) {
+  int spare = cta.registers;
+  for (auto& warp : cta.warps) spare -= 32 * warp->registers;
+  for (auto& warp : cta.warps) {
+    const int more = 32 * (warp->registers_asked - warp->registers);
+    if (more <= 0 || more > spare) continue;
+    spare -= more;
+    warp->registers = warp->registers_asked;
+    for (Fiber* fiber : warp->lanes) {
+      if (fiber->state == Fiber::State::kBlocked) wake(*fiber);
+    }
+  }
+}
+
+}  // namespace
+
 void set_registers(int count, bool grow) {
   EMU_ENTER();
   if (count % 8 || count < 24 || count > 256) fail("setmaxnreg takes multiples of 8 from 24 to 256, got %d", count);
   converge(kFull, true, grow ? "setmaxnreg.inc" : "setmaxnreg.dec", static_cast<uint64_t>(count), 0, 0,
            [](Warp& warp, Collective& all) {
     if (warp.live != kFull) fail("setmaxnreg after lanes of the warp have exited");
-    warp.registers = static_cast<int>(all.tag);
-    int total = 0;
-    for (auto& other : warp.cta->warps) {
-      total += 32 * other->registers;
-      if (other->group == warp.group && other->registers && other->registers != warp.registers && other->live) {
-        fail("setmaxnreg: warp %d of the warpgroup asked for %d registers, warp %d for %d", other->index,
-             other->registers, warp.index, warp.registers);
-      }
+    const int asked = static_cast<int>(all.tag);
+    const bool grows = std::strcmp(all.kind, "setmaxnreg.inc") == 0;
+    if (grows ? asked < warp.registers : asked > warp.registers) {
+      fail("%s to %d registers from %d", all.kind, asked, warp.registers);
     }
-    if (total > 65536) fail("setmaxnreg: the CTA's warps ask for %d registers together", total);
-    return true;
+    for (auto& other : warp.cta->warps) {
+      if (other->group != warp.group || other->registers_asked == 0 || other->registers_asked == asked) continue;
+      fail("setmaxnreg: warp %d of the warpgroup asked for %d registers, warp %d for %d", other->index,
+           other->registers_asked, warp.index, asked);
+    }
+    warp.registers_asked = asked;
+    if (!grows) warp.registers = asked;
+    give_registers(*warp.cta);
+    if (warp.registers == asked) return true;
+    for (Fiber* fiber : warp.lanes) fiber->waits_for = {"setmaxnreg.inc, for registers that others release", 0, 0};
+    return false;
   });
 }
 
@@ -218,7 +242,7 @@ bool finish_phase(Mbarrier& barrier) {
 
 std::string describe(Cta& cta, uint32_t address) {
   const Mbarrier& barrier = cta.mbarriers[address];
-  return format("mbarrier 0x%x: phase %llu, %u of %u arrivals pending, %lld bytes", address,
+  return format("mbarrier 0x%x is in phase %llu, waits for %u of %u arrivals and %lld bytes", address,
                 static_cast<unsigned long long>(barrier.phase), barrier.pending, barrier.expected,
                 static_cast<long long>(barrier.bytes));
 }
@@ -313,7 +337,7 @@ bool mbarrier_wait(uint32_t address, bool parity, bool may_block) {
     poll();
   } else {
     barrier.waiting.push_back(&fiber);
-    sleep({"the phase of parity %d of mbarrier 0x%x", parity, address});
+    sleep({"the phase of parity %d of mbarrier 0x%x", parity, address, true});
   }
   return passed();  // not, if a whole phase more went by
 }

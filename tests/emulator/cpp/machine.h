@@ -41,6 +41,7 @@ struct CopyArrival {  // an mbarrier that waits for the cp.async before it
 struct Reason {
   const char* text = "";
   uint32_t first = 0, second = 0;
+  bool mbarrier = false;  // `second` is the address of one
 };
 
 struct Fiber : Thread {
@@ -112,7 +113,7 @@ struct Warp {
   std::vector<std::shared_ptr<Accumulators>> in_flight;
   bool fenced = false, waiting = false;
   uint64_t wait_target = 0;
-  int registers = 0;
+  int registers = 0, registers_asked = 0;  // a thread; the latter by the last setmaxnreg
   Clock clock;
   uint32_t stores = 0;  // bulk stores so far
 };
@@ -147,6 +148,7 @@ struct Cta {
   std::map<uint32_t, Mbarrier> mbarriers;
   std::shared_ptr<Races> races;
   std::vector<int> unfenced_writer;  // of a granule: thread + 1
+  int registers = 0;  // of all threads, at launch
   int live = 0, copies = 0;          // threads; asynchronous operations on its shared memory
 };
 

@@ -27,6 +27,7 @@ struct Launch {
   void (*entry)(void**) = nullptr;
   void** arguments = nullptr;
   uint32_t smem = 0;
+  int registers = 0;
   double async_rate = 0.0, preemption = 0.0;
   std::vector<std::unique_ptr<Cta>> resident;
   std::vector<Warp*> ready;
@@ -166,10 +167,12 @@ void start_cta(int index) {
   cta->unfenced_writer.assign(kWindowBytes / kGranule, 0);
   const int threads = static_cast<int>(block.x * block.y * block.z);
   cta->live = threads;
+  cta->registers = launch->registers * threads;
   for (int first = 0; first < threads; first += 32) {
     auto warp = std::make_unique<Warp>();
     warp->cta = cta.get();
     warp->index = first / 32;
+    warp->registers = launch->registers;
     if (warp->index % 4 == 0) {
       cta->groups.push_back(std::make_unique<Warpgroup>());
       cta->groups.back()->cta = cta.get();
@@ -237,27 +240,27 @@ void run_warp() {
   }
 }
 
-// What everyone waits for: warp by warp, lanes with the same reason together.
+// What everyone waits for: lanes, and warps, with the same reason together.
 std::string stuck() {
   std::string report;
   for (auto& cta : launch->resident) {
+    std::map<std::string, std::string> warps_by_reason;
     for (auto& warp : cta->warps) {
-      std::map<std::string, uint32_t> reasons;
+      std::map<std::string, uint32_t> lanes_by_reason;
       for (int lane = 0; lane < 32; ++lane) {
         const Fiber* fiber = warp->lanes[lane];
         if (fiber == nullptr || fiber->state == Fiber::State::kExited) continue;
         const Reason& reason = fiber->waits_for;
-        const std::string why = fiber->state == Fiber::State::kReady ? "polls" : format(reason.text, reason.first, reason.second);
-        reasons[format("%s @%p", why.c_str(), fiber->caller)] |= 1u << lane;
+        std::string why = "polls";
+        if (fiber->state == Fiber::State::kBlocked) why = format(reason.text, reason.first, reason.second);
+        if (reason.mbarrier) why += ": " + describe(*cta, reason.second);
+        lanes_by_reason[format("%s @%p", why.c_str(), fiber->caller)] |= 1u << lane;
       }
-      for (auto& [why, lanes] : reasons) {
-        report += format("\n  CTA %d warp %d lanes %08x: %s", cta->index, warp->index, lanes, why.c_str());
+      for (auto& [why, lanes] : lanes_by_reason) {
+        warps_by_reason[format("lanes %08x, %s", lanes, why.c_str())] += format(" %d", warp->index);
       }
     }
-    for (auto& [address, barrier] : cta->mbarriers) {
-      (void)barrier;
-      report += format("\n  CTA %d %s", cta->index, describe(*cta, address).c_str());
-    }
+    for (auto& [why, warps] : warps_by_reason) report += format("\n  CTA %d warps%s: %s", cta->index, warps.c_str(), why.c_str());
   }
   return report;
 }
@@ -324,8 +327,8 @@ void fail(const char* text, ...) {
   va_end(arguments);
   if (self == nullptr) throw std::runtime_error(buffer);
   Fiber& fiber = current();
-  launch->error = format("CTA %d warp %d lane %d, %s @%p: ", fiber.cta->index, fiber.warp->index, fiber.lane,
-                         *fiber.at ? fiber.at : "no PTX yet", fiber.caller) + buffer;
+  launch->error = buffer + format("\n  CTA %d warp %d lane %d: %s @%p", fiber.cta->index, fiber.warp->index, fiber.lane,
+                                  *fiber.at ? fiber.at : "no PTX yet", fiber.caller);
   if (fiber.state == Fiber::State::kExited) throw std::runtime_error(launch->error);
   to_scheduler();
   std::abort();
@@ -416,9 +419,9 @@ void queue(Cta& cta, bool touches_shared, std::function<void()> run) {
 
 }  // namespace emu
 
-// Runs a kernel to its end; null, or what went wrong. `slots`: CTAs that are resident at a time.
+// Runs a kernel to its end; null, or what went wrong. `registers`: a thread's at launch. `slots`: CTAs resident at a time.
 extern "C" const char* emu_launch(void (*entry)(void**), void** arguments, const unsigned* grid, const unsigned* block,
-                                  unsigned smem, int slots, uint64_t seed) {
+                                  unsigned smem, int registers, int slots, uint64_t seed) {
   static std::string error;
   emu::Launch state;
   emu::launch = &state;
@@ -434,6 +437,7 @@ extern "C" const char* emu_launch(void (*entry)(void**), void** arguments, const
   state.entry = entry;
   state.arguments = arguments;
   state.smem = smem;
+  state.registers = registers;
   error.clear();
   try {
     emu::run_to_end(static_cast<int>(grid[0] * grid[1] * grid[2]), slots);
