@@ -3,7 +3,8 @@
     python benchmarks/samplers.py tests/tune/sweeps --seeds 20 --plot docs/samplers.svg
 
 Prints the tables of docs/tuning.md. Needs matplotlib for the plot; scipy and cmaes for the samplers that use them (what
-can't be imported is left out). Every method is run with the tuner's batches and the sweeps' own noise.
+can't be imported is left out). Every method is run with the tuner's batches and the sweeps' own noise. `--results`
+keeps replays in a file, and takes from it those that are there.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
+import msgspec
 import optuna
 
 from jagtile.generator.replay import Replay, Sweep, quarter, read_sweeps, replay, share_within
 from jagtile.generator.search import DEFAULT_METHOD, Method
 
 Make = Callable[[int], optuna.samplers.BaseSampler]
+Results = dict[str, dict[str, list[Replay]]]  # by method and sweep
 
 
 def _random(seed: int) -> optuna.samplers.BaseSampler:
@@ -85,17 +88,21 @@ def _run(task: tuple[str, Sweep, int]) -> Replay:
     return replay(sweep, quarter(sweep), seed=seed, method=methods()[name])
 
 
-def compare(sweeps: Sequence[Sweep], names: Sequence[str], seeds: int, jobs: int) -> dict[str, dict[str, list[Replay]]]:
-    """Replays by method and sweep."""
-    tasks = list(itertools.product(names, sweeps, range(seeds)))
-    found: dict[str, dict[str, list[Replay]]] = {name: {sweep.name: [] for sweep in sweeps} for name in names}
+def compare(sweeps: Sequence[Sweep], names: Sequence[str], seeds: int, jobs: int, known: Results) -> Results:
+    """Replays by method and sweep, a seed each; those that are known are not run again."""
+    found = {name: {sweep.name: known.get(name, {}).get(sweep.name, [])[:seeds] for sweep in sweeps} for name in names}
+    tasks = [
+        (name, sweep, seed)
+        for name, sweep in itertools.product(names, sweeps)
+        for seed in range(len(found[name][sweep.name]), seeds)
+    ]
     with ProcessPoolExecutor(jobs) as pool:
-        for (name, sweep, _), result in zip(tasks, pool.map(_run, tasks, chunksize=8), strict=True):
+        for (name, sweep, _), result in zip(tasks, pool.map(_run, tasks), strict=True):
             found[name][sweep.name].append(result)
     return found
 
 
-def print_tables(sweeps: Sequence[Sweep], found: dict[str, dict[str, list[Replay]]]) -> None:
+def print_tables(sweeps: Sequence[Sweep], found: Results) -> None:
     """A row a method, then a row a sweep for the tuner's own."""
     print("| method | regret: mean | median | 9 of 10 below | within 2 % | worst sweep's mean |")
     print("|---|---|---|---|---|---|")
@@ -124,7 +131,7 @@ def _mean(replays: Sequence[Replay]) -> float:
     return statistics.mean(min(replay.regret, 1.0) for replay in replays)
 
 
-def plot(found: dict[str, dict[str, list[Replay]]], path: Path) -> None:
+def plot(found: Results, path: Path) -> None:
     """Mean regret of the best tried so far against the share of a sweep that was tried."""
     import matplotlib
 
@@ -157,11 +164,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--method", action="append", choices=list(methods()), help="only this one (repeatable)")
+    parser.add_argument("--results", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     sweeps = read_sweeps(options.folder)
     names = list(dict.fromkeys(["the tuner's", *(options.method or methods())]))
-    found = compare(sweeps, names, options.seeds, options.jobs)
+    path = options.results
+    known = msgspec.json.decode(path.read_bytes(), type=Results) if path and path.exists() else {}
+    found = compare(sweeps, names, options.seeds, options.jobs, known)
+    if path:
+        kept = {name: known.get(name, {}) | found.get(name, {}) for name in known.keys() | found.keys()}
+        path.write_bytes(msgspec.json.encode(kept))
     print_tables(sweeps, found)
     if options.plot:
         plot(found, options.plot)

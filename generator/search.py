@@ -6,6 +6,7 @@ nothing; what is known already is answered from memory; where all that is left f
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ _DESCEND_FROM = 4  # of the best configs
 _RUNNER_UP = 0.6  # steps by which each next of them is handicapped
 _LONG_STEP = 0.25  # what a step counts beyond the first along one knob
 _FOREIGN = 10.0  # steps to a config of another algorithm
+_SPREAD = 1.5  # steps at least between the first configs that are tried because of their predictions ...
+_SPREAD_OVER = 2  # ... which are the best of so many times those that the budget has room for
 _MAX_ASKS = 64  # of the sampler for one fresh config, before one is drawn at random
 
 
@@ -78,8 +81,8 @@ class Search:
         self._legal_set = frozenset(self.legal)
         self._seeds = [config for config in dict.fromkeys(seeds) if config in self._legal_set]
         guesses = {config: guess for config in self.legal if (guess := predict(config)) is not None}
-        self._predicted = sorted(guesses, key=guesses.__getitem__)  # the most promising first
-        self._places = {config: place for place, config in enumerate(self._predicted)}
+        self._places = {config: place for place, config in enumerate(sorted(guesses, key=guesses.__getitem__))}
+        self._predicted = self._spread(list(self._places))  # the most promising first
         self._rng = random.Random(seed)
         self._asked: dict[TileConfig, optuna.Trial | None] = {}
         self._seed = seed
@@ -141,6 +144,16 @@ class Search:
             return predicted, None
         explores = self._is_turn_of(share + (1 - share) * self._method.explored)
         return self._sampled(unknown) if explores else (self._nearest(unknown), None)
+
+    def _spread(self, ranked: list[TileConfig]) -> list[TileConfig]:
+        """``ranked`` with near neighbours of earlier ones put back: those that the budget has no room for are last."""
+        trials = self.trials if self.trials is not None else _ROUNDS[0]
+        room = math.ceil(_SPREAD_OVER * self._method.predicted * trials)
+        first: list[TileConfig] = []
+        for config in ranked[:room]:
+            if all(self._steps(config, other) >= _SPREAD for other in first):
+                first.append(config)
+        return list(dict.fromkeys([*first, *ranked]))
 
     def _is_turn_of(self, share: float) -> bool:
         """Whether what has the first ``share`` of the budget is next; where the end is not known, of each round."""

@@ -1,0 +1,119 @@
+"""Searches replayed over recorded sweeps: regret with a quarter of the trials; how sweeps are made and kept."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from click.testing import CliRunner
+from fakes import DEVICE, TARGET, FakeBuilder, FakeWorker, landscape
+
+from jagtile.generator.replay import quarter, read_sweep, read_sweeps, replay, write_sweep
+from jagtile.generator.roofline import predictor
+from jagtile.generator.spec import KernelSpec
+from jagtile.generator.sweep import main, sweeps
+from jagtile.generator.tile import legal_configs, spaces_of
+from jagtile.generator.tune import Budget, tune
+from jagtile.generator.workloads import representative
+from jagtile.runtime.errors import DatabaseError
+from jagtile.runtime.settings import settings
+from jagtile.tuning_db.store import Database
+
+SWEEPS = {sweep.name: sweep for sweep in read_sweeps(Path(__file__).with_name("sweeps"))}
+SEEDS = 4
+SPEC = KernelSpec.parse("fwd_bf16_d256")
+LEGAL = legal_configs(spaces_of(TARGET, SPEC)[0], SPEC)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_with_a_quarter_of_the_trials_the_choice_is_within_two_percent_of_the_best(name):
+    sweep = SWEEPS[name]
+    replays = [replay(sweep, quarter(sweep), seed=seed) for seed in range(SEEDS)]
+    assert all(each.trials == quarter(sweep) for each in replays)
+    assert statistics.mean(each.regret for each in replays) <= 0.02
+    # Where two measurements of one config differ by as much, no search can tell apart what is within it.
+    assert max(each.regret for each in replays) <= max(0.02, 2 * sweep.noise)
+
+
+def test_all_trials_find_the_best_and_the_same_seed_does_the_same():
+    sweep = SWEEPS["sm90-132sm-fwd_bf16_d256-medium"]
+    whole = replay(sweep, len(sweep.configs), noise=False)
+    assert (whole.trials, whole.regret, whole.course[-1]) == (27, 0.0, 0.0)
+    assert list(whole.course) == sorted(whole.course, reverse=True)
+    assert replay(sweep, 9, seed=3) == replay(sweep, 9, seed=3)
+
+
+def test_without_predictions_and_with_failures_a_replay_still_ends():
+    sweep = SWEEPS["sm90-132sm-fwd_bf16_d256-medium"]
+    rows = tuple((values, None if place % 2 else time, None) for place, (values, time, _) in enumerate(sweep.configs))
+    half = msgspec.structs.replace(sweep, configs=rows)
+    assert half.best == min(time for _, time, _ in rows if time)
+    assert replay(half, len(rows)).regret == 0.0
+
+
+@pytest.fixture
+def database(tmp_path) -> Database:
+    return Database(tmp_path / "cache" / "tuning", tmp_path / "shipped")
+
+
+def _tune(database, trials, **behaviour):
+    worker = FakeWorker(behaviour, noise=0.0)
+    return tune(
+        SPEC,
+        torch.device("cuda"),
+        ("long",),
+        budget=Budget(trials),
+        database=database,
+        build=FakeBuilder(),
+        make_worker=lambda: worker,
+    )
+
+
+def _sweeps(database, coverage=1.0):
+    return list(sweeps(database.records("user"), {DEVICE.slug: DEVICE}, coverage))
+
+
+def test_an_exhaustive_tune_leaves_a_sweep(database):
+    crashes = LEGAL[3]
+    _tune(database, None, **{crashes.name: "crash"})
+    (sweep,) = _sweeps(database)
+    assert (sweep.device, sweep.spec, sweep.regime, sweep.noise) == (DEVICE.slug, SPEC.name, "long", 0.0)
+    by_values = {tuple(config.to_dict().values())[1:]: config for config in LEGAL}
+    guess = predictor(DEVICE, SPEC, representative(SPEC, "long", TARGET))
+    assert {by_values[values] for values, _, _ in sweep.configs} == set(LEGAL)
+    control = landscape(spaces_of(TARGET, SPEC)[0].default(SPEC))
+    for values, time, predicted in sweep.configs:
+        config = by_values[values]
+        assert predicted == guess(config)
+        assert time == (None if config == crashes else pytest.approx(landscape(config) / control, rel=1e-4))
+
+
+def test_what_is_on_record_in_part_is_no_sweep_unless_that_is_asked_for(database):
+    _tune(database, 20)
+    assert _sweeps(database) == []
+    (part,) = _sweeps(database, 0.5)
+    assert len(part.configs) == 20
+    assert replay(part, 20, noise=False).regret == 0.0
+
+
+def test_a_sweep_comes_back_as_it_was_written(tmp_path):
+    sweep = next(iter(SWEEPS.values()))
+    path = write_sweep(sweep, tmp_path)
+    assert read_sweep(path) == sweep
+    assert path.read_bytes() == (Path(__file__).with_name("sweeps") / path.name).read_bytes()
+    path.write_text("{}")
+    with pytest.raises(DatabaseError, match="holds no sweep"):
+        read_sweep(path)
+
+
+def test_the_command_writes_a_file_for_each_whole_sweep(database, tmp_path):
+    _tune(database, None)
+    with settings.override(cache_dir=tmp_path / "cache"):
+        result = CliRunner().invoke(main, [str(tmp_path / "out"), "--spec", SPEC.name, "--device", DEVICE.slug])
+    assert result.exit_code == 0, result.output
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert f"{DEVICE.slug}-{SPEC.name}-long.json" in written
+    assert f"{len(LEGAL)} configs" in result.output
