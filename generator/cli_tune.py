@@ -211,6 +211,8 @@ def _print_result(result: TuneResult) -> None:
         f"{result.spec.name} on {result.choices.device.label} ({result.choices.device.slug}), {result.seconds:.0f} s"
     )
     print_table(title, columns, rows, right=columns[2:7])
+    for disturbance in result.disturbances:
+        click.echo(f"timings are doubtful: {disturbance}")
     click.echo(f"choices: {result.path}")
 
 
@@ -235,6 +237,7 @@ def _as_json(result: TuneResult) -> dict[str, object]:
         "device": result.choices.device,
         "choices": str(result.path),
         "seconds": result.seconds,
+        "disturbances": result.disturbances,
         "regimes": regimes,
         "records": len(result.records),
     }

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from jagtile.generator.company import Conditions, conditions
 from jagtile.generator.oracle import torch_dtype
 from jagtile.generator.passes import pass_of
 from jagtile.generator.spec import Direction, DType, KernelSpec
@@ -63,6 +64,7 @@ class Plan:
     sample_ms: float  # of launches, in each round, of each candidate
     drop_after: int = 3  # rounds, after which a candidate far behind is dropped ...
     drop_ratio: float = 1.3  # ... where its median is this many times the best one's
+    max_spread: float = 0.05  # interquartile range over the median: where a candidate has more, all are timed again
 
 
 class Trials:
@@ -82,6 +84,11 @@ class Trials:
         """What the device is."""
         note("read the device's identity")
         return WorkerFacts(DeviceFacts(**asdict(device_id(self.device))), _driver(self.device), str(torch.__version__))
+
+    def conditions(self, note: Note) -> Conditions:
+        """Whether others use the device."""
+        note("ask how busy the device is")
+        return conditions(self.device, idle=not self._kernels)
 
     def check(self, artifact: Artifact, workload: Workload, note: Note) -> Verdict:
         """Compare a kernel with the oracle, on small nasty workloads and then on the one to be timed."""
@@ -106,7 +113,8 @@ class Trials:
     ) -> dict[str, list[float]]:
         """Microseconds a launch, one sample a round, of every candidate by its label; the notes are the labels.
 
-        All candidates run once in each round, in shuffled order, but for those that fell far behind.
+        All candidates run once in each round, in shuffled order, but for those that fell far behind. Where the samples
+        of one that did not are spread too widely there are as many rounds again, once.
         """
         note(f"{PREPARING}{workload.name}")
         spec = KernelSpec.parse(candidates[0][1].meta.spec)
@@ -122,14 +130,18 @@ class Trials:
             samplers[label] = self._timer.sampler(launch, len(sets), plan.sample_ms)
         samples: dict[str, list[float]] = {label: [] for label in samplers}
         live = list(samplers)
-        for done in range(1, plan.rounds + 1):
+        rounds = plan.rounds
+        while len(samples[live[0]]) < rounds:
             self._rng.shuffle(live)
             for label in live:
                 note(label)
                 samples[label].append(samplers[label]())
+            done = len(samples[live[0]])
             if done == plan.drop_after:
                 medians = {label: statistics.median(samples[label]) for label in live}
                 live = [label for label in live if medians[label] <= plan.drop_ratio * min(medians.values())]
+            if done == plan.rounds and any(spread(samples[label]) > plan.max_spread for label in live):
+                rounds = 2 * plan.rounds
         return samples
 
     def _kernel(self, artifact: Artifact) -> Kernel:
@@ -147,6 +159,19 @@ class Trials:
         size = kind.set_bytes(workload, torch_dtype(dtype).itemsize)
         count = min(_MAX_SETS, max(1, math.ceil(_CACHE_COVER * self._timer.cache_bytes / size)))
         return [kind.make_set(workload, dtype, self.device, seed) for seed in range(count)]
+
+
+def iqr(samples: Sequence[float]) -> float:
+    """The interquartile range, 0 of less than two."""
+    if len(samples) < 2:
+        return 0.0
+    quarters = statistics.quantiles(samples, n=4, method="inclusive")
+    return quarters[2] - quarters[0]
+
+
+def spread(samples: Sequence[float]) -> float:
+    """The interquartile range in proportion to the median."""
+    return iqr(samples) / statistics.median(samples)
 
 
 def _driver(device: torch.device) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, cast
 
 import jagtile
-from jagtile.generator.measure import PREPARING, Plan, Verdict, WorkerFacts
+from jagtile.generator.measure import PREPARING, Plan, Verdict, WorkerFacts, iqr
 from jagtile.generator.render import render
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import TileConfig, Variant
@@ -200,7 +200,7 @@ class TrialRunner:
                 state="ok",
                 session=session,
                 time_us=median,
-                iqr_us=_iqr(own),
+                iqr_us=iqr(own),
                 samples=len(own),
                 tflops=job.workload.flops_of(self.spec.direction) / median / 1e6,
                 ratio=median / control_us,
@@ -262,10 +262,3 @@ def _not_the_config(workload: Workload, failure: WorkerFailure) -> TuningError:
     return TuningError(
         f"{workload.name} can't be measured here ({failure.state} while it said {failure.note!r}): {failure.reason}"
     )
-
-
-def _iqr(samples: Sequence[float]) -> float:
-    if len(samples) < 2:
-        return 0.0
-    quarters = statistics.quantiles(samples, n=4, method="inclusive")
-    return quarters[2] - quarters[0]

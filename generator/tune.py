@@ -108,11 +108,14 @@ def tune(
                 records,
                 writer.append,
             )
+            tuner.look_around()
             found: list[Found] = []
             for index, regime in enumerate(regimes):
                 found.append(tuner.search(regime, len(regimes) - index, found))
+                tuner.look_around()
             found = tuner.settle(found)
             tuner.finals(found)
+            tuner.look_around()
             return tuner.conclude(found, ship, slack)
 
 

@@ -5,16 +5,19 @@ In a fleet the configs of a search and the regimes of the finals are shared out;
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import msgspec
 
 from jagtile.generator.choose import choose
+from jagtile.generator.company import Conditions
 from jagtile.generator.fleet import Fleet
 from jagtile.generator.measure import Plan
 from jagtile.generator.resume import best_of_old, current_records, known_ratios
@@ -24,6 +27,7 @@ from jagtile.generator.shared_search import SharedSearch, fingerprint
 from jagtile.generator.tile import TileConfig, config_from_dict
 from jagtile.generator.trial import Job, TrialRunner
 from jagtile.generator.tune_types import Budget, Progress, RegimeResult, TuneResult
+from jagtile.generator.worker import WorkerFailure
 from jagtile.generator.workloads import Workload, representative
 from jagtile.runtime.device import DeviceId
 from jagtile.runtime.dispatch import choose_for_regime, default_variant
@@ -31,6 +35,8 @@ from jagtile.runtime.errors import TuningError
 from jagtile.runtime.problem import REGIMES
 from jagtile.tuning_db.schema import ChoiceEntry, Choices, Phase, TuningRecord
 from jagtile.tuning_db.store import Database, identity
+
+log = logging.getLogger("jagtile")
 
 _PROVEN = 2  # best configs of an earlier regime, and of older sources, that a regime tries first
 _FINALISTS = 3  # of each regime
@@ -42,6 +48,7 @@ _PLANS: dict[tuple[str, Phase], Plan] = {
     ("cpu", "search"): Plan(rounds=7, sample_ms=20),
     ("cpu", "final"): Plan(rounds=15, sample_ms=40, drop_ratio=1.1),
 }
+_NO_DIGITS = str.maketrans("", "", "0123456789.")  # a complaint with other numbers is the same one
 _BATCH = {"cuda": 6, "cpu": 4}  # configs timed together in the search
 
 
@@ -72,8 +79,23 @@ class TuneSession:
     begin: float
     records: list[TuningRecord]  # of this process so far
     keep: Callable[[TuningRecord], None]  # writes down a record of another process
+    _disturbances: dict[str, None] = field(default_factory=dict)
     _failed: set[TileConfig] = field(default_factory=set)
     _finals: list[TuningRecord] = field(default_factory=list)
+
+    def look_around(self) -> None:
+        """Tell, once, what makes timings doubtful."""
+        try:
+            now = cast(Conditions, self.runner.worker.call("conditions", timeout=self.runner.timeout))
+        except WorkerFailure as failure:  # no config's fault, and the next call has a fresh worker
+            log.info("the device's conditions are not known: %s", failure.reason)
+            return
+        if now.unknown:
+            log.info("whether others use the device is not known: %s", now.unknown)
+        for complaint in now.complaints:
+            if complaint.translate(_NO_DIGITS) not in {known.translate(_NO_DIGITS) for known in self._disturbances}:
+                log.warning("timings are doubtful: %s", complaint)
+                self._disturbances[complaint] = None
 
     def search(self, regime: str, regimes_left: int, before: Sequence[Found] = ()) -> Found:
         """Spend a regime's share of the budget; the best of the regimes ``before`` are tried first."""
@@ -218,7 +240,10 @@ class TuneSession:
             choices = choose(current, msgspec.structs.replace(before, device=facts), slack)
             results = tuple(self._result(regime, choices.specs[key], known) for regime in found)
             path = self.database.write_choices(choices, ship)
-        return TuneResult(self.runner.spec, choices, path, results, tuple(self.records), time.monotonic() - self.begin)
+        seconds = time.monotonic() - self.begin
+        return TuneResult(
+            self.runner.spec, choices, path, results, tuple(self.records), seconds, tuple(self._disturbances)
+        )
 
     def _export(self) -> None:
         """Write down what the rest of the fleet measured, but for what is on disk here already."""

@@ -91,3 +91,4 @@ class TuneResult:
     regimes: tuple[RegimeResult, ...]
     records: tuple[TuningRecord, ...]  # of this run
     seconds: float
+    disturbances: tuple[str, ...] = ()  # what made timings doubtful: others on the device, lowered clocks

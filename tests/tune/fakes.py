@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jagtile.generator.company import Conditions
 from jagtile.generator.measure import Verdict, WorkerFacts
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import TileConfig, Variant, parse_config
@@ -99,6 +100,7 @@ class FakeWorker:
     delay: float = 0.0
     timed: list[str] = field(default_factory=list)
     checked: list[str] = field(default_factory=list)
+    conditions: list[Conditions] = field(default_factory=list)
     _rng: random.Random = field(default_factory=lambda: random.Random(0))
     _crashed: set[str] = field(default_factory=set)
 
@@ -119,6 +121,9 @@ class FakeWorker:
 
     def _facts(self) -> WorkerFacts:
         return WorkerFacts(DEVICE, "580.0", "2.11")
+
+    def _conditions(self) -> Conditions:
+        return self.conditions.pop(0) if self.conditions else Conditions()
 
     def _check(self, made, workload) -> Verdict:
         name = made.meta.key.rpartition("/")[2]

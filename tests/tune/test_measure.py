@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import msgspec
 import pytest
 import torch
@@ -167,6 +169,30 @@ def test_all_candidates_run_in_each_round_and_slow_ones_are_dropped(monkeypatch)
     assert all(set(order[i : i + 3]) == set(clock) for i in (0, 3, 6))
     assert len({tuple(order[i : i + 3]) for i in (0, 3, 6)}) > 1
     assert noted[4:] == order
+
+
+def test_where_samples_are_spread_widely_there_are_as_many_rounds_again_once(monkeypatch):
+    times = {"steady": [10.0], "shaky": [10.0, 12.0], "slow and shaky": [20.0, 30.0]}
+    monkeypatch.setattr(measure, "load", lambda artifact, device: ByOracle())
+
+    def rounds(*labels):
+        order = list(labels)
+
+        class FakeTimer:
+            cache_bytes = 1
+
+            def sampler(self, launch, sets, sample_ms):
+                cycle = itertools.cycle(times[order.pop(0)])
+                return lambda: next(cycle)
+
+        trials = Trials("cpu")
+        trials._timer = FakeTimer()
+        samples = trials.time([(label, made(label)) for label in labels], SMALL, Plan(rounds=4, sample_ms=1), note)
+        return {label: len(own) for label, own in samples.items()}
+
+    assert rounds("steady", "steady") == {"steady": 4}
+    assert rounds("steady", "shaky") == {"steady": 8, "shaky": 8}
+    assert rounds("steady", "slow and shaky") == {"steady": 4, "slow and shaky": 3}  # who was dropped does not matter
 
 
 def test_inputs_rotate_until_they_exceed_the_cache():
