@@ -5,17 +5,13 @@ from __future__ import annotations
 import mmap
 import multiprocessing
 import resource
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import ClassVar
 
-import jinja2
 import pytest
 import torch
+from broken_space import SOUND, broken_space, only
 
-from jagtile.generator import memory_limit, spaces, workloads
-from jagtile.generator.render import environment
-from jagtile.generator.spaces.cpu_forward import CpuForwardConfig, CpuForwardSpace
+from jagtile.generator import memory_limit, workloads
+from jagtile.generator.spaces.cpu_forward import CpuForwardSpace
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import config_from_dict
 from jagtile.generator.toolchain import find_cxx
@@ -24,7 +20,6 @@ from jagtile.runtime.errors import CompilerNotFoundError
 from jagtile.tuning_db.store import Database
 
 SPEC = KernelSpec.parse("fwd_fp32_d16")
-SOUND = ("none", "no")
 FAULTS = {
     "loop": ("timeout", "no answer within"),
     "segfault": ("crash", "SIGSEGV"),
@@ -34,26 +29,6 @@ FAULTS = {
 }
 
 
-@dataclass(frozen=True, order=True)
-class BrokenConfig(CpuForwardConfig):
-    algorithm: ClassVar[str] = "broken"
-    fault: str = field(default="none", metadata={"short": "f"})
-
-
-class BrokenSpace(CpuForwardSpace):
-    algorithm = BrokenConfig.algorithm
-    template = "cpu/broken.cpp.j2"
-    config_type = BrokenConfig
-
-    def knobs(self, spec):
-        fixed = {name: (value,) for name, value in super().default(spec).to_dict().items() if name != "algorithm"}
-        return {**fixed, "fault": (*SOUND, *FAULTS)}
-
-    def default(self, spec):
-        values = {name: value for name, value in super().default(spec).to_dict().items() if name != "algorithm"}
-        return BrokenConfig(**values, fault=SOUND[0])
-
-
 @pytest.fixture
 def broken(monkeypatch):
     """The one template of the target is the broken one, and workloads are next to nothing."""
@@ -61,9 +36,7 @@ def broken(monkeypatch):
         find_cxx()
     except CompilerNotFoundError as error:
         pytest.skip(str(error))
-    folders = [*environment().loader.searchpath, Path(__file__).with_name("broken")]
-    monkeypatch.setattr(environment(), "loader", jinja2.FileSystemLoader(folders))
-    monkeypatch.setattr(spaces, "ALL", (BrokenSpace(),))
+    only(broken_space(CpuForwardSpace, "cpu/broken.cpp.j2", FAULTS), monkeypatch)
     monkeypatch.setattr(workloads, "_CPU_SIZES", dict.fromkeys(workloads._CPU_SIZES, 2))
 
 
