@@ -25,6 +25,7 @@ from jagtile.runtime.device import DeviceId
 from jagtile.runtime.dispatch import choose_for_regime
 from jagtile.runtime.errors import DatabaseError, TuningError, UnsupportedError
 from jagtile.runtime.problem import REGIMES
+from jagtile.tuning_db.schema import ChoiceEntry, Choices
 from jagtile.tuning_db.store import Database
 
 KEY = f"{TARGET}/{SPEC.name}"
@@ -259,6 +260,19 @@ def test_the_recorded_choice_is_the_next_runs_incumbent_and_control(database):
     second = run(database, trials=30)
     assert second.regimes[0].incumbent == first.regimes[0].chosen
     assert {r.control for r in second.records} == {first.regimes[0].chosen.name}
+
+
+def test_a_new_device_starts_from_what_its_nearest_relative_chose(database):
+    good = min(LEGAL, key=landscape)
+    for units, config in ((130, good), (78, LEGAL[-1])):
+        facts = msgspec.structs.replace(DEVICE, slug=f"sm90-{units}sm", units=units)
+        entry = ChoiceEntry(default=config.to_dict())
+        database.write_choices(Choices(device=facts, specs={KEY: entry}), ship=True)
+    worker = FakeWorker()
+    result = run(database, worker, trials=6)
+    assert (worker.timed[0], result.regimes[0].incumbent) == (good.name, good)
+    assert {record.control for record in result.records} == {good.name}
+    assert result.regimes[0].chosen == good
 
 
 def test_drift_of_the_device_does_not_mislead(database):
