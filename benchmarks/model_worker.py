@@ -1,8 +1,7 @@
-"""Worker side of the model benchmark: one form of one model, eager or compiled, in training and in inference."""
+"""Worker side of the model benchmark: one model in one form, eager or compiled, in training or in inference."""
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 import warnings
@@ -10,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +27,6 @@ from jagtile.generator.worker import Note
 from jagtile.runtime.routes import BACKWARD_ROUTES, ROUTES
 from jagtile.runtime.trainable import why_no_backward
 
-Task = Literal["training", "inference"]
-TASKS: tuple[Task, ...] = ("training", "inference")
 Array = npt.NDArray[np.float32]
 Result = TypeVar("Result")
 
@@ -37,9 +34,25 @@ _COMPARED_ROWS = 512  # of the features
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
+Task = Literal["training", "inference"]
+TASKS: tuple[Task, ...] = ("training", "inference")
+
+
+class Way(NamedTuple):
+    """How a model is run."""
+
+    form: str
+    compiled: bool
+    task: Task
+
+    @property
+    def mode(self) -> Literal["eager", "compiled"]:
+        return "compiled" if self.compiled else "eager"
+
+
 @dataclass(frozen=True)
 class Refused:
-    """A task that does not run, and why."""
+    """What does not run, and why."""
 
     state: Literal["refused", "failed"]
     reason: str
@@ -47,11 +60,11 @@ class Refused:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a task computed on the first batch, and what it takes.
+    """What was computed on the first batch, and what it takes.
 
-    In inference ``found`` is some packed features (rows, width), in training the gradients of the first block's weights
-    of query, key and value (3 * width, width). ``peak_bytes`` are those above what was held before the task's model
-    was made; None where the system does not tell.
+    In inference ``found`` is some packed features (1, rows, width), in training the gradients of the first block's
+    weights of query, key and value (3, width, width). ``peak_bytes`` are those above what was held before the model was
+    made; None where the system does not tell.
     """
 
     found: Array
@@ -74,105 +87,92 @@ class _Running:
 
     step: Callable[[Batch], object]
     look: Callable[[Batch], torch.Tensor]
-    held_before: int | None  # bytes
 
 
 class Runner:
-    """The worker's object. What a task raises is its result, and costs the other task nothing.
+    """The worker's object. What a call raises is its result.
 
     ``scratch``: a folder for what torch.compile makes.
     """
 
     def __init__(
-        self,
-        form: str,
-        compiled: bool,
-        model: Model,
-        texts: Sequence[TextBatch],
-        dtype: DType,
-        device: str,
-        scratch: str,
+        self, way: Way, model: Model, texts: Sequence[TextBatch], dtype: DType, device: str, scratch: str
     ) -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch  # of its own: a worker that is killed leaves half-written files
         warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors is in prototype stage")
         self.device = torch.device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device.index or 0)
-        self._form, self._compiled, self._model, self._dtype = FORMS[form], compiled, model, torch_dtype(dtype)
-        self._texts = texts
+        self._way, self._form = way, FORMS[way.form]
+        self._model, self._texts, self._dtype = model, texts, torch_dtype(dtype)
         self._batches: list[Batch] = []
-        self._running: dict[Task, _Running] = {}
         if self._form.jagtile:
             jagtile.enable()
         if isinstance(self._form, Nested):
             torch.backends.cuda.enable_cudnn_sdp(False)  # on nested tensors it has ended in an illegal memory access
 
-    def start(self, task: Task, note: Note) -> Refused | None:
+    def start(self, note: Note) -> Refused | None:
         """Make the model and run parts of batches, which builds and compiles what is needed."""
-        note(f"start {task}")
+        note("start")
 
         def start() -> None:
             if self._form.jagtile:
-                self._warm_up(task)
-            self._running[task] = (self._inference if task == "inference" else self._training)()
+                self._warm_up()
+            self._held_before = held_bytes(self.device)
+            self._running = (self._inference if self._way.task == "inference" else self._training)()
             for text, sequences in ((self._texts[0], 2), (self._texts[-1], 3)):
-                self._running[task].look(Batch(self._form.name, text.first(sequences), self.device))
+                self._running.look(Batch(self._form.name, text.first(sequences), self.device))
 
-        return self._attempt(task, start)
+        return self._attempt(start)
 
-    def check(self, task: Task, note: Note) -> Evidence | Refused:
+    def check(self, note: Note) -> Evidence | Refused:
         """Run all batches once."""
-        note(f"check {task}")
+        note("check")
 
         def check() -> Evidence:
-            self._batches = self._batches or [Batch(self._form.name, text, self.device) for text in self._texts]
-            running = self._running[task]
-            found = running.look(self._batches[0]).float().cpu().numpy()
+            self._batches = [Batch(self._form.name, text, self.device) for text in self._texts]
+            found = self._running.look(self._batches[0]).float().cpu().numpy()
             forget_peak(self.device)
             for batch in self._batches:
-                running.step(batch)
-            peak = peak_bytes(self.device)
-            known = peak is not None and running.held_before is not None
-            return Evidence(found, peak - running.held_before if known else None, self._note(task))
+                self._running.step(batch)
+            peak, before = peak_bytes(self.device), self._held_before
+            return Evidence(found, None if peak is None or before is None else peak - before, self._note())
 
-        return self._attempt(task, check)
+        return self._attempt(check)
 
-    def turn(self, task: Task, note: Note) -> float | Refused:
+    def turn(self, note: Note) -> float | Refused:
         """Seconds for all batches, after a pass that is not timed."""
-        note(f"time {task}")
+        note("time")
 
         def turn() -> float:
             seconds = 0.0
             for _ in range(2):
                 begin = time.perf_counter()
                 for batch in self._batches:
-                    self._running[task].step(batch)
+                    self._running.step(batch)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 seconds = time.perf_counter() - begin
             return seconds
 
-        return self._attempt(task, turn)
+        return self._attempt(turn)
 
-    def _warm_up(self, task: Task) -> None:
+    def _attempt(self, function: Callable[[], Result]) -> Result | Refused:
+        try:
+            return function()
+        except jagtile.UnsupportedError as error:
+            return Refused("refused", str(error))
+        except Exception as error:
+            return Refused("failed", f"{type(error).__name__}: {error}")
+        finally:
+            if self.device.type == "cuda":
+                with suppress(RuntimeError):  # of a context that is ruined
+                    torch.cuda.empty_cache()  # others run on this GPU too
+
+    def _warm_up(self) -> None:
         kind = {"is_causal": self._model.is_causal, "device": self.device}
         with suppress(jagtile.UnsupportedError):  # for want of a kernel: what then happens is to be seen
-            jagtile.warmup(self._model.head_dim, self._dtype, training=task == "training", **kind)
-
-    def _attempt(self, task: Task, function: Callable[[], Result]) -> Result | Refused:
-        try:
-            result: Result | Refused = function()
-        except jagtile.UnsupportedError as error:
-            result = Refused("refused", str(error))
-        except Exception as error:
-            result = Refused("failed", f"{type(error).__name__}: {error}")
-        if isinstance(result, Refused):
-            self._running.pop(task, None)
-            gc.collect()  # what a trace back held
-        if self.device.type == "cuda":
-            with suppress(RuntimeError):  # of a context that is ruined: the next call tells
-                torch.cuda.empty_cache()  # others run on this GPU too
-        return result
+            jagtile.warmup(self._model.head_dim, self._dtype, training=self._way.task == "training", **kind)
 
     def _modules(self) -> tuple[Transformer, nn.Module]:
         """The body and the head, with the same weights in every worker."""
@@ -184,7 +184,6 @@ class Runner:
 
     def _inference(self) -> _Running:
         """Features of every token, with weights of the dtype."""
-        held = held_bytes(self.device)
         body = self._modules()[0].to(self._dtype).eval()
         features = self._perhaps_compiled(lambda inputs: self._form.features(body, inputs, self._model.is_causal))
 
@@ -194,13 +193,12 @@ class Runner:
 
         def look(batch: Batch) -> torch.Tensor:
             found = step(batch)
-            return found[:: max(1, len(found) // _COMPARED_ROWS)]
+            return found[None, :: max(1, len(found) // _COMPARED_ROWS)]
 
-        return _Running(step, look, held)
+        return _Running(step, look)
 
     def _training(self) -> _Running:
         """A step of AdamW on float32 weights; 16 bits by autocast."""
-        held = held_bytes(self.device)
         body, head = self._modules()
         optimizer = torch.optim.AdamW([*body.parameters(), *head.parameters()], 1e-4, fused=True)
         autocast = torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32)
@@ -224,28 +222,27 @@ class Runner:
         def look(batch: Batch) -> torch.Tensor:
             differentiate(batch)
             first = body.blocks[0]
-            found = torch.cat([layer.weight.grad for layer in (first.query, first.key, first.value)])
+            found = torch.stack([layer.weight.grad for layer in (first.query, first.key, first.value)])
             optimizer.zero_grad()
             return found
 
-        return _Running(step, look, held)
+        return _Running(step, look)
 
     def _perhaps_compiled(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        if not self._compiled:
+        if not self._way.compiled:
             return function
         torch._functorch.config.enable_autograd_cache = False  # it can't store nested tensors, and says so at length
         return torch.compile(function, dynamic=True)
 
-    def _note(self, task: Task) -> str:
+    def _note(self) -> str:
         said = []
-        if self._form.jagtile and task == "training" and not BACKWARD_ROUTES:
+        if self._form.jagtile and self._way.task == "training" and not BACKWARD_ROUTES:
             size = self._model.head_dim
-            said.append(
-                f"torch's own attention: {why_no_backward(self._dtype, size, size, self.device) or 'unknown why'}"
-            )
-        if self._form.jagtile and task == "inference" and not ROUTES:
+            why = why_no_backward(self._dtype, size, size, self.device)
+            said.append(f"torch's own attention: {why or 'jagtile was not asked'}")
+        if self._form.jagtile and self._way.task == "inference" and not ROUTES:
             said.append("no kernel of jagtile's")
-        if breaks := sum(torch._dynamo.utils.counters["graph_break"].values()) if self._compiled else 0:
+        if breaks := sum(torch._dynamo.utils.counters["graph_break"].values()) if self._way.compiled else 0:
             said.append(f"{breaks} graph breaks")
         return "; ".join(said)
 

@@ -15,13 +15,14 @@ import datetime
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import torch
 from model_forms import FORMS
-from model_race import AGREEMENT, OURS, ModelResult, Way, race
+from model_race import AGREEMENT, OURS, ModelResult, race
 from model_text import SIZES, Model, text_batches
-from model_worker import TASKS
+from model_worker import TASKS, Way
 
 import jagtile
 from jagtile.generator.cli_common import print_table, shortened
@@ -29,6 +30,7 @@ from jagtile.generator.measure import Trials
 from jagtile.generator.spec import DType
 from jagtile.tuning_db.schema import DeviceFacts
 
+Name = TypeVar("Name", bound=str)
 MODES = {"eager": False, "compiled": True}
 
 
@@ -99,7 +101,7 @@ def print_model(facts: ModelFacts, results: Sequence[ModelResult], report: Model
     print_table(title, ("task", "form", "mode", *numbers, ""), rows, right=numbers)
 
 
-def chosen(text: str | None, known: Sequence[str], what: str) -> list[str]:
+def chosen(text: str | None, known: Sequence[Name], what: str) -> list[Name]:
     """The names of an option, in the order that is known."""
     names = text.split(",") if text else list(known)
     if unknown := [name for name in names if name not in known]:
@@ -126,9 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtype: DType = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
     models = {model.name: model for model in SIZES[size]}
     names = chosen(options.models, list(models), "models")
-    tasks = [task for task in TASKS if task in chosen(options.tasks, TASKS, "tasks")]
     ways = [
-        Way(form, MODES[mode])
+        Way(form, MODES[mode], task)
+        for task in chosen(options.tasks, TASKS, "tasks")
         for form in chosen(options.forms, list(FORMS), "forms")
         for mode in chosen(options.modes, list(MODES), "modes")
     ]
@@ -149,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name} ...", file=sys.stderr, flush=True)
         facts = facts_of(models[name])
         share = options.budget / len(names)
-        results = race(models[name], ways, tasks, dtype, device, seconds=share, rounds=options.rounds)
+        results = race(models[name], ways, dtype, device, seconds=share, rounds=options.rounds)
         report = msgspec.structs.replace(report, models=(*report.models, facts), results=(*report.results, *results))
         if options.output is not None:  # after each model: an interrupted run has what was measured
             options.output.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
