@@ -32,7 +32,7 @@ class CudaBackwardKernel:
         self._device = device.index if device.index is not None else torch.cuda.current_device()
         self._block_m, self._block_n = launch["block_m"], launch["block_n"]
         self._threads, self._smem = launch["num_threads"], launch["smem_bytes"]
-        self._causal, self._turns = launch["causal"], launch["turns"]
+        self._causal = launch["causal"]
         rows = (self._block_m, self._block_m, self._block_n, self._block_n, launch["store_rows"], launch["store_rows"])
         self._sms = torch.cuda.get_device_properties(self._device).multi_processor_count
         self._slots = self._sms * launch["ctas_per_sm"]
@@ -109,7 +109,7 @@ class CudaBackwardKernel:
         tiles = items.max_items * heads_kv
         if tiles > work_list.MAX_TILES:
             raise UnsupportedError(f"up to {tiles} tiles of keys and heads; served: {work_list.MAX_TILES}")
-        slots = backward_params.turn_slots(total_q, items.batch, self._block_m, self._turns) if deterministic else 0
+        slots = backward_params.turn_slots(total_q, items.batch, self._block_m) if deterministic else 0
         scratch = q.new_empty(backward_params.scratch_bytes(total_q, heads, head_dim, slots) // 4, dtype=torch.float32)
         dq_sums = scratch.data_ptr()
         delta = dq_sums + 4 * backward_params.sum_floats(total_q, heads, head_dim)
@@ -176,11 +176,12 @@ class CudaBackwardKernel:
             t if addressable(t) else t.clone(memory_format=torch.contiguous_format) for t in (q, k, v, out, dout)
         )
         grads = (dq, dk, dv)
-        new = [t if addressable(t) else torch.empty_like(t, memory_format=torch.contiguous_format) for t in grads]
-        own_dq, own_dk, own_dv = new
-        self.backward(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, own_dq, own_dk, own_dv, scale, bottom_right
+        new_dq, new_dk, new_dv = (
+            t if addressable(t) else torch.empty_like(t, memory_format=torch.contiguous_format) for t in grads
         )
-        for grad, found in zip(grads, new, strict=True):
+        self.backward(
+            *(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, new_dq, new_dk, new_dv), scale, bottom_right
+        )
+        for grad, found in zip(grads, (new_dq, new_dk, new_dv), strict=True):
             if found is not grad:
                 grad.copy_(found)

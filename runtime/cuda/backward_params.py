@@ -43,9 +43,9 @@ def delta_floats(total_q: int, heads: int) -> int:
     return total_q * heads
 
 
-def turn_slots(total_q: int, batch: int, block_m: int, parts: int) -> int:
-    """Counters a head, int32, that put the additions to dQ in order: ``parts`` for each block of queries."""
-    return (total_q // block_m + batch) * parts
+def turn_slots(total_q: int, batch: int, block_m: int) -> int:
+    """Counters a head, int32, one a block of queries, that put the additions to dQ in order."""
+    return total_q // block_m + batch
 
 
 def scratch_bytes(total_q: int, heads: int, head_dim: int, turns: int = 0) -> int:

@@ -82,8 +82,8 @@ def test_work_list_bytes(max_items: int, batch: int, expected: int) -> None:
 def test_scratch_of_a_backward_is_dq_in_float32_and_delta() -> None:
     total_q, heads, dim = 1000, 4, 96
     assert backward_params.scratch_bytes(total_q, heads, dim) == 4 * total_q * heads * (dim + 1)
-    slots = backward_params.turn_slots(total_q, batch=7, block_m=64, parts=2)
-    assert slots == (15 + 7) * 2
+    slots = backward_params.turn_slots(total_q, batch=7, block_m=64)
+    assert slots == 15 + 7
     assert (
         backward_params.scratch_bytes(total_q, heads, dim, slots) == 4 * total_q * heads * (dim + 1) + 4 * heads * slots
     )

@@ -26,7 +26,7 @@ struct alignas(64) BackwardParams {
   void* dq;                  // (total_q, heads, head_dim), rows of 16-byte pieces
   float* delta;              // (heads, total_q)
   float* dq_sums;            // heads * total_q * head_dim
-  int* turns;                // deterministic: (heads, turn_slots), whose turn it is to add to a part of dq_sums; or null
+  int* turns;                // deterministic: (heads, turn_slots), whose turn it is to add to a query block's sums; or null
   long long out_token;       // strides, in elements
   long long out_head;
   long long dout_token;
@@ -43,7 +43,7 @@ struct alignas(64) BackwardParams {
   int block_m;               // for the work list builder only; constants in the attention kernels
   int block_n;
   int causal;
-  int turn_slots;            // (total_q / block_m + batch) * turns a query block
+  int turn_slots;            // total_q / block_m + batch
   float scale;               // of any sign
   float scale_log2;          // times log2(e)
 };

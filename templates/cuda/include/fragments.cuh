@@ -32,3 +32,15 @@ __device__ __forceinline__ void stage_rows(const float (&values)[kRegisters], ui
                     kPack(values[4 * kLast], values[4 * kLast + 1]), kPack(values[4 * kLast + 2], values[4 * kLast + 3]));
   }
 }
+
+// As stage_rows, of fragments: 16 columns each.
+template <int kPanelBytes, int kSteps>
+__device__ __forceinline__ void stage_fragments(const uint32_t (&fragments)[kSteps][4], uint32_t panels, int warp, int lane) {
+  const uint32_t row = panels + (16 * (warp % 4) + lane % 16) * 128;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const int columns = 2 * step + lane / 16;
+    store_matrix_x4(row + columns / 8 * kPanelBytes + (columns % 8 ^ lane % 8) * 16, fragments[step][0],
+                    fragments[step][1], fragments[step][2], fragments[step][3]);
+  }
+}

@@ -115,15 +115,46 @@ __device__ __forceinline__ void tma_store_ragged(const void* map, uint32_t smem,
       : "memory");
 }
 
+// Adds `bytes` / 4 float32 numbers in shared memory to those in global memory; both addresses and `bytes` in steps of 16.
+__device__ __forceinline__ void bulk_add(float* sums, uint32_t smem, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(sums), "r"(smem),
+               "r"(bytes)
+               : "memory");
+}
+
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// The source of every committed store may be overwritten.
+// The sources of committed stores may be overwritten, those of the last `kPending` groups excepted.
+template <int kPending = 0>
 __device__ __forceinline__ void tma_store_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
+
+// Every committed store has been made.
+__device__ __forceinline__ void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // Ordinary shared-memory writes become visible to the copy engine and the tensor cores.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- global memory --------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void add_x4(float* sums, float a, float b, float c, float d) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sums), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+
+__device__ __forceinline__ void add_x2(float* sums, float a, float b) {
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(sums), "f"(a), "f"(b) : "memory");
+}
+
+__device__ __forceinline__ int load_acquire(const int* from) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void add_release(int* to, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
 
 // ---- wgmma ----------------------------------------------------------------------------------------------------------
 
@@ -187,6 +218,23 @@ __device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
   uint32_t packed;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
+}
+
+__device__ __forceinline__ float2 unpack_bf16(uint32_t packed) {
+  return {__uint_as_float(packed << 16), __uint_as_float(packed & 0xFFFF0000)};
+}
+
+__device__ __forceinline__ float2 unpack_fp16(uint32_t packed) {
+  float2 values;
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.f32.f16 %0, low;\n"
+      "cvt.f32.f16 %1, high;\n"
+      "}\n"
+      : "=f"(values.x), "=f"(values.y)
+      : "r"(packed));
+  return values;
 }
 
 // Of both halves; NaN wins.

@@ -1,10 +1,9 @@
-// The device-built work list: an item is a block of query rows of a sequence, a tile is an item and a head. Most heads are
-// worked off one after the other, sequence by sequence: what runs at a time shares few K and V, which stay in L2. The
-// last heads go together, dearest items first, so that no long tile is left to end alone.
+// The device-built work list: an item is a block of rows of a sequence (queries in a forward, keys in a backward), a tile is
+// an item and a head. Most heads are worked off one after the other, sequence by sequence: what runs at a time shares what
+// it visits, which stays in L2. The last heads go together, dearest items first, so that no long tile is left to end alone.
 #pragma once
 #include <cstdint>
 
-#include "cuda/include/params.cuh"
 #include "cuda/include/pipeline.cuh"
 
 struct alignas(16) WorkItem {  // 32 bytes, read as two int4
@@ -12,9 +11,13 @@ struct alignas(16) WorkItem {  // 32 bytes, read as two int4
   int q_length;
   int k_begin;
   int k_length;
-  int row;         // first query row of the block, within the sequence
-  int kv_blocks;   // key blocks that the block visits (0: no visible key)
-  int unused[2];
+  int row;         // first row of the block, within the sequence
+  union {
+    int kv_blocks;  // of queries: key blocks that the block visits (0: no visible key)
+    int q_blocks;   // of keys: query blocks in which some row sees one of them
+  };
+  int first_row;  // of keys: the first row of the first of those; q_length where there is none
+  int turn;       // of keys: where the counters of the sequence's query blocks begin, in query blocks
 };
 
 struct alignas(16) Tile {
@@ -24,8 +27,8 @@ struct alignas(16) Tile {
 
 struct alignas(64) WorkListHeader {
   int items;
-  int longest;        // key blocks of the longest item
-  float total;        // key blocks of all items
+  int longest;        // blocks that the longest item visits
+  float total;        // ... all items
   int next_tile;      // claimed tiles beyond the first of each CTA
   int finished_ctas;  // the last one to finish rewinds the counters for the next launch
 };
@@ -66,16 +69,18 @@ __device__ __forceinline__ int block_exclusive_scan(int value, int& prefix, int*
   return total;
 }
 
-// Query heads that go together at the end: enough that every CTA has twice the work of the longest tile before it.
-__device__ __forceinline__ int balancing_heads(const WorkListHeader& list, const Params& p) {
+// Heads that go together at the end: enough that every CTA has twice the work of the longest tile before it. `P` has the
+// heads, how many of them share what they visit (gqa_ratio), and the list's capacity (max_items).
+template <typename P>
+__device__ __forceinline__ int balancing_heads(const WorkListHeader& list, const P& p) {
   const float needed = 2.0f * list.longest * gridDim.x / fmaxf(list.total, 1.0f);
   const int heads = static_cast<int>(fminf(needed, p.heads)) + p.gqa_ratio;
   return min(heads - heads % p.gqa_ratio, p.heads);
 }
 
 // Tile number `index` in the order of work.
-__device__ __forceinline__ void claim_tile(Tile& tile, WorkListHeader* list, const Params& p, int balancing,
-                                           uint32_t index) {
+template <typename P>
+__device__ __forceinline__ void claim_tile(Tile& tile, WorkListHeader* list, const P& p, int balancing, uint32_t index) {
   const WorkItem* items = work_items(list);
   const uint32_t count = list->items, front = (p.heads - balancing) * count;
   uint32_t head = 0, together = p.gqa_ratio;  // heads side by side: those of a kv head at least
@@ -117,36 +122,26 @@ __device__ __forceinline__ void rewind_work_list(WorkListHeader* list) {
 constexpr int kWorkBuckets = 512;
 
 // Costs fall into buckets of at most 1/16 relative width (float exponent and four mantissa bits), dearest first.
-__device__ __forceinline__ int work_bucket(int kv_blocks) {
-  const int bits = __float_as_int(static_cast<float>(kv_blocks + 1)) >> 19;
+__device__ __forceinline__ int work_bucket(int cost) {
+  const int bits = __float_as_int(static_cast<float>(cost + 1)) >> 19;
   return kWorkBuckets - 1 - min(bits - (127 << 4), kWorkBuckets - 1);
 }
 
-// The block of query rows number `tile` in sequence order.
-__device__ __forceinline__ WorkItem work_item(const Params& p, const int* first_tile, int tile) {
-  int low = 0, high = p.batch;  // first_tile[low] <= tile < first_tile[high]
+// The sequence that block number `tile` belongs to: first_tile[found] <= tile < first_tile[found + 1].
+__device__ __forceinline__ int sequence_of(const int* first_tile, int batch, int tile) {
+  int low = 0, high = batch;
   while (high - low > 1) {
     const int middle = (low + high) >> 1;
     (first_tile[middle] <= tile ? low : high) = middle;
   }
-  WorkItem item = {};
-  item.q_begin = offset_at(p.cu_seqlens_q, low, p.wide_offsets & 1);
-  item.q_length = offset_at(p.cu_seqlens_q, low + 1, p.wide_offsets & 1) - item.q_begin;
-  item.k_begin = offset_at(p.cu_seqlens_k, low, p.wide_offsets & 2);
-  item.k_length = offset_at(p.cu_seqlens_k, low + 1, p.wide_offsets & 2) - item.k_begin;
-  item.row = (tile - first_tile[low]) * p.block_m;
-  int visible = item.k_length;
-  if (p.causal) {
-    const int last_row = min(item.row + p.block_m, item.q_length) - 1;
-    const int shift = p.bottom_right ? item.k_length - item.q_length : 0;
-    visible = min(visible, max(last_row + shift + 1, 0));
-  }
-  item.kv_blocks = (visible + p.block_n - 1) / p.block_n;
-  return item;
+  return low;
 }
 
-// One CTA of 1024 threads, any batch size: count, counting sort by cost, write.
-extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(const __grid_constant__ Params p) {
+// One CTA of 1024 threads, any batch size: count, counting sort by cost, write. `Blocks` has the parameters `p`, and says
+// how many blocks a sequence has, what one of them is and costs, and whether a sequence's last block goes first.
+template <typename Blocks>
+__device__ __forceinline__ void build_work_list(const Blocks& blocks) {
+  const auto& p = blocks.p;
   __shared__ int warp_sums[32];
   __shared__ int bucket_begin[kWorkBuckets];
   __shared__ int longest;
@@ -159,14 +154,8 @@ extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(co
   int tiles = 0;
   for (int base = 0; base < p.batch; base += 1024) {
     const int seq = base + threadIdx.x;
-    int blocks = 0;
-    if (seq < p.batch) {
-      const int length =
-          offset_at(p.cu_seqlens_q, seq + 1, p.wide_offsets & 1) - offset_at(p.cu_seqlens_q, seq, p.wide_offsets & 1);
-      blocks = (max(length, 0) + p.block_m - 1) / p.block_m;
-    }
     int prefix;
-    const int found = block_exclusive_scan(blocks, prefix, warp_sums);
+    const int found = block_exclusive_scan(seq < p.batch ? blocks.count(seq) : 0, prefix, warp_sums);
     if (seq < p.batch) first_tile[seq] = tiles + prefix;
     tiles += found;
   }
@@ -181,10 +170,11 @@ extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(co
   int own_longest = 0;
   unsigned long long own_total = 0;
   for (int tile = threadIdx.x; tile < tiles; tile += 1024) {
-    const int kv_blocks = work_item(p, first_tile, tile).kv_blocks;
-    atomicAdd(&bucket_begin[work_bucket(kv_blocks)], 1);
-    own_longest = max(own_longest, kv_blocks);
-    own_total += kv_blocks;
+    const int seq = sequence_of(first_tile, p.batch, tile);
+    const int cost = blocks.cost(blocks.item(seq, tile - first_tile[seq]));
+    atomicAdd(&bucket_begin[work_bucket(cost)], 1);
+    own_longest = max(own_longest, cost);
+    own_total += cost;
   }
   atomicMax(&longest, own_longest);
   atomicAdd(&total, own_total);
@@ -194,23 +184,23 @@ extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(co
   if (threadIdx.x < kWorkBuckets) bucket_begin[threadIdx.x] = begin;
   __syncthreads();
 
-  // Chunk by chunk and warp by warp, so that blocks of one sequence stay neighbours: they share K and V in L2.
+  // Chunk by chunk and warp by warp, so that blocks of one sequence stay neighbours: they share in L2.
   for (int base = 0; base < tiles; base += 1024) {
     const int tile = base + threadIdx.x;
     const bool active = tile < tiles;
     const unsigned lanes = __ballot_sync(0xffffffff, active);
     if (active) {
-      const WorkItem item = work_item(p, first_tile, tile);
-      const int bucket = work_bucket(item.kv_blocks);
+      const int seq = sequence_of(first_tile, p.batch, tile), first = first_tile[seq];
+      const WorkItem item = blocks.item(seq, tile - first);
+      const int bucket = work_bucket(blocks.cost(item));
       const unsigned peers = __match_any_sync(lanes, bucket);
       const int leader = __ffs(peers) - 1, lane = threadIdx.x & 31;
       int position = 0;
       if (lane == leader) position = atomicAdd(&bucket_begin[bucket], __popc(peers));
       position = __shfl_sync(peers, position, leader) + __popc(peers & ((1u << lane) - 1));
       items[position] = item;
-      const int first = tile - item.row / p.block_m;
-      const int end = min(first + (item.q_length + p.block_m - 1) / p.block_m, tiles);
-      items_by_sequence[first + end - 1 - tile] = item;
+      const int end = min(first + blocks.count(seq), tiles);
+      items_by_sequence[blocks.last_first() ? first + end - 1 - tile : tile] = item;
     }
     __syncthreads();
   }

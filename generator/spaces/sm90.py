@@ -1,0 +1,38 @@
+"""What the Hopper spaces share."""
+
+from __future__ import annotations
+
+from jagtile.generator.spec import KernelSpec
+
+SMEM_BYTES = 227 * 1024  # what one CTA may have
+SMEM_BYTES_PER_SM = 228 * 1024  # of which each resident CTA takes 1 KB more than it asks for
+CONTROL_BYTES = 1024  # tile slots and barriers
+ELEMENT = {"bf16": "bf16", "fp16": "f16"}
+# (producer, consumer) registers a thread after reallocation, by (math warpgroups, CTAs an SM): setmaxnreg takes
+# multiples of 8, and the sum over warpgroups must not exceed what the launch allocates.
+REGISTERS = {(1, 1): (56, 256), (1, 2): (40, 216), (2, 1): (24, 240), (3, 1): (32, 160), (4, 1): (24, 112)}
+
+
+def panels(columns: int) -> int:
+    """64-column panels of so many columns."""
+    return -(-columns // 64)
+
+
+def smem_room(ctas_per_sm: int) -> int:
+    """Bytes of shared memory that a CTA may ask for."""
+    return SMEM_BYTES if ctas_per_sm == 1 else SMEM_BYTES_PER_SM // ctas_per_sm - 1024
+
+
+def launch_registers(threads: int, ctas_per_sm: int) -> int:
+    """What ptxas reports: the launch allocation, 64K registers over the CTAs' threads, in steps of 8."""
+    return min(255, 65536 // (threads * ctas_per_sm) // 8 * 8)
+
+
+def head_dims_rejection(spec: KernelSpec) -> str | None:
+    """The reason why TMA can't serve the spec's dtype and head dims."""
+    if spec.dtype not in ELEMENT:
+        return f"dtype must be bf16 or fp16 on sm_90a, got {spec.dtype}"
+    for name, value in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
+        if value % 8:
+            return f"{name} must be a multiple of 8 on sm_90a (TMA strides are multiples of 16 bytes), got {value}"
+    return None

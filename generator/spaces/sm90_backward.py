@@ -1,0 +1,192 @@
+"""Tile configs of templates/cuda/sm90/backward.cu.j2: the persistent Hopper backward that keeps blocks of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, cast
+
+from jagtile.generator.spaces.sm90 import (
+    CONTROL_BYTES,
+    ELEMENT,
+    REGISTERS,
+    head_dims_rejection,
+    launch_registers,
+    panels,
+    smem_room,
+)
+from jagtile.generator.spec import Direction, KernelSpec
+from jagtile.generator.tile import Knob, TileConfig
+
+MAX_HEAD_DIM = 128  # dK and dV of a block of keys are accumulators
+Split = Literal["rows", "columns", "alternate"]
+
+
+@dataclass(frozen=True, order=True)
+class Sm90BackwardConfig(TileConfig):
+    """Knobs of the persistent Hopper backward."""
+
+    algorithm: ClassVar[str] = "keyblocks"
+    block_m: int = field(metadata={"short": "m"})  # queries a step
+    block_n: int = field(metadata={"short": "n"})  # keys a CTA: 64 a math warpgroup
+    num_stages: int = field(metadata={"short": "s"})  # Q and dO buffers each
+    ctas_per_sm: int = field(metadata={"short": "c"})
+    dq: str = field(metadata={"short": "d"})  # how dQ is added up: "bulk" through shared memory, "red" from registers
+    overlap: bool = field(metadata={"short": "o"})  # dK is multiplied on while the next step begins
+
+    @property
+    def warpgroups(self) -> int:
+        """Math warpgroups."""
+        return self.block_n // 64
+
+
+@dataclass(frozen=True)
+class SmemLayout:
+    """Bytes of each region of shared memory, in order."""
+
+    k_bytes: int
+    v_bytes: int
+    q_bytes: int
+    dout_bytes: int
+    ds_bytes: int
+    dq_bytes: int
+    stats_bytes: int
+    control_bytes: int
+
+    @property
+    def dq_begin(self) -> int:
+        """Where dQ begins."""
+        return self.k_bytes + self.v_bytes + self.q_bytes + self.dout_bytes + self.ds_bytes
+
+    @property
+    def stats_begin(self) -> int:
+        """Where lse and delta begin."""
+        return self.dq_begin + self.dq_bytes
+
+    @property
+    def control_begin(self) -> int:
+        """Where tiles and barriers begin."""
+        return self.stats_begin + self.stats_bytes
+
+    @property
+    def total(self) -> int:
+        """Bytes a CTA asks for."""
+        return self.control_begin + self.control_bytes
+
+
+def smem_layout(spec: KernelSpec, config: Sm90BackwardConfig) -> SmemLayout:
+    """The regions' sizes: panels of 64 columns (128 bytes); two buffers of dS^T."""
+    k_panels, v_panels = panels(spec.head_dim), panels(spec.head_dim_v)
+    return SmemLayout(
+        k_bytes=config.block_n * k_panels * 128,
+        v_bytes=config.block_n * v_panels * 128,
+        q_bytes=config.num_stages * config.block_m * k_panels * 128,
+        dout_bytes=config.num_stages * config.block_m * v_panels * 128,
+        ds_bytes=2 * config.block_n * panels(config.block_m) * 128,
+        dq_bytes=config.block_m * spec.head_dim * 4 if config.dq == "bulk" else 0,
+        stats_bytes=config.num_stages * 2 * config.block_m * 4,
+        control_bytes=CONTROL_BYTES,
+    )
+
+
+def dq_split(spec: KernelSpec, config: Sm90BackwardConfig) -> Split:
+    """How the warpgroups share dQ of a block of queries: 64 rows each, 64 columns each, or by turns."""
+    if config.block_m == 64 * config.warpgroups:
+        return "rows"
+    return "columns" if config.warpgroups == 2 and spec.head_dim > 64 else "alternate"
+
+
+def dq_columns(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
+    """Columns of the dQ that a warpgroup multiplies at a time, 64 rows of it."""
+    return 64 if dq_split(spec, config) == "columns" else spec.head_dim
+
+
+def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
+    """Registers a thread for accumulators and A fragments, where the most of them are alive."""
+    kept = spec.head_dim // 2 + spec.head_dim_v // 2
+    scores, fragments = config.block_m // 2, config.block_m // 4
+    with_p = 2 * scores + fragments  # S, dP, and P packed
+    with_dq = dq_columns(spec, config) // 2 + 2 * fragments + (scores if config.overlap else 0)
+    return kept + max(with_p, with_dq)
+
+
+class Sm90BackwardSpace:
+    """Legal configs of the persistent Hopper backward."""
+
+    target = "sm_90a"
+    direction: ClassVar[Direction] = "bwd"
+    algorithm = Sm90BackwardConfig.algorithm
+    template = "cuda/sm90/backward.cu.j2"
+    config_type: type[TileConfig] = Sm90BackwardConfig
+
+    def serves(self, spec: KernelSpec) -> str | None:
+        """bf16 and fp16, head dims that are multiples of 8 up to 128."""
+        for name, value in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
+            if value > MAX_HEAD_DIM:
+                return f"{name} must be at most {MAX_HEAD_DIM} in this backward, got {value}"
+        return head_dims_rejection(spec)
+
+    def knobs(self, spec: KernelSpec) -> Mapping[str, tuple[Knob, ...]]:
+        """The grid; most of it is cut by registers."""
+        return {
+            "block_m": (64, 128),
+            "block_n": (128, 64, 192),
+            "num_stages": (2, 3),
+            "ctas_per_sm": (1, 2),
+            "dq": ("bulk", "red"),
+            "overlap": (True, False),
+        }
+
+    def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
+        """Shared memory and accumulator registers."""
+        return None
+
+    def default(self, spec: KernelSpec) -> TileConfig:
+        """The first legal one."""
+        return Sm90BackwardConfig(64, 128, 2, 1, "bulk", True)
+
+    def context(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, object]:
+        """Panels, steps, registers and the shared-memory map."""
+        config = cast(Sm90BackwardConfig, config)
+        producer, consumer = REGISTERS[config.warpgroups, config.ctas_per_sm]
+        split, columns = dq_split(spec, config), dq_columns(spec, config)
+        return {
+            "warpgroups": config.warpgroups,
+            "num_threads": 128 * (config.warpgroups + 1),
+            "panels": panels(spec.head_dim),
+            "panels_v": panels(spec.head_dim_v),
+            "query_panels": panels(config.block_m),
+            "steps_qk": -(-spec.head_dim // 16),
+            "steps_v": -(-spec.head_dim_v // 16),
+            "dq_split": split,
+            "dq_columns": columns,
+            "dq_parts": 1 if split == "alternate" else config.warpgroups,
+            "dq_part_bytes": 64 * columns * 4,
+            "element": ELEMENT[spec.dtype],
+            "pack": f"pack_{spec.dtype}",
+            "producer_registers": producer,
+            "consumer_registers": consumer,
+            "smem": smem_layout(spec, config),
+        }
+
+    def launch(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, int]:
+        """What runtime/cuda needs to encode tensor maps, to allocate and to launch."""
+        config = cast(Sm90BackwardConfig, config)
+        return {
+            "block_m": config.block_m,
+            "block_n": config.block_n,
+            "store_rows": 64,
+            "num_threads": 128 * (config.warpgroups + 1),
+            "smem_bytes": smem_layout(spec, config).total,
+            "ctas_per_sm": config.ctas_per_sm,
+            "causal": int(spec.causal),
+        }
+
+    def compile_flags(self, spec: KernelSpec, config: TileConfig) -> tuple[str, ...]:
+        """None beyond the target's."""
+        return ()
+
+    def predicted_registers(self, spec: KernelSpec, config: TileConfig) -> int:
+        """The launch allocation."""
+        config = cast(Sm90BackwardConfig, config)
+        return launch_registers(128 * (config.warpgroups + 1), config.ctas_per_sm)
