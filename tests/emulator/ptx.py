@@ -482,7 +482,7 @@ def _st(i: Instruction, m: re.Match[str]) -> str:
     return f"{release}emu::store<{_TYPES[m[4]]}>({_space(m[2])}, {i.address(0)}, {', '.join(values)});"
 
 
-@instruction(rf"red(?:\.(?:relaxed|release))?{_SCOPE}{_SPACE}{_CACHE}(?:\.v([24]))?\.add(?:\.noftz)?\.({_ANY})")
+@instruction(rf"red(?:\.(?:relaxed|release))?{_SCOPE}{_SPACE}\.add(?:\.noftz)?{_CACHE}(?:\.v([24]))?\.({_ANY})")
 def _red_add(i: Instruction, m: re.Match[str]) -> str:
     values = [i._value(v, m[3]) for v in i.vector(1)]
     if len(values) != int(m[2] or 1):

@@ -363,7 +363,8 @@ void bulk_wait(int pending, bool read_only) {
     }
   }
   if (count) stores_done(*fiber.warp, fiber.bulk[count - 1]->last_store);
-  while (!fiber.bulk.empty() && fiber.bulk.front()->unwritten == 0) fiber.bulk.pop_front();
+  // A group that was not waited for stays, written or not: the warp does not know of it yet.
+  for (size_t i = 0; i < count && fiber.bulk.front()->unwritten == 0; ++i) fiber.bulk.pop_front();
 }
 
 // ---- cp.async -------------------------------------------------------------------------------------------------------
