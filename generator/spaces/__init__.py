@@ -5,7 +5,14 @@ from __future__ import annotations
 from jagtile.generator.spaces.cpu_backward import CpuBackwardSpace
 from jagtile.generator.spaces.cpu_forward import CpuForwardSpace
 from jagtile.generator.spaces.sm90_backward import Sm90BackwardSpace
+from jagtile.generator.spaces.sm90_backward_wide import Sm90BackwardWideSpace
 from jagtile.generator.spaces.sm90_forward import Sm90ForwardSpace
 from jagtile.generator.tile import Space
 
-ALL: tuple[Space, ...] = (Sm90ForwardSpace(), Sm90BackwardSpace(), CpuForwardSpace(), CpuBackwardSpace())
+ALL: tuple[Space, ...] = (
+    Sm90ForwardSpace(),
+    Sm90BackwardSpace(),
+    Sm90BackwardWideSpace(),
+    CpuForwardSpace(),
+    CpuBackwardSpace(),
+)

@@ -13,7 +13,6 @@ from jagtile.generator.spaces.sm90 import (
     head_dims_rejection,
     launch_registers,
     panels,
-    smem_room,
 )
 from jagtile.generator.spec import Direction, KernelSpec
 from jagtile.generator.tile import Knob, TileConfig

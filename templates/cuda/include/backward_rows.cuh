@@ -63,9 +63,9 @@ __device__ __forceinline__ void prepare_rows(const BackwardParams& p) {
 }
 
 // dq = scale * sums, 16 columns a lane.
-template <int kHeadDim, PackPair kPackPair>
+template <typename Sums, PackPair kPackPair>
 __device__ __forceinline__ void finish_rows(const BackwardParams& p) {
-  using Sums = DqSums<kHeadDim>;
+  constexpr int kHeadDim = Sums::kColumns;
   constexpr int kLanes = lanes_for((kHeadDim + 15) / 16);
   for_each_row<kLanes>(p, [&](int token, int head, int lane, bool exists) {
     if (!exists || 16 * lane >= kHeadDim) return;
@@ -73,7 +73,7 @@ __device__ __forceinline__ void finish_rows(const BackwardParams& p) {
     const float* sums = Sums::row(p.dq_sums, p.total_q, head, panel, token);
     uint16_t* dq = static_cast<uint16_t*>(p.dq) + token * p.dq_token + head * p.dq_head + 16 * lane;
     if (columns - 16 * group >= 16) {
-      const float4* quads = reinterpret_cast<const float4*>(sums + 16 * (columns % 32 ? group : group ^ (token & 1)));
+      const float4* quads = reinterpret_cast<const float4*>(sums + (16 * group ^ Sums::group_swap(panel, token)));
       uint32_t low[4], high[4];
 #pragma unroll
       for (int quad = 0; quad < 4; ++quad) {

@@ -1,15 +1,16 @@
 // Where dQ is summed up: float32, without padding. A head's columns are split into panels of 64 (the last may be narrower);
 // a panel is rows of tokens, so that what a warpgroup has of a query block is one piece of memory. Within a row, groups of
 // 16 columns lie so that a thread's four accumulators of a group are neighbours: places 4 q + e of a group hold its columns
-// 8 (e >> 1) + 2 q + (e & 1), q = lane % 4. Rows of odd tokens have their groups swapped in pairs, which keeps shared
-// memory free of bank conflicts where a row is a multiple of 128 bytes.
+// 8 (e >> 1) + 2 q + (e & 1), q = lane % 4. Where sums go through shared memory, rows of odd tokens have their groups swapped in
+// pairs, which keeps it free of bank conflicts if a row is a multiple of 128 bytes.
 #pragma once
 #include <cstdint>
 
 #include "cuda/include/ptx.cuh"
 
-template <int kHeadDim>
+template <int kHeadDim, bool kSwapped = true>
 struct DqSums {
+  static constexpr int kColumns = kHeadDim;
   static constexpr int kPanels = (kHeadDim + 63) / 64;
 
   __host__ __device__ static constexpr int columns(int panel) { return kHeadDim - 64 * panel < 64 ? kHeadDim - 64 * panel : 64; }
@@ -19,25 +20,56 @@ struct DqSums {
     return sums + static_cast<long long>(head) * total_q * kHeadDim + static_cast<long long>(total_q) * 64 * panel +
            static_cast<long long>(token) * columns(panel);
   }
+
+  // What is added to the place of an even group, and taken from that of an odd one, in this token's row of a panel.
+  __device__ __forceinline__ static int group_swap(int panel, int token) {
+    return kSwapped && columns(panel) % 32 == 0 ? 16 * (token & 1) : 0;
+  }
 };
 
-// What is added to the place of an even group, and taken from that of an odd one, in this token's row.
-template <int kColumns>
-__device__ __forceinline__ int group_swap(int token) {
-  return kColumns % 32 == 0 ? 16 * (token & 1) : 0;
-}
-
-// Calls `put(place, values...)`, four or two values, for a thread's accumulators of one row of a panel: `half` 0 for the upper
-// of its two rows, 1 for the lower; the panel's accumulators begin at `kFirst`.
+// Calls `put(lane's place, place, values...)`, four or two values, for a thread's accumulators of one row of a panel: `half` 0
+// for the upper of its two rows, 1 for the lower; the panel's accumulators begin at `kFirst`. Places are constants, so that
+// lane's places, of which there are few, can be base addresses.
 template <int kColumns, int kFirst, int kRegisters, typename Put>
 __device__ __forceinline__ void for_each_piece(const float (&dq)[kRegisters], int half, int quad, int swap, Put put) {
 #pragma unroll
   for (int group = 0; group < kColumns / 16; ++group) {
     const int i = kFirst + 8 * group + 2 * half;
-    put(16 * group + (group % 2 ? -swap : swap) + 4 * quad, dq[i], dq[i + 1], dq[i + 4], dq[i + 5]);
+    put(4 * quad + (group % 2 ? -swap : swap), 16 * group, dq[i], dq[i + 1], dq[i + 4], dq[i + 5]);
   }
   if constexpr (kColumns % 16 != 0) {
     constexpr int i = kFirst + kColumns / 16 * 8;
-    put(kColumns / 16 * 16 + 2 * quad, dq[i + 2 * half], dq[i + 2 * half + 1]);
+    put(2 * quad, kColumns / 16 * 16, dq[i + 2 * half], dq[i + 2 * half + 1]);
   }
+}
+
+// A thread's accumulators of one row, added to the row.
+struct AddPieces {
+  float* row;
+  __device__ __forceinline__ void operator()(int lane_place, int place, float a, float b, float c, float d) const {
+    add_x4(based(lane_place) + place, a, b, c, d);
+  }
+  __device__ __forceinline__ void operator()(int lane_place, int place, float a, float b) const {
+    add_x2(based(lane_place) + place, a, b);
+  }
+
+ private:
+  // Kept apart from the constant places, or the compiler computes an address each.
+  __device__ __forceinline__ float* based(int lane_place) const {
+    float* base = row + lane_place;
+    asm("" : "+l"(base));
+    return base;
+  }
+};
+
+// A panel of a warpgroup's dQ to its sums; `row` is the thread's upper row within the sequence, which begins at token
+// `begin` and has `length` rows.
+template <typename Sums, int kPanel, int kFirst, int kRegisters>
+__device__ __forceinline__ void add_panel(const float (&dq)[kRegisters], float* sums, int total_q, int head, int begin,
+                                          int length, int row, int quad) {
+  constexpr int kColumns = Sums::columns(kPanel);
+  const int swap = Sums::group_swap(kPanel, begin + row);
+  float* at = Sums::row(sums, total_q, head, kPanel, begin + row);
+  if (row < length) for_each_piece<kColumns, kFirst>(dq, 0, quad, swap, AddPieces{at});
+  if (row + 8 < length) for_each_piece<kColumns, kFirst>(dq, 1, quad, swap, AddPieces{at + 8 * kColumns});
 }

@@ -44,3 +44,17 @@ __device__ __forceinline__ void stage_fragments(const uint32_t (&fragments)[kSte
                     fragments[step][1], fragments[step][2], fragments[step][3]);
   }
 }
+
+// The transpose of a warpgroup's 64 x `kColumns` accumulators (a multiple of 16 columns): `kColumns` rows of one panel.
+template <Pack kPack, int kColumns>
+__device__ __forceinline__ void stage_columns(const float (&values)[kColumns / 2], uint32_t panel, int warp, int lane) {
+  static_assert(kColumns % 16 == 0);
+  const uint32_t row = panel + (lane / 16 * 8 + lane % 8) * 128 + ((2 * (warp % 4) + lane / 8 % 2) ^ lane % 8) * 16;
+#pragma unroll
+  for (int group = 0; group < kColumns / 8; group += 2) {
+    store_transposed_x4(row + group * 8 * 128, kPack(values[4 * group], values[4 * group + 1]),
+                        kPack(values[4 * group + 2], values[4 * group + 3]),
+                        kPack(values[4 * group + 4], values[4 * group + 5]),
+                        kPack(values[4 * group + 6], values[4 * group + 7]));
+  }
+}

@@ -1,0 +1,211 @@
+"""Tile configs of templates/cuda/sm90/backward_wide.cu.j2: the persistent Hopper backward of head dims above 128."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple, cast
+
+from jagtile.generator.spaces.sm90 import (
+    CONTROL_BYTES,
+    ELEMENT,
+    SMEM_BYTES,
+    head_dims_rejection,
+    launch_registers,
+    panels,
+)
+from jagtile.generator.spaces.sm90_backward import MAX_HEAD_DIM
+from jagtile.generator.spec import Direction, KernelSpec
+from jagtile.generator.tile import Knob, TileConfig
+
+BLOCK_M = 64  # queries a step: the rows of one warpgroup's products
+WARPGROUPS = 2  # math warpgroups: one makes dV, the other dK and dQ
+# Registers a thread after reallocation: 504 over the three warpgroups. With 24 the loaders spill.
+LOADER_REGISTERS = 40
+MATH_REGISTERS = 464
+MAX_REGISTERS = 256
+# Registers a thread beside its accumulators with which ptxas 13.0 neither serialises wgmma (C7512) nor spills, of the
+# cases that the grid has: 200 accumulators fit 232 registers, 224 fit 256, 224 don't fit 232.
+SPARE_REGISTERS = 32
+
+
+@dataclass(frozen=True, order=True)
+class Sm90BackwardWideConfig(TileConfig):
+    """Knobs of the Hopper backward of wide heads."""
+
+    algorithm: ClassVar[str] = "wide"
+    block_n: int = field(metadata={"short": "n"})  # keys a CTA
+    q_stages: int = field(metadata={"short": "q"})  # Q buffers
+    dout_stages: int = field(metadata={"short": "o"})  # dO buffers
+
+
+# (block_n, q_stages, dout_stages), the most keys first: the more, the fewer additions to dQ. The last is always legal.
+_DEFAULT_TILES = ((112, 2, 2), (112, 2, 1), (96, 2, 2), (96, 2, 1), (80, 2, 2), (80, 2, 1))
+
+
+@dataclass(frozen=True)
+class SmemLayout:
+    """Bytes of each region of shared memory, in order; P and dS are alike."""
+
+    k_bytes: int
+    v_bytes: int
+    q_bytes: int
+    dout_bytes: int
+    p_bytes: int
+    control_bytes: int
+
+    @property
+    def control_begin(self) -> int:
+        """Where tiles and barriers begin."""
+        return self.k_bytes + self.v_bytes + self.q_bytes + self.dout_bytes + 2 * self.p_bytes
+
+    @property
+    def total(self) -> int:
+        """Bytes a CTA asks for."""
+        return self.control_begin + self.control_bytes
+
+
+def smem_layout(spec: KernelSpec, config: Sm90BackwardWideConfig) -> SmemLayout:
+    """The regions' sizes: panels of 64 columns (128 bytes)."""
+    k_panels, v_panels = panels(spec.head_dim), panels(spec.head_dim_v)
+    return SmemLayout(
+        k_bytes=config.block_n * k_panels * 128,
+        v_bytes=config.block_n * v_panels * 128,
+        q_bytes=config.q_stages * BLOCK_M * k_panels * 128,
+        dout_bytes=config.dout_stages * BLOCK_M * v_panels * 128,
+        p_bytes=BLOCK_M * panels(config.block_n) * 128,
+        control_bytes=CONTROL_BYTES,
+    )
+
+
+class PerWarpgroup(NamedTuple):
+    """A number for each math warpgroup."""
+
+    dv: int
+    dk: int
+
+
+def accumulators(spec: KernelSpec, config: Sm90BackwardWideConfig) -> PerWarpgroup:
+    """Accumulators a thread: dV and S, or dK and the larger of dP and a panel of dQ."""
+    block = config.block_n // 2
+    return PerWarpgroup(
+        dv=panels(spec.head_dim_v) * block + block,
+        dk=panels(spec.head_dim) * block + max(block, min(64, spec.head_dim) // 2),
+    )
+
+
+def math_registers(needed: PerWarpgroup) -> PerWarpgroup | None:
+    """Registers a thread of each math warpgroup, as even as can be; None where no split has enough."""
+    for uneven in range(0, MATH_REGISTERS // 2, 8):
+        less, more = MATH_REGISTERS // 2 - uneven, MATH_REGISTERS // 2 + uneven
+        if more > MAX_REGISTERS:
+            return None
+        for split in (PerWarpgroup(less, more), PerWarpgroup(more, less)):
+            if needed.dv + SPARE_REGISTERS <= split.dv and needed.dk + SPARE_REGISTERS <= split.dk:
+                return split
+    return None
+
+
+def _dq_panels(spec: KernelSpec) -> list[int]:
+    """Columns of each panel of dQ."""
+    return [min(64, spec.head_dim - 64 * panel) for panel in range(panels(spec.head_dim))]
+
+
+class Sm90BackwardWideSpace:
+    """Legal configs of the Hopper backward of wide heads."""
+
+    target = "sm_90a"
+    direction: ClassVar[Direction] = "bwd"
+    algorithm = Sm90BackwardWideConfig.algorithm
+    template = "cuda/sm90/backward_wide.cu.j2"
+    config_type: type[TileConfig] = Sm90BackwardWideConfig
+
+    def serves(self, spec: KernelSpec) -> str | None:
+        """bf16 and fp16, head dims that are multiples of 8, one of them above what the other backward serves."""
+        if max(spec.head_dim, spec.head_dim_v) <= MAX_HEAD_DIM:
+            return (
+                f"head_dim or head_dim_v must be above {MAX_HEAD_DIM} in this backward, got {spec.head_dim} and "
+                f"{spec.head_dim_v}"
+            )
+        return head_dims_rejection(spec)
+
+    def knobs(self, spec: KernelSpec) -> Mapping[str, tuple[Knob, ...]]:
+        """The grid; most of it is cut by shared memory and registers."""
+        return {
+            "block_n": (112, 96, 80, 64, 48, 32),
+            "q_stages": (2, 3),
+            "dout_stages": (2, 1, 3),
+        }
+
+    def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
+        """Instruction shapes, shared memory and accumulators."""
+        config = cast(Sm90BackwardWideConfig, config)
+        if config.block_n % 16 or not 16 <= config.block_n <= 256:
+            return f"block_n must be a multiple of 16 from 16 to 256, as wgmma's shapes are, got {config.block_n}"
+        if config.q_stages < 2 or config.dout_stages < 1:
+            return (
+                "q_stages must be at least 2, since one warpgroup is ahead of the other, and dout_stages at least 1, "
+                f"got {config.q_stages} and {config.dout_stages}"
+            )
+        smem = smem_layout(spec, config).total
+        if smem > SMEM_BYTES:
+            return f"shared memory {smem} B > {SMEM_BYTES} B"
+        needed = accumulators(spec, config)
+        if math_registers(needed) is None:
+            return (
+                f"dV and S take {needed.dv} accumulators a thread, dK and dP {needed.dk}: with {SPARE_REGISTERS} more "
+                f"registers each they need more than {MAX_REGISTERS}, or more than {MATH_REGISTERS} together"
+            )
+        return None
+
+    def default(self, spec: KernelSpec) -> TileConfig:
+        """The most keys that fit (docs/hopper-backward.md)."""
+        for block_n, q_stages, dout_stages in _DEFAULT_TILES:
+            config = Sm90BackwardWideConfig(block_n, q_stages, dout_stages)
+            if self.rejection(spec, config) is None:
+                return config
+        raise AssertionError(f"no default tile for {spec.name}")
+
+    def context(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, object]:
+        """Panels, steps, registers and the shared-memory map."""
+        config = cast(Sm90BackwardWideConfig, config)
+        dq_panels = _dq_panels(spec)
+        registers = math_registers(accumulators(spec, config)) or PerWarpgroup(MATH_REGISTERS // 2, MATH_REGISTERS // 2)
+        return {
+            "block_m": BLOCK_M,
+            "num_threads": 128 * (WARPGROUPS + 1),
+            "panels": panels(spec.head_dim),
+            "panels_v": panels(spec.head_dim_v),
+            "key_panels": panels(config.block_n),
+            "steps_qk": -(-spec.head_dim // 16),
+            "steps_v": -(-spec.head_dim_v // 16),
+            "dq_panels": dq_panels,
+            "dq_columns": sorted(set(dq_panels), reverse=True),
+            "element": ELEMENT[spec.dtype],
+            "pack": f"pack_{spec.dtype}",
+            "loader_registers": LOADER_REGISTERS,
+            "dv_registers": registers.dv,
+            "dk_registers": registers.dk,
+            "smem": smem_layout(spec, config),
+        }
+
+    def launch(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, int]:
+        """What runtime/cuda needs to encode tensor maps, to allocate and to launch."""
+        config = cast(Sm90BackwardWideConfig, config)
+        return {
+            "block_m": BLOCK_M,
+            "block_n": config.block_n,
+            "store_rows": config.block_n,
+            "num_threads": 128 * (WARPGROUPS + 1),
+            "smem_bytes": smem_layout(spec, config).total,
+            "ctas_per_sm": 1,
+            "causal": int(spec.causal),
+        }
+
+    def compile_flags(self, spec: KernelSpec, config: TileConfig) -> tuple[str, ...]:
+        """None beyond the target's."""
+        return ()
+
+    def predicted_registers(self, spec: KernelSpec, config: TileConfig) -> int:
+        """What ptxas reports: the launch allocation."""
+        return launch_registers(128 * (WARPGROUPS + 1), 1)

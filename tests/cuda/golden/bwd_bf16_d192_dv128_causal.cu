@@ -1,0 +1,480 @@
+// jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2
+//
+// Backward of attention over a jagged batch, one kernel for one case:
+//   target      sm_90a
+//   dtype       bf16
+//   head_dim    192 (queries and keys), 128 (values)
+//   mask        causal, top-left or bottom-right at run time
+// Template: templates/cuda/sm90/backward_wide.cu.j2, algorithm wide, with
+//   block_n             112
+//   q_stages            2
+//   dout_stages         2
+// Generated; edit the template, not this text. To see it again:
+//   jagtile generate sm_90a/bwd_bf16_d192_dv128_causal/wide_n112_q2_o2
+//
+// One persistent CTA an SM. K and V of a tile stay; the queries that see its keys go by, 64 at a time, those of every head
+// that shares the kv head. Two math warpgroups split the work by result, and hand each other nothing but P:
+//   warp 0      copies K and V (TMA, clipped at the sequence's end)
+//   warp 1      claims tiles from the work list
+//   warp 2      copies Q, block by block
+//   warp 3      copies dO
+//   warps 4-7   S = Q K^T, P = exp(S - lse), dV^T += dO^T P (wgmma); dV leaves through V's buffer (TMA)
+//   warps 8-11  dP = dO V^T, dS = P (dP - delta), dK^T += Q^T dS, dQ = dS K, which is added to its sums from registers;
+//               dK leaves through K's buffer
+// So both keep as many accumulators as one gradient of 112 keys has, and run out of step: while one computes P or dS the
+// other multiplies.
+//
+// Shared memory          bytes
+//   K                      43008   3 panels of 112 rows x 128 B; dK on its way out
+//   V                      28672   2 panels of 112 rows x 128 B; dV on its way out
+//   Q [2]                  49152   3 panels of 64 rows x 128 B
+//   dO [2]                 32768   2 panels of 64 rows x 128 B
+//   P                      16384   2 panels of 64 rows x 128 B
+//   dS                     16384   2 panels of 64 rows x 128 B
+//   tiles, barriers         1024
+#include "cuda/include/backward_params.cuh"
+#include "cuda/include/backward_rows.cuh"
+#include "cuda/include/dq_sums.cuh"
+#include "cuda/include/fragments.cuh"
+#include "cuda/include/key_blocks.cuh"
+#include "cuda/include/key_tiles.cuh"
+#include "cuda/include/pipeline.cuh"
+#include "cuda/include/ptx.cuh"
+#include "cuda/include/row_gradients.cuh"
+#include "cuda/include/work_list.cuh"
+
+namespace {
+
+constexpr int kHeadDim = 192;
+constexpr int kHeadDimV = 128;
+constexpr int kBlockM = 64;  // queries a step
+constexpr int kBlockN = 112;  // keys a tile
+constexpr int kQStages = 2;
+constexpr int kDoutStages = 2;
+constexpr int kTileSlots = 2;
+constexpr int kPanels = 3;   // 64-column panels of Q and K
+constexpr int kPanelsV = 2;  // of V and dO
+
+constexpr int kQPanelBytes = kBlockM * 128;  // of Q, dO, P and dS
+constexpr int kKVPanelBytes = kBlockN * 128;
+constexpr int kQBytes = kPanels * kQPanelBytes;
+constexpr int kDoutBytes = kPanelsV * kQPanelBytes;
+
+using Sums = DqSums<kHeadDim, /*kSwapped=*/false>;
+using KeyTile = KeyTiles</*kCausal=*/true, kBlockM, kBlockN, /*kAdders=*/1>;
+
+struct Control {
+  Tile tiles[kTileSlots];
+  Claims claims;
+  RingBarriers<kTileSlots> tile;
+  RingBarriers<1> k, v, p;
+  RingBarriers<kQStages> q;
+  RingBarriers<kDoutStages> dout;
+};
+static_assert(sizeof(Control) <= 1024);
+
+struct Buffers {  // shared addresses
+  uint32_t k, v, q, dout, p, ds;
+};
+
+// d (64 x 112) {+}= A (64 x 16) B^T (112 x 16), both K-major in shared memory.
+__device__ __forceinline__ void multiply_rows(float (&d)[56], uint64_t a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %58, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n112k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55}, "
+      "%56, %57, p, 1, 1, 0, 0;\n"
+      "}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55])
+      : "l"(a), "l"(b), "r"(accumulate));
+}
+
+// d (64 x 112) {+}= A^T (16 x 64) B (16 x 112), in shared memory, their columns contiguous.
+__device__ __forceinline__ void multiply_columns(float (&d)[56], uint64_t a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %58, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n112k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55}, "
+      "%56, %57, p, 1, 1, 1, 1;\n"
+      "}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55])
+      : "l"(a), "l"(b), "r"(accumulate));
+}
+
+// d (64 x 64) {+}= A (64 x 16) B (16 x 64), in shared memory: A K-major, B's columns contiguous.
+__device__ __forceinline__ void multiply_dq_64(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "%32, %33, p, 1, 1, 0, 1;\n"
+      "}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+      : "l"(a), "l"(b), "r"(accumulate));
+}
+
+// d (64 x 112) = A B^T, asynchronously; 64 rows of A and 112 rows of B, 192 columns each.
+__device__ __forceinline__ void issue_scores(float (&d)[56], uint32_t a, uint32_t b) {
+  const uint64_t a_descriptor = wgmma_descriptor(a, 16, 1024);
+  const uint64_t b_descriptor = wgmma_descriptor(b, 16, 1024);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 12; ++step) {
+    const int inside = step % 4 * 32;
+    multiply_rows(d, a_descriptor + ((step / 4 * kQPanelBytes + inside) >> 4),
+                b_descriptor + ((step / 4 * kKVPanelBytes + inside) >> 4), step > 0);
+  }
+  wgmma_commit();
+}
+
+// d (64 x 112) = A B^T, asynchronously; 64 rows of A and 112 rows of B, 128 columns each.
+__device__ __forceinline__ void issue_dp(float (&d)[56], uint32_t a, uint32_t b) {
+  const uint64_t a_descriptor = wgmma_descriptor(a, 16, 1024);
+  const uint64_t b_descriptor = wgmma_descriptor(b, 16, 1024);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 8; ++step) {
+    const int inside = step % 4 * 32;
+    multiply_rows(d, a_descriptor + ((step / 4 * kQPanelBytes + inside) >> 4),
+                b_descriptor + ((step / 4 * kKVPanelBytes + inside) >> 4), step > 0);
+  }
+  wgmma_commit();
+}
+
+// d (64 x 112) += A^T B, asynchronously; 64 rows of A, 64 columns wide, and of B.
+__device__ __forceinline__ void add_product(float (&d)[56], uint32_t a, uint32_t b) {
+  const uint64_t a_descriptor = wgmma_descriptor(a, 16, 1024);
+  const uint64_t b_descriptor = wgmma_descriptor(b, kQPanelBytes, 1024);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    multiply_columns(d, a_descriptor + (step * 16 * 128 >> 4), b_descriptor + (step * 16 * 128 >> 4), 1);
+  }
+  wgmma_commit();
+}
+
+// d (64 x 64) = A B, asynchronously; 64 rows of A, 112 rows of B, in one panel.
+__device__ __forceinline__ void issue_dq(float (&d)[32], uint32_t a, uint32_t b) {
+  const uint64_t a_descriptor = wgmma_descriptor(a, 16, 1024);
+  const uint64_t b_descriptor = wgmma_descriptor(b, 16, 1024);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 7; ++step) {
+    multiply_dq_64(d, a_descriptor + ((step / 4 * kQPanelBytes + step % 4 * 32) >> 4),
+                b_descriptor + (step * 16 * 128 >> 4), step > 0);
+  }
+  wgmma_commit();
+}
+
+// Streams Q or dO of every tile through a ring, block by block.
+template <int kTilePanels, int kSlots>
+__device__ __forceinline__ void load_query_blocks(const BackwardParams& p, Control& control, RingBarriers<kSlots>& ring,
+                                                  uint32_t smem, const TensorMap& map) {
+  tma_prefetch_map(&map);
+  RingPosition<kSlots> at;
+  for_each_tile(control, [&](const WorkItem& item, int kv_head) {
+    KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
+      ring.wait_empty(at);
+      load_tile<kTilePanels, kQPanelBytes>(smem + at.slot * kTilePanels * kQPanelBytes, map, ring.full[at.slot], row, head,
+                                           item.q_begin, item.q_length, kEvictLast);
+      at.advance();
+    });
+  });
+}
+
+// A warpgroup's way through its CTA's tiles.
+struct Walk {
+  RingPosition<kTileSlots> tile_at;
+  RingPosition<1> kv_at, p_at;
+  RingPosition<kQStages> q_at;
+  RingPosition<kDoutStages> dout_at;
+};
+
+// A gradient's transposed accumulators leave through a buffer that nothing reads any more, panel by panel.
+template <int kTilePanels>
+__device__ __forceinline__ void store_gradient(const float (&gradient)[kTilePanels][kBlockN / 2], uint32_t buffer,
+                                               const TensorMap& map, const WorkItem& item, int kv_head, int barrier,
+                                               int warp, int lane, bool leader) {
+#pragma unroll
+  for (int panel = 0; panel < kTilePanels; ++panel) {
+    stage_columns<pack_bf16, kBlockN>(gradient[panel], buffer + panel * kKVPanelBytes, warp, lane);
+  }
+  fence_async_proxy();
+  named_barrier_sync(barrier, 128);
+  if (leader) {
+#pragma unroll
+    for (int panel = 0; panel < kTilePanels; ++panel) {
+      tma_store_ragged(&map, buffer + panel * kKVPanelBytes, 64 * panel, item.row, kv_head, item.k_begin, item.k_length);
+    }
+    tma_store_commit();
+    tma_store_wait_read();
+  }
+}
+
+__device__ __forceinline__ void make_dv(const BackwardParams& p, Control& control, const Buffers& smem, int warp, int lane) {
+  constexpr int kBarrier = 1;
+  const int quad = lane % 4;
+  const bool leader = threadIdx.x % 128 == 0;
+  const int thread_row = 16 * (warp % 4) + lane / 4;  // the upper of two, 8 apart
+  const float scale_log2 = p.scale_log2;
+  for (Walk at;; at.tile_at.advance(), at.kv_at.advance()) {
+    control.tile.wait_full(at.tile_at);
+    const int kv_head = control.tiles[at.tile_at.slot].head;
+    if (kv_head < 0) break;
+    const WorkItem& item = control.tiles[at.tile_at.slot].item;
+    float dv[kPanelsV][kBlockN / 2] = {};
+    RingPosition<kDoutStages> dout_used;  // the dO that dV is being multiplied with
+    bool multiplying = false;
+
+    // Blocks from mask_end on see the tile's keys whole. Limits count from the thread's first key.
+    const int shift = KeyTile::causal_shift(p, item);
+    const int keys = item.k_length - item.row - 2 * quad;
+    const int mask_end = item.row + kBlockN > item.k_length ? 1 << 30 : item.row + kBlockN - 1 - shift;
+
+    control.k.wait_full(at.kv_at);
+    KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
+      float lse[2];
+      read_rows(lse, p.lse, p.total_q, head, item.q_begin, item.q_length, row + thread_row, -INFINITY);
+      float scores[kBlockN / 2];
+      control.q.wait_full(at.q_at);
+      issue_scores(scores, smem.q + at.q_at.slot * kQBytes, smem.k);
+      wgmma_wait<1>();
+      if (leader && multiplying) control.dout.arrive_empty(dout_used);
+      wgmma_wait<0>();
+#pragma unroll
+      for (int panel = 0; panel < kPanelsV; ++panel) pin_registers(dv[panel]);
+      pin_registers(scores);
+      if (leader) control.q.arrive_empty(at.q_at);
+      at.q_at.advance();
+
+      lse[0] = lse_offset(lse[0]);
+      lse[1] = lse_offset(lse[1]);
+      probabilities_of_rows(scores, lse, scale_log2);
+      if (row < mask_end) {
+        const int seen = row + thread_row + shift + 1 - item.row - 2 * quad;  // by the upper row
+        mask_keys(scores, min(keys, seen), min(keys, seen + 8));
+      }
+      control.p.wait_empty(at.p_at);
+      stage_rows<pack_bf16, kBlockN, kQPanelBytes>(scores, smem.p, warp, lane);
+      fence_async_proxy();
+      named_barrier_sync(kBarrier, 128);
+      if (leader) control.p.arrive_full(at.p_at);
+      at.p_at.advance();
+      control.dout.wait_full(at.dout_at);
+#pragma unroll
+      for (int panel = 0; panel < kPanelsV; ++panel) {
+        add_product(dv[panel], smem.dout + at.dout_at.slot * kDoutBytes + panel * kQPanelBytes, smem.p);
+      }
+      dout_used = at.dout_at;
+      multiplying = true;
+      at.dout_at.advance();
+    });
+    wgmma_wait<0>();
+#pragma unroll
+    for (int panel = 0; panel < kPanelsV; ++panel) pin_registers(dv[panel]);
+    if (leader && multiplying) control.dout.arrive_empty(dout_used);
+
+    control.v.wait_full(at.kv_at);
+    control.p.wait_empty(at.p_at);  // the other warpgroup has its last dP, and V has been read
+    store_gradient(dv, smem.v, p.map_dv, item, kv_head, kBarrier, warp, lane, leader);
+    if (leader) control.v.arrive_empty(at.kv_at);
+    __syncwarp();
+    if (lane == 0) control.tile.arrive_empty(at.tile_at);
+  }
+}
+
+__device__ __forceinline__ void make_dk_and_dq(const BackwardParams& p, Control& control, const Buffers& smem, int warp,
+                                               int lane) {
+  constexpr int kBarrier = 2;
+  const int quad = lane % 4;
+  const bool leader = threadIdx.x % 128 == 0;
+  const int thread_row = 16 * (warp % 4) + lane / 4;  // the upper of two, 8 apart
+  for (Walk at;; at.tile_at.advance(), at.kv_at.advance()) {
+    control.tile.wait_full(at.tile_at);
+    const int kv_head = control.tiles[at.tile_at.slot].head;
+    if (kv_head < 0) break;
+    const WorkItem& item = control.tiles[at.tile_at.slot].item;
+    float dk[kPanels][kBlockN / 2] = {};
+    RingPosition<kQStages> q_used;  // the Q that dK is being multiplied with
+    bool multiplying = false;
+    const int begin = item.q_begin, length = item.q_length;
+
+    control.v.wait_full(at.kv_at);
+    control.k.wait_full(at.kv_at);
+    KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
+      float delta[2];
+      read_rows(delta, p.delta, p.total_q, head, begin, length, row + thread_row, 0.0f);
+      float dp[kBlockN / 2];
+      control.dout.wait_full(at.dout_at);
+      issue_dp(dp, smem.dout + at.dout_at.slot * kDoutBytes, smem.v);
+      wgmma_wait<1>();
+      if (leader && multiplying) control.q.arrive_empty(q_used);
+      wgmma_wait<0>();
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) pin_registers(dk[panel]);
+      pin_registers(dp);
+      if (leader) control.dout.arrive_empty(at.dout_at);
+      at.dout_at.advance();
+
+      control.p.wait_full(at.p_at);
+      gradients_of_rows<unpack_bf16, kQPanelBytes>(dp, smem.p, delta, warp, lane);
+      __syncwarp();
+      if (lane == 0) control.p.arrive_empty(at.p_at);
+      at.p_at.advance();
+      stage_rows<pack_bf16, kBlockN, kQPanelBytes>(dp, smem.ds, warp, lane);
+      fence_async_proxy();
+      named_barrier_sync(kBarrier, 128);
+
+      control.q.wait_full(at.q_at);
+      const uint32_t q_tile = smem.q + at.q_at.slot * kQBytes;
+      if (p.turns != nullptr) {
+        if (leader) KeyTile::await_turn(p, item, head, row);
+        named_barrier_sync(kBarrier, 128);
+      }
+      // A panel of dQ is added while the same panel of dK is multiplied.
+      {
+        float dq[32];
+        issue_dq(dq, smem.ds, smem.k);
+        add_product(dk[0], q_tile, smem.ds);
+        wgmma_wait<1>();
+        pin_registers(dq);
+        add_panel<Sums, 0, 0>(dq, p.dq_sums, p.total_q, head, begin, length, row + thread_row, quad);
+      }
+      {
+        float dq[32];
+        issue_dq(dq, smem.ds, smem.k + kKVPanelBytes);
+        add_product(dk[1], q_tile + kQPanelBytes, smem.ds);
+        wgmma_wait<1>();
+        pin_registers(dq);
+        add_panel<Sums, 1, 0>(dq, p.dq_sums, p.total_q, head, begin, length, row + thread_row, quad);
+      }
+      {
+        float dq[32];
+        issue_dq(dq, smem.ds, smem.k + 2 * kKVPanelBytes);
+        add_product(dk[2], q_tile + 2 * kQPanelBytes, smem.ds);
+        wgmma_wait<1>();
+        pin_registers(dq);
+        add_panel<Sums, 2, 0>(dq, p.dq_sums, p.total_q, head, begin, length, row + thread_row, quad);
+      }
+      if (p.turns != nullptr) {
+        __threadfence();
+        named_barrier_sync(kBarrier, 128);
+        if (leader) KeyTile::pass_turn(p, item, head, row);
+        __syncwarp();
+      }
+      q_used = at.q_at;
+      multiplying = true;
+      at.q_at.advance();
+    });
+    wgmma_wait<0>();
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) pin_registers(dk[panel]);
+    if (leader && multiplying) control.q.arrive_empty(q_used);
+
+    // The other warpgroup had its last S before its last P: K has been read.
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+#pragma unroll
+      for (int i = 0; i < kBlockN / 2; ++i) dk[panel][i] *= p.scale;
+    }
+    store_gradient(dk, smem.k, p.map_dk, item, kv_head, kBarrier, warp, lane, leader);
+    if (leader) control.k.arrive_empty(at.kv_at);
+    __syncwarp();
+    if (lane == 0) control.tile.arrive_empty(at.tile_at);
+  }
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(256) jagtile_backward_prepare(const __grid_constant__ BackwardParams p) {
+  prepare_rows<kHeadDim, kHeadDimV, unpack_bf16>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(256) jagtile_backward_finish(const __grid_constant__ BackwardParams p) {
+  finish_rows<Sums, pack_bf16>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2(const __grid_constant__ BackwardParams p) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  Buffers smem;
+  smem.k = smem_address(shared);
+  smem.v = smem.k + 43008;
+  smem.q = smem.v + 28672;
+  smem.dout = smem.q + 49152;
+  smem.p = smem.dout + 32768;
+  smem.ds = smem.p + 16384;
+  Control& control = *reinterpret_cast<Control*>(shared + 186368);
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform, and known to be
+  const int lane = threadIdx.x % 32;
+
+  if (threadIdx.x == 0) {
+    control.tile.init(1, 3 + 8);  // freed by three loaders and every math warp
+    control.k.init(1, 1);
+    control.v.init(1, 1);
+    control.p.init(1, 4);
+    control.q.init(1, 2);
+    control.dout.init(1, 2);
+    mbarrier_init_fence();
+    set_claims(control.claims, p);
+  }
+  __syncthreads();
+
+  if (warp < 4) {
+    shrink_registers<40>();
+    if (warp == 0 && elect_one()) {
+      tma_prefetch_map(&p.map_k);
+      tma_prefetch_map(&p.map_v);
+      RingPosition<1> at;
+      for_each_tile(control, [&](const WorkItem& item, int kv_head) {
+        control.k.wait_empty(at);
+        load_tile<kPanels, kKVPanelBytes>(smem.k, p.map_k, control.k.full[0], item.row, kv_head, item.k_begin,
+                                          item.k_length, kEvictFirst);
+        control.v.wait_empty(at);
+        load_tile<kPanelsV, kKVPanelBytes>(smem.v, p.map_v, control.v.full[0], item.row, kv_head, item.k_begin,
+                                           item.k_length, kEvictFirst);
+        at.advance();
+      });
+    } else if (warp == 1 && elect_one()) {
+      claim_key_tiles(control, p);
+    } else if (warp == 2 && elect_one()) {
+      load_query_blocks<kPanels>(p, control, control.q, smem.q, p.map_q);
+    } else if (warp == 3 && elect_one()) {
+      load_query_blocks<kPanelsV>(p, control, control.dout, smem.dout, p.map_dout);
+    }
+  } else if (warp < 8) {
+    grow_registers<208>();
+    make_dv(p, control, smem, warp, lane);
+  } else {
+    grow_registers<256>();
+    make_dk_and_dq(p, control, smem, warp, lane);
+  }
+}

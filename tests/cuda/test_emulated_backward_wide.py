@@ -1,0 +1,68 @@
+"""The generated Hopper backward of wide heads on the emulator: gradients against the float64 oracle, any schedule."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from emulator import backward_checks, kernels
+
+from jagtile.generator.spaces.sm90_backward_wide import Sm90BackwardWideConfig, Sm90BackwardWideSpace
+from jagtile.generator.spec import KernelSpec
+from jagtile.generator.tile import Variant
+from jagtile.generator.workloads import Workload
+from jagtile.runtime.artifact import Artifact
+
+# Every mechanism of the template once: (spec, what differs from its default config).
+CASES: tuple[tuple[str, dict[str, int]], ...] = (
+    ("bwd_bf16_d256", {}),
+    ("bwd_bf16_d192_causal", {"dout_stages": 1}),
+    ("bwd_fp16_d192_dv128_causal", {}),
+    ("bwd_bf16_d136_dv200_causal", {"block_n": 32, "q_stages": 3}),  # panels that are not full, pieces of 8 columns
+)
+EDGES = (0, 1, 63, 64, 65, 0, 129)
+
+
+@cache
+def built(name: str, change: tuple[tuple[str, int], ...] = ()) -> Artifact:
+    spec = KernelSpec.parse(name)
+    base = Sm90BackwardWideSpace().default(spec).to_dict()
+    base.pop("algorithm")
+    return kernels.artifact(Variant("sm_90a", spec, Sm90BackwardWideConfig(**{**base, **dict(change)})))
+
+
+@pytest.mark.parametrize(("name", "change"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(x) or "default")
+def test_gradients_match_the_oracle(name: str, change: dict[str, int]) -> None:
+    artifact = built(name, tuple(change.items()))
+    spec = KernelSpec.parse(name)
+    kind = (spec.head_dim, spec.head_dim_v, spec.causal)
+    for w in (
+        Workload("edges", EDGES, EDGES, 2, 2, *kind),
+        # Queries without keys, keys without queries, more of the ones than of the others; heads that share K and V.
+        Workload("cross", (150, 0, 5, 64, 70), (100, 70, 200, 0, 81), 4, 2, *kind),
+        Workload("cross", (150, 0, 5, 64, 70), (100, 70, 200, 0, 81), 2, 1, *kind, causal_alignment="bottom_right"),
+    ):
+        backward_checks.assert_right(artifact, w, launches=2 if w.name == "edges" else 1)
+
+
+@pytest.mark.parametrize("scale", [-0.1, 0.0])
+def test_any_scale(scale: float) -> None:
+    w = Workload("edges", EDGES, EDGES, 1, 1, 192, 128, True)
+    backward_checks.assert_right(built("bwd_fp16_d192_dv128_causal"), w, scale=scale, with_dlse=False)
+
+
+@pytest.mark.parametrize("name", ["bwd_bf16_d256", "bwd_fp16_d192_dv128_causal"])
+def test_deterministic_gradients_are_bitwise_equal_under_any_schedule(name: str) -> None:
+    spec = KernelSpec.parse(name)
+    w = Workload("several key blocks", (130, 70, 200), (260, 0, 230), 2, 1, spec.head_dim, spec.head_dim_v, spec.causal)
+    b = w.make("cpu", spec.dtype, 9)
+    dout = torch.randn((w.total_q, w.num_heads, w.head_dim_v), generator=torch.Generator().manual_seed(9)).to(b.q.dtype)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (backward_checks.backward(built(name), w, b, dout, processors=n) for n in (2, 5))
+        backward_checks.assert_right(built(name), w)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
