@@ -3,7 +3,8 @@
     compute-sanitizer --tool memcheck --report-api-errors no --kernel-name kns=jagtile python benchmarks/sanitize.py
 
 Likewise racecheck, initcheck and synccheck. Arguments name variants; without any, the shipped choices of the GPU at
-hand are run. Each launch is compared with the float64 oracle, on the CPU, so that only our kernels touch the GPU.
+hand are run, and the defaults of all regimes for the same specs. Each launch is compared with the float64 oracle, on
+the CPU, so that only our kernels touch the GPU.
 """
 
 from __future__ import annotations
@@ -19,20 +20,24 @@ from jagtile.generator.tile import Variant, config_from_dict
 from jagtile.generator.workloads import Workload
 from jagtile.runtime import cuda
 from jagtile.runtime.device import device_id
+from jagtile.runtime.dispatch import default_variant
 from jagtile.runtime.kernel import ForwardKernel
+from jagtile.runtime.problem import REGIMES
 from jagtile.tuning_db.store import Database
 
 LENGTHS = (0, 1, 65, 0, 200, 300)
 
 
 def shipped_variants(device: torch.device) -> list[Variant]:
-    """Every variant that the shipped choices name, once."""
+    """Every variant that the shipped choices name, and every default beside them, once."""
     choices = Database().choices("shipped", device_id(device).slug)
     found: dict[Variant, None] = {}
     for key, entry in choices.specs.items() if choices else ():
         target, spec = key.split("/")
         for config in (entry.default, *entry.regimes.values()):
             found[Variant(target, KernelSpec.parse(spec), config_from_dict(target, config))] = None
+        for regime in REGIMES:
+            found[default_variant(KernelSpec.parse(spec), target, regime)] = None
     return list(found)
 
 
@@ -60,6 +65,7 @@ def nasty_workloads(spec: KernelSpec) -> tuple[Workload, ...]:
         Workload("edges, cross", LENGTHS, LENGTHS[::-1], 2, 1, *kind, causal_alignment="bottom_right"),
         Workload("edges, cross, top-left", LENGTHS, LENGTHS[::-1], 2, 1, *kind),
         Workload("many short", *few, 4, 4, *kind, causal_alignment="bottom_right"),
+        Workload("few queries", (1, 0, 40, 2), (1500, 10, 700, 0), 6, 2, *kind, causal_alignment="bottom_right"),
     )
 
 

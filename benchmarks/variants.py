@@ -3,9 +3,10 @@
     PYTHONPATH=.pkg python benchmarks/variants.py --peers fa3 \
         "u4k-d64: m192_n128_s2_q2_c1 m256_n64_s3_q1_c1" "u4k-d64-causal: m192_n128_s3_q2_c1"
 
-Each argument names a workload and configs (``persistent_`` may be left out), or is a file of such lines. Every variant
-is compared with the float64 oracle on small nasty batches and on the workload itself, then all variants and peers take
-turns in shuffled order with a cold L2. Prints medians and the ratio of the fastest peer's time to each.
+Each argument names a workload and configs (``persistent_`` may be left out, ``split_`` not), or is a file of such
+lines. Every variant is compared with the float64 oracle on small nasty batches and on the workload itself, then all
+variants and peers take turns in shuffled order with a cold L2. Prints medians and the ratio of the fastest peer's time
+to each.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jagtile.generator.build import build
 from jagtile.generator.oracle import tolerance
 from jagtile.generator.peers import PEERS
 from jagtile.generator.spot_check import BUDGET_FLOPS, spot_check
-from jagtile.generator.tile import Variant
+from jagtile.generator.tile import Variant, spaces
 from jagtile.generator.workloads import Workload, named
 from jagtile.runtime import cuda
 from jagtile.runtime.kernel import ForwardKernel
@@ -64,7 +65,8 @@ def _parse(line: str, dtype: str) -> tuple[Workload, list[Variant]]:
     name, _, configs = line.partition(":")
     workload = named()[name.strip()]
     prefix = f"sm_90a/{workload.spec(dtype).name}/"  # type: ignore[arg-type]
-    full = (config if config.startswith("persistent_") else f"persistent_{config}" for config in configs.split())
+    algorithms = {space.algorithm for space in spaces()}
+    full = (config if config.partition("_")[0] in algorithms else f"persistent_{config}" for config in configs.split())
     return workload, [Variant.parse(prefix + config) for config in full]
 
 

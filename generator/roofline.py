@@ -14,9 +14,11 @@ from functools import lru_cache
 
 from jagtile.generator.oracle import torch_dtype
 from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig
+from jagtile.generator.spaces.sm90_split import Sm90SplitConfig
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import TileConfig, Variant
 from jagtile.generator.workloads import Workload
+from jagtile.runtime.cuda.head_packs import packed_heads
 from jagtile.runtime.device import Facts
 
 # Hopper. The clock is what an H200 sustains under its power limit with random data (cuBLAS: 788 TFLOP/s, bf16).
@@ -76,11 +78,15 @@ def _hopper_forward(variant: Variant, config: Sm90ForwardConfig, workload: Workl
     fill = _FILL_CLOCKS * (_HIDDEN_FILL if hides else 1.0) / (config.num_stages - 1)
     tile = ends * (0.5 if hides else 1.0) + fill
 
+    split = isinstance(config, Sm90SplitConfig)
+    together = packed_heads(workload.num_heads // workload.num_heads_kv) if split else 1
     clocks = longest = 0.0
-    for keys, tiles in _tiles(workload, config.block_m).items():
+    for keys, tiles in _tiles(workload, 64 // together * config.warpgroups).items():
         own = -(-keys // config.block_n) * step + tile
-        clocks += tiles * own
+        clocks += tiles // together * own
         longest = max(longest, own)
+    if split:  # pieces of the keys share out the work
+        longest = min(longest, clocks / (device.units * ctas))
     compute_us = max(clocks / (device.units * ctas), longest) / CLOCK_GHZ / 1e3
     rows = workload.total_q * workload.num_heads * spec.head_dim_v
     memory_us = (workload.input_bytes(element) + element * rows) / (device.bandwidth_gbs or float("inf")) / 1e3

@@ -155,6 +155,17 @@ def refusal(space: Space, spec: KernelSpec) -> str | None:
     return space.serves(spec)
 
 
+def regimes_of(space: Space) -> tuple[str, ...]:
+    """The regimes that a space is meant for before others, by a ``regimes`` of its own; none unless it says so."""
+    return cast("tuple[str, ...]", getattr(space, "regimes", ()))
+
+
+def remark_on(space: Space, heads: int, heads_kv: int) -> str:
+    """What a space says, by a ``remark`` of its own, that it makes of a call's heads; "" for nothing."""
+    remark = getattr(space, "remark", None)
+    return "" if remark is None else str(remark(heads, heads_kv))
+
+
 def spaces_of(target: str, spec: KernelSpec) -> tuple[Space, ...]:
     """The spaces of a target whose template can compute the spec."""
     return tuple(space for space in spaces() if space.target == target and refusal(space, spec) is None)

@@ -102,7 +102,7 @@ class TuneSession:
         spec, target = self.runner.spec, self.runner.target
         workloads = representative(spec, regime, target)
         incumbent = choose_for_regime(spec, regime, self._device(), self.database).variant.config
-        good = [incumbent, default_variant(spec, target).config]
+        good = [incumbent, default_variant(spec, target, regime).config, default_variant(spec, target).config]
         proven = [config for found in before for config in found.search.best()[:_PROVEN]]
         old = best_of_old(self.database, self.runner.facts.device.slug, target, spec, regime, _PROVEN)
         search = self._make_search(regime, workloads, [*good, *proven, *old])

@@ -2,8 +2,8 @@
 
 Order: the user's choices for this device, those of kernel packs for it, the shipped ones for it, the nearest
 relative's (in the same order); on a GPU the same for the spec's twin in the other 16-bit dtype, as fast on tensor
-cores; with dropout the same for the spec without it; the space's safe default. A regime without an entry takes the
-spec's default entry, never another regime's.
+cores; with dropout the same for the spec without it; the safe default of the space that is meant for the regime, else
+of the first one. A regime without an entry takes the spec's default entry, never another regime's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from jagtile.generator.spec import DType, KernelSpec
-from jagtile.generator.tile import Variant, config_from_dict, refusal, spaces, spaces_of
+from jagtile.generator.tile import Variant, config_from_dict, refusal, regimes_of, spaces, spaces_of
 from jagtile.runtime.device import DeviceId, relatives
 from jagtile.runtime.errors import IllegalConfigError, UnsupportedError
 from jagtile.runtime.problem import Problem, regime
@@ -70,7 +70,7 @@ def choose_for_regime(
     spec: KernelSpec, regime: str, device: DeviceId, database: ChoiceSource, packs: Sequence[PackedChoices] = ()
 ) -> Decision:
     """As ``choose``, for a regime by name."""
-    default = default_variant(spec, device.target)
+    default = default_variant(spec, device.target, regime)
     steps: list[Step] = []
     for recorded in recorded_as(spec, device.target):
         for source, place, choices in _places(device, database, packs):
@@ -91,11 +91,13 @@ def choose_for_regime(
     return Decision(default, regime, "default", tuple(steps))
 
 
-def default_variant(spec: KernelSpec, target: str) -> Variant:
-    """The safe variant of a spec: the default of the first space that serves it. UnsupportedError with all reasons."""
+def default_variant(spec: KernelSpec, target: str, regime: str | None = None) -> Variant:
+    """The safe variant of a spec: the default of the first space that serves it, one that is meant for the regime
+    before the others. UnsupportedError with all reasons.
+    """
     serving = spaces_of(target, spec)
-    if serving:
-        return Variant(target, spec, serving[0].default(spec))
+    for space in (*(space for space in serving if regime in regimes_of(space)), *serving):
+        return Variant(target, spec, space.default(spec))
     reasons = [f"{space.algorithm}: {refusal(space, spec)}" for space in spaces() if space.target == target]
     raise UnsupportedError(
         f"no kernel for {spec.name} on target {target}: {'; '.join(reasons) or 'the target has no templates'}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from jagtile.generator.spec import KernelSpec
-from jagtile.generator.tile import Variant
+from jagtile.generator.tile import Variant, remark_on
 from jagtile.runtime.checks import check_batch, check_flag
 from jagtile.runtime.device import DeviceId, device_id, resolved
 from jagtile.runtime.dispatch import ChoiceSource, Decision, choose
@@ -41,6 +41,7 @@ class Explanation:
             for name, value in (("max_seqlen_q", problem.max_seqlen_q), ("max_seqlen_k", problem.max_seqlen_k))
             if value is not None
         )
+        remark = remark_on(self.variant.space, problem.heads, problem.heads_kv)
         lines = [
             f"spec      {problem.spec.name}",
             f"device    {device.slug} ({device.label}, {device.units} units{bandwidth}), target {device.target}",
@@ -49,6 +50,7 @@ class Explanation:
             f"regime    {self.decision.regime}",
             *(f"look-up   {step.place}: {step.answer}" for step in self.decision.steps),
             f"variant   {self.variant.name}",
+            *([f"tiles     {remark}"] if remark else []),
             f"source    {self.decision.source}",
             f"artifact  {self.artifact}",
         ]

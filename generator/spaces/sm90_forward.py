@@ -163,6 +163,7 @@ class Sm90ForwardSpace:
             "producer_registers": producer,
             "consumer_registers": consumer,
             "smem": smem_layout(spec, config),
+            "split": False,
         }
 
     def launch(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, int]:

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 from jagtile.runtime.artifact import Artifact, ArtifactMeta
 from jagtile.runtime.cuda import driver, params, tensor_map, work_list
 from jagtile.runtime.cuda.block import ParameterBlock
+from jagtile.runtime.cuda.head_packs import ROWS, HeadPacks, packed, unpacked
 from jagtile.runtime.cuda.tensor_map import addressable
 from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
 
 _LOG2_E = 1.4426950408889634
 _BUILDER = "jagtile_build_work_list"
+_SPLIT_BUILDER = "jagtile_build_split_work_list"
 _BUILDER_THREADS = 1024
-_Q_ROWS = 64  # of one math warpgroup
 _SMALLEST_SCALE = 1e-30
 _MAP_WORDS = tensor_map.address_words(len(params.MAPS))
+
+
+class _Tiling(NamedTuple):
+    """What follows from a call's numbers of heads; taken apart at once in a call."""
+
+    packs: HeadPacks
+    total_packs: int
+    packs_per_kv_head: int
+    block: int  # queries of a tile
+    list_key: tuple[int, ...]  # what a work list depends on, beside the call's alignment and stream
+    maps: tensor_map.MapCache
+    find_maps: Callable[[tensor_map.Layout], bytes | None]
 
 
 class CudaForwardKernel:
@@ -29,15 +45,16 @@ class CudaForwardKernel:
         self._block_m, self._block_n = launch["block_m"], launch["block_n"]
         self._threads, self._smem = launch["num_threads"], launch["smem_bytes"]
         self._causal = launch["causal"]
+        self._partial_bytes = launch.get("partial_bytes", 0)  # the result of one piece of keys, where keys are split
         self._dtype = self.meta.spec.split("_")[1]
         self._slots = torch.cuda.get_device_properties(self._device).multi_processor_count * launch["ctas_per_sm"]
         with torch.cuda.device(self._device):
             driver.bind_primary_context(self._device)
             module = driver.load_module(artifact.path.read_bytes())
             self._kernel = driver.function(module, self.meta.symbol, self._smem)
-            self._builder = driver.function(module, _BUILDER)
+            self._builder = driver.function(module, _SPLIT_BUILDER if self._partial_bytes else _BUILDER)
         self._launch = driver.Launcher(self._device)
-        self._maps = tensor_map.MapCache(self._dtype, (_Q_ROWS, self._block_n, self._block_n, _Q_ROWS))
+        self._tilings: dict[tuple[int, int], _Tiling] = {}
         self._block = ParameterBlock(params.BLOCK_BYTES)
 
     def forward(
@@ -64,26 +81,30 @@ class CudaForwardKernel:
         if scale < 0.0:  # the running maximum assumes a positive scale
             q, scale = -q, -scale
         total_k, heads_kv, _ = v.shape
+        tiling = self._tilings.get((heads, heads_kv)) or self._tile(heads, heads_kv)
+        packs, total_packs, packs_per_kv_head, tile_queries, list_key, map_cache, find_maps = tiling
         addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
         layout = (total_q > 1, total_k > 1, heads, heads_kv, q.stride(), k.stride(), v.stride(), out.stride())
-        maps = self._maps.find(layout)
+        maps = find_maps(layout)
         block = self._block
         if maps is not None and (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % tensor_map.ALIGNMENT == 0:
             block.data[: len(maps)] = maps
             words = block.words
             words[_MAP_WORDS[0]], words[_MAP_WORDS[1]], words[_MAP_WORDS[2]], words[_MAP_WORDS[3]] = addresses
         elif addressable(q) and addressable(k) and addressable(v) and addressable(out):
-            maps = self._maps.encode(layout, (q, k, v, out))
+            maps = map_cache.encode(layout, (q, k, v, out))
             block.data[: len(maps)] = maps
         else:
             self._forward_copies(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
             return
 
         stream: int = torch._C._cuda_getCurrentRawStream(self._device)
-        key = (self._block_m, self._block_n, self._causal, bottom_right, stream)
+        key = (*list_key, bottom_right, stream)
         found = None if work_list.rebuilt_now() else work_list.find(cu_seqlens_q, cu_seqlens_k, key)
-        items = found or work_list.allocate(cu_seqlens_q, total_q, total_k, self._block_m)
-        tiles = items.max_items * heads
+        items = found or work_list.allocate(
+            cu_seqlens_q, total_q, total_k, tile_queries, extra_items=packs.extra_items, tickets=packs.results
+        )
+        tiles = items.max_items * total_packs
         if tiles > work_list.MAX_TILES:
             raise UnsupportedError(f"up to {tiles} tiles of queries and heads; served: {work_list.MAX_TILES}")
         params.SCALARS.pack_into(
@@ -94,21 +115,46 @@ class CudaForwardKernel:
             items.address,
             lse.data_ptr() if lse is not None else 0,
             items.batch,
-            heads,
-            heads // heads_kv,
+            total_packs,
+            packs_per_kv_head,
             total_q,
             items.max_items,
             (cu_seqlens_q.dtype == torch.int64) + 2 * (cu_seqlens_k.dtype == torch.int64),
             bottom_right,
-            self._block_m,
+            tile_queries,
             self._block_n,
             self._causal,
             max(scale, _SMALLEST_SCALE) * _LOG2_E,
         )
+        if self._partial_bytes:  # scratch is the stream's again as soon as the kernel is enqueued
+            partials = q.new_empty(packs.results * self._partial_bytes, dtype=torch.uint8)
+            params.SPLIT_SCALARS.pack_into(
+                block.data,
+                params.SPLIT_OFFSET,
+                packs.heads,
+                packs.extra_items,
+                packs.results,
+                partials.data_ptr(),
+            )
         if found is None:
             self._launch(self._builder, 1, _BUILDER_THREADS, 0, stream, block.arguments)
             work_list.keep(cu_seqlens_q, cu_seqlens_k, key, items)
         self._launch(self._kernel, min(self._slots, tiles), self._threads, self._smem, stream, block.arguments)
+
+    def _tile(self, heads: int, heads_kv: int) -> _Tiling:
+        """The tiling for so many heads, remembered."""
+        if self._partial_bytes:
+            packs = packed(heads, heads_kv, self._block_m // ROWS, self._slots)
+        else:
+            packs = unpacked(heads, heads_kv)
+        block = packs.tokens * (self._block_m // ROWS)
+        split = (packs.extra_items, packs.results) if self._partial_bytes else ()
+        rows = (packs.tokens, self._block_n, self._block_n, packs.tokens)
+        maps = tensor_map.MapCache(self._dtype, rows, (packs.heads, 1, 1, packs.heads))
+        list_key = (block, self._block_n, self._causal, *split)
+        tiling = _Tiling(packs, packs.total, packs.per_kv_head, block, list_key, maps, maps.find)
+        self._tilings[heads, heads_kv] = tiling
+        return tiling
 
     def _forward_copies(
         self,

@@ -22,12 +22,18 @@ INTEGERS = (
 )
 SCALARS = struct.Struct(f"<{len(POINTERS)}Q{len(INTEGERS)}if")
 SCALARS_OFFSET = len(MAPS) * MAP_BYTES
-BLOCK_BYTES = -(-(SCALARS_OFFSET + SCALARS.size) // 64) * 64
+
+# What only kernels that split keys read comes last, and is packed for them alone.
+SPLIT_INTEGERS = ("packed_heads", "extra_items", "results")
+SPLIT_POINTERS = ("partials",)
+SPLIT_SCALARS = struct.Struct(f"<{len(SPLIT_INTEGERS)}i{len(SPLIT_POINTERS)}Q")
+SPLIT_OFFSET = SCALARS_OFFSET + SCALARS.size
+BLOCK_BYTES = -(-(SPLIT_OFFSET + SPLIT_SCALARS.size) // 64) * 64
 
 WORK_LIST_HEADER_BYTES = 64
 WORK_ITEM_BYTES = 32
 
 
-def work_list_bytes(max_items: int, batch: int) -> int:
-    """Header, items in two orders, and the builder's scratch of batch + 1 ints."""
-    return WORK_LIST_HEADER_BYTES + 2 * max_items * WORK_ITEM_BYTES + (batch + 1) * 4
+def work_list_bytes(max_items: int, batch: int, tickets: int = 0) -> int:
+    """Header, items in two orders, the builder's scratch of batch + 1 ints, and tickets where keys are split."""
+    return WORK_LIST_HEADER_BYTES + 2 * max_items * WORK_ITEM_BYTES + (batch + 1 + tickets) * 4

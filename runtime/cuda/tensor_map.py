@@ -26,8 +26,17 @@ _EXTENT = 1 << 30
 _OUTER_EXTENT = (1 << 31) - 1
 
 
-def encode(address: int, dtype: str, dim: int, heads: int, token_stride: int, head_stride: int, rows: int) -> bytes:
-    """The 128 bytes of a map. Strides in bytes, multiples of 16; the box is ``rows`` x 64 columns."""
+def encode(
+    address: int,
+    dtype: str,
+    dim: int,
+    heads: int,
+    token_stride: int,
+    head_stride: int,
+    rows: int,
+    box_heads: int = 1,
+) -> bytes:
+    """The 128 bytes of a map. Strides in bytes, multiples of 16; a box is ``box_heads`` x ``rows`` x 64 columns."""
     driver = bindings()
     types = driver.CUtensorMapDataType
     u32, u64 = driver.cuuint32_t, driver.cuuint64_t
@@ -38,7 +47,7 @@ def encode(address: int, dtype: str, dim: int, heads: int, token_stride: int, he
         address,
         [u64(extent) for extent in (dim, _EXTENT, heads, _OUTER_EXTENT, _OUTER_EXTENT)],
         [u64(stride) for stride in (token_stride, head_stride, (1 << 34) - token_stride, token_stride)],
-        [u32(extent) for extent in (_PANEL_COLUMNS, rows, 1, 1, 1)],
+        [u32(extent) for extent in (_PANEL_COLUMNS, rows, box_heads, 1, 1)],
         [u32(1)] * 5,
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
@@ -62,10 +71,11 @@ Layout = tuple[object, ...]
 
 
 class MapCache:
-    """The maps of a kernel's tensors, their boxes of ``rows`` rows each, by the tensors' layout."""
+    """The maps of a kernel's tensors by the tensors' layout; boxes of ``rows`` rows and ``heads`` heads, or one."""
 
-    def __init__(self, dtype: str, rows: tuple[int, ...]) -> None:
-        self._dtype, self._rows = dtype, rows
+    def __init__(self, dtype: str, rows: tuple[int, ...], heads: tuple[int, ...] | None = None) -> None:
+        self._dtype = dtype
+        self._boxes = tuple(zip(rows, heads or (1,) * len(rows), strict=True))
         self._maps: dict[Layout, bytes] = {}
 
     def __len__(self) -> int:
@@ -78,18 +88,18 @@ class MapCache:
     def encode(self, layout: Layout, tensors: tuple[torch.Tensor, ...]) -> bytes:
         """The maps of addressable tensors, remembered where all but their addresses follows from the layout."""
         any_address = tensors[0].data_ptr()
-        maps = b"".join(self._encode(*pair, any_address) for pair in zip(tensors, self._rows, strict=True))
+        maps = b"".join(self._encode(*pair, any_address) for pair in zip(tensors, self._boxes, strict=True))
         if address_comes_first():
             if len(self._maps) >= _MAX_LAYOUTS:
                 self._maps.clear()
             self._maps[layout] = maps
         return maps
 
-    def _encode(self, tensor: torch.Tensor, rows: int, any_address: int) -> bytes:
+    def _encode(self, tensor: torch.Tensor, box: tuple[int, int], any_address: int) -> bytes:
         """``any_address`` stands in for that of a tensor without elements."""
         _, heads, dim = tensor.shape
         address = tensor.data_ptr() or any_address
-        return encode(address, self._dtype, dim, heads, *_stepped_strides(tensor), rows)
+        return encode(address, self._dtype, dim, heads, *_stepped_strides(tensor), *box)
 
 
 def address_words(maps: int) -> tuple[int, ...]:

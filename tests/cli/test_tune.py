@@ -14,7 +14,7 @@ from jagtile.generator import tune_all as tune_all_module
 from jagtile.generator.cli import cli
 from jagtile.generator.cli_common import parse_budget
 from jagtile.generator.spec import KernelSpec
-from jagtile.generator.tile import all_configs, legal_configs, parse_config, spaces_of
+from jagtile.generator.tile import all_configs, legal_configs, parse_config, space_for, spaces_of
 from jagtile.generator.tune_all import Outcome
 from jagtile.generator.tune_types import DEFAULT_BUDGET, Budget, RegimeResult, Silent, TuneResult
 from jagtile.generator.workloads import representative
@@ -176,20 +176,23 @@ def test_a_dry_run_lists_candidates_and_workloads_and_measures_nothing(run, run_
 
 def test_a_dry_run_for_a_gpu_that_is_not_here_predicts_and_gives_the_reasons_of_what_it_rejects(run, run_json, fake):
     spec = KernelSpec.parse("fwd_bf16_d128")
-    (space,) = spaces_of("sm_90a", spec)
+    spaces = spaces_of("sm_90a", spec)
     (plan,) = run_json("tune", spec.name, "--dry-run", "--target", "sm_90a")
     assert plan["device"] == "sm90-132sm"
-    assert {each["config"] for each in plan["candidates"]} == {c.name for c in legal_configs(space, spec)}
+    legal = {c.name for space in spaces for c in legal_configs(space, spec)}
+    assert {each["config"] for each in plan["candidates"]} == legal
     for each in plan["candidates"]:
         config = parse_config("sm_90a", each["config"])
+        space = space_for("sm_90a", config.algorithm)
         assert each["smem_bytes"] == space.launch(spec, config)["smem_bytes"] <= 227 * 1024
         assert each["registers"] == space.predicted_registers(spec, config)
         assert all(guess["us"] > 0 and guess["bound"] for guess in each["predicted"].values())
         assert each["predicted"].keys() == set(REGIMES)
     rejected = {each["config"]: each["reason"] for each in plan["rejected"]}
-    config = next(c for c in all_configs(space, spec) if c.name in rejected)
+    grid = [(space, config) for space in spaces for config in all_configs(space, spec)]
+    space, config = next((space, config) for space, config in grid if config.name in rejected)
     assert rejected[config.name] == space.rejection(spec, config)
-    assert len(rejected) + len(plan["candidates"]) == len(list(all_configs(space, spec)))
+    assert len(rejected) + len(plan["candidates"]) == len(grid)
     shown = run("tune", spec.name, "--dry-run", "--target", "sm_90a", "--regime", "long").stdout
     assert plan["rejected"][0]["reason"] in shown
     assert "long us, bound by" in shown

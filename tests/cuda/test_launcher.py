@@ -6,15 +6,17 @@ import copy
 import gc
 import io
 import struct
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from jagtile.runtime import UnsupportedError
-from jagtile.runtime.cuda import forward, params, tensor_map, work_list
+from jagtile.runtime.cuda import forward, head_packs, params, tensor_map, work_list
 
 HEADS, DIM, BLOCK_M, BLOCK_N, SLOTS = 4, 64, 128, 96, 132
+PARTIAL_BYTES = 64 * (DIM + 2) * 4
 
 
 class Driver:
@@ -27,16 +29,18 @@ class Driver:
         self.launches: list[tuple[str, int, dict[str, int]]] = []
 
     def encode(self, address: int, *layout: object) -> bytes:
-        """A map that holds the address, then its heads, strides in bytes and box rows."""
+        """A map that holds the address, then its heads, strides in bytes and rows and heads of the box."""
         self.encoded += 1
-        _dtype, dim, heads, token_stride, head_stride, rows = layout
-        return struct.pack("<6Q", address, dim, heads, token_stride, head_stride, rows).ljust(tensor_map.MAP_BYTES)
+        _dtype, dim, heads, token_stride, head_stride, *box = layout
+        return struct.pack("<7Q", address, dim, heads, token_stride, head_stride, *box).ljust(tensor_map.MAP_BYTES)
 
     def launch(self, name: str, grid: int, block: bytearray) -> None:
         scalars = params.SCALARS.unpack_from(block, params.SCALARS_OFFSET)
-        fields = dict(zip([*params.POINTERS, *params.INTEGERS], scalars, strict=False))
+        scalars += params.SPLIT_SCALARS.unpack_from(block, params.SPLIT_OFFSET)
+        names = [*params.POINTERS, *params.INTEGERS, "scale_log2", *params.SPLIT_INTEGERS, *params.SPLIT_POINTERS]
+        fields = dict(zip(names, scalars, strict=True))
         for index, which in enumerate(params.MAPS):
-            fields[which] = struct.unpack_from("<6Q", block, index * tensor_map.MAP_BYTES)
+            fields[which] = struct.unpack_from("<7Q", block, index * tensor_map.MAP_BYTES)
         self.launches.append((name, grid, fields))
 
     @property
@@ -60,7 +64,18 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 
 @pytest.fixture
-def kernel(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> forward.CudaForwardKernel:
+def kernel(load) -> forward.CudaForwardKernel:
+    return load()
+
+
+@pytest.fixture
+def split_kernel(load) -> forward.CudaForwardKernel:
+    return load(partial_bytes=PARTIAL_BYTES)
+
+
+@pytest.fixture
+def load(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Callable[..., forward.CudaForwardKernel]:
+    """Loads a kernel of which more launch facts are given."""
     monkeypatch.setattr(torch.cuda, "device", lambda _: torch.no_grad())
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=SLOTS), raising=False
@@ -74,7 +89,7 @@ def kernel(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> forward.CudaForwa
         ),
     )
     monkeypatch.setattr(forward, "driver", fake)
-    launch = {
+    facts = {
         "block_m": BLOCK_M,
         "block_n": BLOCK_N,
         "num_threads": 384,
@@ -82,14 +97,20 @@ def kernel(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> forward.CudaForwa
         "ctas_per_sm": 1,
         "causal": 0,
     }
-    meta = SimpleNamespace(launch=launch, spec="fwd_bf16_d64", symbol="attention")
-    artifact = SimpleNamespace(meta=meta, path=SimpleNamespace(read_bytes=lambda: b""))
-    loaded = forward.CudaForwardKernel(artifact, torch.device("cuda", 0))  # type: ignore[arg-type]
-    return loaded
+    loaded: forward.CudaForwardKernel
+
+    def load(**more: int) -> forward.CudaForwardKernel:
+        nonlocal loaded
+        meta = SimpleNamespace(launch={**facts, **more}, spec="fwd_bf16_d64", symbol="attention")
+        artifact = SimpleNamespace(meta=meta, path=SimpleNamespace(read_bytes=lambda: b""))
+        loaded = forward.CudaForwardKernel(artifact, torch.device("cuda", 0))  # type: ignore[arg-type]
+        return loaded
+
+    return load
 
 
-def tensors(total: int = 500, heads_kv: int = HEADS) -> tuple[torch.Tensor, ...]:
-    shapes = [(total, HEADS, DIM), (total, heads_kv, DIM), (total, heads_kv, DIM), (total, HEADS, DIM)]
+def tensors(total: int = 500, heads_kv: int = HEADS, heads: int = HEADS) -> tuple[torch.Tensor, ...]:
+    shapes = [(total, heads, DIM), (total, heads_kv, DIM), (total, heads_kv, DIM), (total, heads, DIM)]
     return tuple(torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes)
 
 
@@ -114,7 +135,7 @@ def test_the_block_tells_where_the_tensors_are(driver, kernel):
         assert (name, grid) == ("attention", (500 // BLOCK_M + 2) * HEADS)
         strides = (2 * HEADS * DIM, 2 * DIM)
         for tensor, which, rows in zip(qkvo, params.MAPS, (64, BLOCK_N, BLOCK_N, 64), strict=True):
-            assert block[which] == (tensor.data_ptr(), DIM, HEADS, *strides, rows)
+            assert block[which] == (tensor.data_ptr(), DIM, HEADS, *strides, rows, 1)
         assert (block["batch"], block["total_q"], block["cu_seqlens_q"]) == (2, 500, cu.data_ptr())
     assert driver.encoded == len(params.MAPS)
 
@@ -133,7 +154,7 @@ def test_as_many_layouts_are_remembered_as_fit(driver, kernel, monkeypatch):
     for total in range(100, 110):
         head_major = torch.zeros(HEADS, total, DIM, dtype=torch.bfloat16).transpose(0, 1)
         launch(kernel, cu, cu, (head_major,) * 4)
-    assert len(kernel._maps) <= 3
+    assert len(kernel._tilings[HEADS, HEADS].maps) <= 3
 
 
 @pytest.mark.parametrize("odd", range(4))
@@ -168,6 +189,76 @@ def test_more_than_the_kernel_can_count_is_refused(driver, kernel, monkeypatch, 
     with pytest.raises(UnsupportedError, match=text):
         launch(kernel, offsets(0, 100, 500), offsets(0, 100, 500))
     assert not driver.launches
+
+
+# --- heads packed, keys split
+
+
+@pytest.mark.parametrize(
+    ("ratio", "together"), [(1, 1), (3, 3), (4, 4), (7, 7), (64, 64), (128, 64), (96, 48), (67, 1)]
+)
+def test_as_many_query_heads_of_a_kv_head_share_a_tile_as_fit(ratio, together):
+    assert head_packs.packed_heads(ratio) == together
+
+
+@pytest.mark.parametrize("heads", [8, 24, 32])
+def test_a_packed_tile_has_tokens_of_all_heads_of_a_kv_head(driver, split_kernel, heads):
+    qkvo = tensors(heads_kv=8, heads=heads)
+    launch(split_kernel, offsets(0, 100, 500), offsets(0, 100, 500), qkvo)
+    name, grid, block = driver.launches[-1]
+    ratio = heads // 8
+    tokens = 64 // ratio
+    assert (block["heads"], block["gqa_ratio"], block["packed_heads"]) == (8, 1, ratio)
+    assert block["block_m"] == BLOCK_M // 64 * tokens
+    for which in ("map_q", "map_out"):
+        assert block[which][2] == heads
+        assert block[which][-2:] == (tokens, ratio)
+    for which in ("map_k", "map_v"):
+        assert block[which][-2:] == (BLOCK_N, 1)
+    assert block["max_items"] == 500 // block["block_m"] + 2 + block["extra_items"]
+    assert (name, grid) == ("attention", min(SLOTS, block["max_items"] * 8))
+
+
+def test_there_is_room_for_what_is_left_of_pieces(driver, split_kernel, monkeypatch):
+    sizes = []
+    new_empty = torch.Tensor.new_empty
+
+    def recorded(self, *shape, **kind):
+        sizes.append(shape)
+        return new_empty(self, *shape, **kind)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", recorded)
+    cu = offsets(0, 500)
+    launch(split_kernel, cu, cu)
+    block = driver.launches[-1][2]
+    assert block["extra_items"] == 4 * SLOTS // HEADS
+    assert block["results"] == 2 * block["extra_items"] * HEADS * (BLOCK_M // 64)
+    assert sizes == [(block["results"] * PARTIAL_BYTES,)]
+    assert block["partials"] != 0
+    (entry,) = work_list._ENTRIES.values()
+    assert entry.built.buffer.numel() == params.work_list_bytes(block["max_items"], 1, tickets=block["results"])
+
+
+def test_more_heads_than_there_is_work_for_are_not_split(driver, split_kernel):
+    launch(split_kernel, offsets(0, 5), offsets(0, 5), tensors(5, heads_kv=600, heads=600))
+    block = driver.launches[-1][2]
+    assert (block["extra_items"], block["results"]) == (0, 0)
+
+
+def test_lists_of_pieces_are_their_own_and_go_by_the_heads(driver, load):
+    cu = offsets(0, 100, 500)
+    launch(load(), cu, cu)
+    split = load(partial_bytes=PARTIAL_BYTES)
+    for heads in (4, 4, 8):
+        launch(split, cu, cu, tensors(heads=heads))
+    assert driver.names == [
+        "jagtile_build_work_list",
+        "attention",
+        "jagtile_build_split_work_list",
+        *["attention"] * 2,
+        "jagtile_build_split_work_list",
+        "attention",
+    ]
 
 
 # --- work lists

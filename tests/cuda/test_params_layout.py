@@ -21,7 +21,14 @@ def _struct_fields(text: str, name: str) -> list[str]:
     return re.findall(r"(\w+)(?:\[\d+\])?;", re.sub(r"//.*", "", body[1]))
 
 
-NAMES = [*params.MAPS, *params.POINTERS, *params.INTEGERS, "scale_log2"]
+NAMES = [
+    *params.MAPS,
+    *params.POINTERS,
+    *params.INTEGERS,
+    "scale_log2",
+    *params.SPLIT_INTEGERS,
+    *params.SPLIT_POINTERS,
+]
 BACKWARD_NAMES = [
     *backward_params.MAPS,
     *backward_params.POINTERS,
@@ -58,15 +65,23 @@ def test_offsets_match_what_a_compiler_lays_out(
         int(line) for line in subprocess.run([program], check=True, capture_output=True, text=True).stdout.split()
     ]
     maps = len(packing.MAPS)
-    sizes = [struct_module.calcsize(f"<{code}") for code in _codes(packing.SCALARS)]
+    sizes = [struct_module.calcsize(f"<{code}") for scalars in _structs(packing) for code in _codes(scalars)]
     begins = [packing.SCALARS_OFFSET + sum(sizes[:i]) for i in range(len(sizes))]
     assert printed == [*(128 * i for i in range(maps)), *begins, packing.BLOCK_BYTES]
 
 
 @STRUCTS
 def test_every_scalar_is_packed(header: str, struct: str, names: list[str], packing: ModuleType) -> None:
-    values = range(1, len(names) - len(packing.MAPS) + 1)
-    assert list(packing.SCALARS.unpack(packing.SCALARS.pack(*values))) == list(values)
+    count = 0
+    for scalars in _structs(packing):
+        values = range(1, len(_codes(scalars)) + 1)
+        assert list(scalars.unpack(scalars.pack(*values))) == list(values)
+        count += len(values)
+    assert count == len(names) - len(packing.MAPS)
+
+
+def _structs(packing: ModuleType) -> list[struct_module.Struct]:
+    return [packing.SCALARS, *([packing.SPLIT_SCALARS] if hasattr(packing, "SPLIT_SCALARS") else [])]
 
 
 def _codes(scalars: struct_module.Struct) -> str:
@@ -74,9 +89,12 @@ def _codes(scalars: struct_module.Struct) -> str:
     return "".join(int(count or 1) * code for count, code in re.findall(r"(\d*)([a-zA-Z])", scalars.format))
 
 
-@pytest.mark.parametrize(("max_items", "batch", "expected"), [(0, 0, 64 + 4), (10, 3, 64 + 640 + 16)])
-def test_work_list_bytes(max_items: int, batch: int, expected: int) -> None:
-    assert params.work_list_bytes(max_items, batch) == expected
+@pytest.mark.parametrize(
+    ("max_items", "batch", "tickets", "expected"),
+    [(0, 0, 0, 64 + 4), (10, 3, 0, 64 + 640 + 16), (1, 1, 6, 64 + 64 + 32)],
+)
+def test_work_list_bytes(max_items: int, batch: int, tickets: int, expected: int) -> None:
+    assert params.work_list_bytes(max_items, batch, tickets) == expected
 
 
 def test_scratch_of_a_backward_is_dq_in_float32_and_delta() -> None:

@@ -11,6 +11,7 @@ import torch
 from jagtile.generator.build import build_one
 from jagtile.generator.oracle import errors, reference, tolerance
 from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig, Sm90ForwardSpace
+from jagtile.generator.spaces.sm90_split import Sm90SplitConfig, Sm90SplitSpace
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant
 from jagtile.generator.workloads import JaggedBatch, Workload, random_workload
@@ -40,6 +41,7 @@ SPECS = (
     "fwd_bf16_d256",
     "fwd_bf16_d256_causal",
 )
+SPLIT = "heads packed, keys split"
 MECHANISMS = {
     "default": {},
     "two Q buffers": {"q_stages": 2, "block_n": 64},
@@ -48,16 +50,21 @@ MECHANISMS = {
     "four math warpgroups": {"block_m": 256, "block_n": 32},
     "one math warpgroup": {"block_m": 64, "block_n": 32},
     "two CTAs an SM": {"block_m": 64, "block_n": 32, "ctas_per_sm": 2, "q_stages": 2},
+    SPLIT: {},
+    f"{SPLIT}, one math warpgroup": {"block_m": 64, "block_n": 32, "num_stages": 3},
+    f"{SPLIT}, two CTAs an SM": {"block_m": 64, "block_n": 32, "num_stages": 2, "ctas_per_sm": 2, "q_stages": 2},
+    f"{SPLIT}, three math warpgroups": {"block_m": 192, "block_n": 48, "num_stages": 2},
 }
 EDGES = (0, 1, 63, 64, 65, 0, 129, 300, 1, 127, 128, 577)
 
 
 @cache
 def kernel(spec: KernelSpec, mechanism: str) -> CudaForwardKernel:
-    space = Sm90ForwardSpace()
+    split = mechanism.startswith(SPLIT)
+    space, kind = (Sm90SplitSpace(), Sm90SplitConfig) if split else (Sm90ForwardSpace(), Sm90ForwardConfig)
     base = space.default(spec).to_dict()
     base.pop("algorithm")
-    config = Sm90ForwardConfig(**{**base, **MECHANISMS[mechanism]})
+    config = kind(**{**base, **MECHANISMS[mechanism]})
     if reason := space.rejection(spec, config):
         pytest.skip(f"{config.name} is not legal: {reason}")
     return cuda.load(build_one(Variant("sm_90a", spec, config)), torch.device("cuda", torch.cuda.current_device()))
@@ -101,6 +108,9 @@ def workloads(spec: KernelSpec, rng: random.Random) -> list[Workload]:
         Workload("few queries", (5, 64, 130, 1), (2000, 700, 1500, 0), 4, 1, *kind, causal_alignment="bottom_right"),
         # Many tiles a CTA, some of them without any visible key.
         Workload("rows without keys", many, few_keys, 16, 4, *kind, causal_alignment="bottom_right"),
+        # More pieces of keys than CTAs, and heads that leave rows of a tile over.
+        Workload("one query", (1,), (40000,), 4, 4, *kind, causal_alignment="bottom_right"),
+        Workload("few queries, many heads", (1, 0, 3, 70), (9000, 5, 2000, 300), 12, 1, *kind),
         *(
             random_workload(
                 rng,
@@ -137,7 +147,7 @@ def test_any_scale(scale: float) -> None:
 
 @pytest.mark.parametrize("name", ["fwd_bf16_d64", "fwd_fp16_d64_causal", "fwd_bf16_d128_causal", "fwd_bf16_d256"])
 @pytest.mark.parametrize("growth", [0.1, 2.0, 40.0])
-@pytest.mark.parametrize("mechanism", ["default", "three math warpgroups", "three stages"])
+@pytest.mark.parametrize("mechanism", ["default", "three math warpgroups", "three stages", SPLIT])
 def test_scores_that_grow_from_block_to_block(name: str, growth: float, mechanism: str) -> None:
     """Blocks are visited from the last to the first: maxima outgrow their references, by more than float32 holds."""
     spec = KernelSpec.parse(name)
@@ -174,6 +184,51 @@ def test_more_heads_than_the_last_ones_that_go_together(name: str, heads_kv: int
     spec = KernelSpec.parse(name)
     lengths = (*EDGES, *(700,) * 60)
     assert_right(kernel(spec, "default"), Workload("many", lengths, lengths, 6, heads_kv, 64, 64, spec.causal), seed=12)
+
+
+def test_pieces_of_keys_give_the_same_bits_whoever_comes_last() -> None:
+    spec = KernelSpec.parse("fwd_bf16_d128_causal")
+    rng = random.Random(17)
+    keys = tuple(rng.randrange(1, 9000) for _ in range(40))
+    w = Workload("decode", (1, 2) * 20, keys, 16, 2, 128, 128, True, "bottom_right")
+    b = w.make("cuda", "bf16", 14)
+    first, first_lse = run(kernel(spec, SPLIT), w, b, 0.1)
+    for _ in range(50):
+        out, lse = run(kernel(spec, SPLIT), w, b, 0.1)
+        assert torch.equal(out, first)
+        assert torch.equal(lse, first_lse)
+
+
+def test_split_keys_in_a_replayed_graph_whose_offsets_change() -> None:
+    spec = KernelSpec.parse("fwd_bf16_d128")
+    loaded = kernel(spec, SPLIT)
+    w = Workload("before", (1, 1, 2), (8000, 1000, 3000), 8, 2, 128, 128)
+    b = w.make("cuda", "bf16", 15)
+    out = torch.empty_like(b.q)
+
+    def call() -> None:
+        loaded.forward(*b[:5], out, None, 0.1, False)
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+        call()
+    for offsets in ([0, 8000, 9000, 12000], [0, 10, 11990, 12000], [0, 4000, 4000, 12000]):
+        b.cu_seqlens_k.copy_(torch.tensor(offsets, dtype=torch.int32))
+        expected, _ = reference(*b[:5], scale=0.1)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert errors(out, expected).rel <= tolerance(torch.bfloat16)
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 3, 4, 5, 7, 8, 16, 48, 64, 128])
+def test_any_ratio_of_heads_is_packed(ratio: int) -> None:
+    spec = KernelSpec.parse("fwd_bf16_d64_causal")
+    w = Workload("ratio", EDGES, EDGES[::-1], 2 * ratio, 2, 64, 64, True, "bottom_right")
+    for mechanism in (SPLIT, f"{SPLIT}, one math warpgroup"):
+        assert_right(kernel(spec, mechanism), w, seed=ratio)
 
 
 def test_nan_in_one_sequence_stays_there() -> None:

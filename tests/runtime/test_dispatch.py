@@ -131,6 +131,17 @@ def test_the_default_of_the_space_serves_where_nothing_is_recorded(plain_spaces)
     ]
 
 
+@pytest.mark.parametrize("regime", REGIMES)
+def test_few_queries_over_many_keys_have_a_default_of_their_own(regime):
+    decision = choose_for_regime(SPEC, regime, H200, FakeDatabase())
+    algorithm = "split" if regime in ("cross", "decode") else "persistent"
+    assert decision.variant.config.algorithm == algorithm
+    assert decision.steps[-1].place == f"default of sm_90a/{algorithm}"
+    recorded = choices(ChoiceEntry(default=default_variant(SPEC, "sm_90a").config.to_dict()))
+    decision = choose_for_regime(SPEC, regime, H200, FakeDatabase(user__sm90_132sm=recorded))
+    assert decision.variant.config.algorithm == "persistent"
+
+
 def test_a_regime_has_its_own_config(plain_spaces):
     entry = ChoiceEntry(default=plain_spaces(64), regimes={"long": plain_spaces(128)})
     decision = choose(problem(length=4096), H200, FakeDatabase(user__sm90_132sm=choices(entry)))

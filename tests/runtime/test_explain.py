@@ -71,6 +71,12 @@ def test_its_text_is_for_people(monkeypatch):
     ]
 
 
+def test_what_a_space_makes_of_the_heads_is_told(monkeypatch):
+    space = type(jagtile.explain(**packed()).variant.space)
+    monkeypatch.setattr(space, "remark", lambda self, heads, heads_kv: f"{heads} on {heads_kv}", raising=False)
+    assert "tiles     4 on 2" in str(jagtile.explain(**packed())).splitlines()
+
+
 def test_it_reads_the_users_choices(plain_spaces):
     slug = f"cpu-{host_isa()}"
     facts = DeviceFacts(slug=slug, label="", target="cpu", units=2, bandwidth_gbs=0.0, compute_capability=host_isa())

@@ -12,7 +12,7 @@ struct alignas(64) Params {
   TensorMap map_out;
   const void* cu_seqlens_q;  // (batch + 1) int32 or int64
   const void* cu_seqlens_k;
-  void* work_list;           // WorkListHeader, items in two orders, (batch + 1) scratch ints
+  void* work_list;           // WorkListHeader, items in two orders, (batch + 1) scratch ints, tickets where keys are split
   float* lse;                // (heads, total_q) or null
   int batch;
   int heads;
@@ -25,4 +25,9 @@ struct alignas(64) Params {
   int block_n;
   int causal;
   float scale_log2;          // softmax scale times log2(e), positive
+  // Of kernels that split keys (algorithm split), for which `heads` and `gqa_ratio` count packs of heads:
+  int packed_heads;          // query heads of one kv head that share a tile
+  int extra_items;           // of max_items, those for pieces of keys beyond the first of a row block
+  int results;               // of one piece and warpgroup, at most; as many tickets and partials there are
+  void* partials;
 };

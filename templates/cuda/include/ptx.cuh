@@ -194,6 +194,12 @@ __device__ __forceinline__ void pin_registers(uint32_t (&values)[kCount][4]) {
   for (int i = 0; i < kCount * 4; ++i) asm volatile("" : "+r"(values[i / 4][i % 4])::"memory");
 }
 
+// The same value, which what is computed from it may not be computed earlier than, or kept in registers across loops.
+__device__ __forceinline__ uint32_t computed_here(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Shared-memory matrix descriptor, 128-byte swizzle; offsets in bytes.
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t leading_offset, uint32_t stride_offset) {
   return (uint64_t{1} << 62) | (uint64_t{stride_offset >> 4} << 32) | (uint64_t{leading_offset >> 4} << 16) |

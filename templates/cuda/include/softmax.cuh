@@ -95,3 +95,8 @@ __device__ __forceinline__ float sum_of_row(float value) {
   value += __shfl_xor_sync(0xffffffff, value, 1);
   return value + __shfl_xor_sync(0xffffffff, value, 2);
 }
+
+// A row's lse (natural log) from the sum of its probabilities, which are relative to 2^offset.
+__device__ __forceinline__ float log_of_sum(float offset, float sum) {
+  return sum == 0.0f ? -INFINITY : (offset + log2f(sum)) * 0.693147180559945f;
+}

@@ -16,8 +16,14 @@ struct alignas(16) WorkItem {  // 32 bytes, read as two int4
     int kv_blocks;  // of queries: key blocks that the block visits (0: no visible key)
     int q_blocks;   // of keys: query blocks in which some row sees one of them
   };
-  int first_row;  // of keys: the first row of the first of those; q_length where there is none
-  int turn;       // of keys: where the counters of the sequence's query blocks begin, in query blocks
+  union {
+    int first_row;    // of keys: the first row of the first of those; q_length where there is none
+    int first_block;  // of queries, where keys are split (split_work_list.cuh): the item's piece of them begins here
+  };
+  union {
+    int turn;   // of keys: where the counters of the sequence's query blocks begin, in query blocks
+    int piece;  // of queries, where keys are split: which piece it is, packed
+  };
 };
 
 struct alignas(16) Tile {
@@ -69,11 +75,11 @@ __device__ __forceinline__ int block_exclusive_scan(int value, int& prefix, int*
   return total;
 }
 
-// Heads that go together at the end: enough that every CTA has twice the work of the longest tile before it. `P` has the
-// heads, how many of them share what they visit (gqa_ratio), and the list's capacity (max_items).
+// Heads that go together at the end: enough that every CTA has `shares` times the work of the longest tile before it. `P`
+// has the heads, how many of them share what they visit (gqa_ratio), and the list's capacity (max_items).
 template <typename P>
-__device__ __forceinline__ int balancing_heads(const WorkListHeader& list, const P& p) {
-  const float needed = 2.0f * list.longest * gridDim.x / fmaxf(list.total, 1.0f);
+__device__ __forceinline__ int balancing_heads(const WorkListHeader& list, const P& p, float shares = 2.0f) {
+  const float needed = shares * list.longest * gridDim.x / fmaxf(list.total, 1.0f);
   const int heads = static_cast<int>(fminf(needed, p.heads)) + p.gqa_ratio;
   return min(heads - heads % p.gqa_ratio, p.heads);
 }
@@ -137,6 +143,29 @@ __device__ __forceinline__ int sequence_of(const int* first_tile, int batch, int
   return low;
 }
 
+// Blocks of all sequences; the number of the first of each goes to `first_tile`. All 1024 threads.
+template <typename Blocks>
+__device__ __forceinline__ int count_tiles(const Blocks& blocks, int* first_tile, int* warp_sums) {
+  int tiles = 0;
+  for (int base = 0; base < blocks.p.batch; base += 1024) {
+    const int seq = base + threadIdx.x;
+    int prefix;
+    const int found = block_exclusive_scan(seq < blocks.p.batch ? blocks.count(seq) : 0, prefix, warp_sums);
+    if (seq < blocks.p.batch) first_tile[seq] = tiles + prefix;
+    tiles += found;
+  }
+  return tiles;
+}
+
+// The next place in a bucket, in the order of lanes, for each of these lanes of the warp.
+__device__ __forceinline__ int place_in_bucket(int* bucket_begin, int bucket, unsigned lanes) {
+  const unsigned peers = __match_any_sync(lanes, bucket);
+  const int leader = __ffs(peers) - 1, lane = threadIdx.x & 31;
+  int position = 0;
+  if (lane == leader) position = atomicAdd(&bucket_begin[bucket], __popc(peers));
+  return __shfl_sync(peers, position, leader) + __popc(peers & ((1u << lane) - 1));
+}
+
 // One CTA of 1024 threads, any batch size: count, counting sort by cost, write. `Blocks` has the parameters `p`, and says
 // how many blocks a sequence has, what one of them is and costs, and whether a sequence's last block goes first.
 template <typename Blocks>
@@ -151,15 +180,7 @@ __device__ __forceinline__ void build_work_list(const Blocks& blocks) {
   WorkItem* items_by_sequence = items + p.max_items;
   int* first_tile = reinterpret_cast<int*>(items + 2 * p.max_items);
 
-  int tiles = 0;
-  for (int base = 0; base < p.batch; base += 1024) {
-    const int seq = base + threadIdx.x;
-    int prefix;
-    const int found = block_exclusive_scan(seq < p.batch ? blocks.count(seq) : 0, prefix, warp_sums);
-    if (seq < p.batch) first_tile[seq] = tiles + prefix;
-    tiles += found;
-  }
-  tiles = min(tiles, p.max_items);
+  const int tiles = min(count_tiles(blocks, first_tile, warp_sums), p.max_items);
   if (threadIdx.x < kWorkBuckets) bucket_begin[threadIdx.x] = 0;
   if (threadIdx.x == 0) {
     longest = 0;
@@ -192,13 +213,7 @@ __device__ __forceinline__ void build_work_list(const Blocks& blocks) {
     if (active) {
       const int seq = sequence_of(first_tile, p.batch, tile), first = first_tile[seq];
       const WorkItem item = blocks.item(seq, tile - first);
-      const int bucket = work_bucket(blocks.cost(item));
-      const unsigned peers = __match_any_sync(lanes, bucket);
-      const int leader = __ffs(peers) - 1, lane = threadIdx.x & 31;
-      int position = 0;
-      if (lane == leader) position = atomicAdd(&bucket_begin[bucket], __popc(peers));
-      position = __shfl_sync(peers, position, leader) + __popc(peers & ((1u << lane) - 1));
-      items[position] = item;
+      items[place_in_bucket(bucket_begin, work_bucket(blocks.cost(item)), lanes)] = item;
       const int end = min(first + blocks.count(seq), tiles);
       items_by_sequence[blocks.last_first() ? first + end - 1 - tile : tile] = item;
     }

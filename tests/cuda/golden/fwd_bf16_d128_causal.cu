@@ -46,6 +46,7 @@ constexpr int kQStages = 2;
 constexpr int kTileSlots = 2;
 constexpr int kPanels = 2;         // 64-column panels of Q and K
 constexpr int kPanelsV = 2;        // of V and O
+constexpr int kColumnsV = 128;
 constexpr int kStepsPV = 8;        // over the keys of a block
 constexpr int kOutRegisters = 64;  // accumulators a thread of 64 x 128
 
@@ -196,8 +197,8 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
           mbarrier_expect_bytes(full, kPanels * kQPanelBytes);
 #pragma unroll
           for (int panel = 0; panel < kPanels; ++panel) {
-            tma_load_ragged(buffer + panel * kQPanelBytes, &p.map_q, full, 64 * panel, item.row + 64 * group, head,
-                            item.q_begin, item.q_length, kEvictFirst);
+            tma_load_ragged(buffer + panel * kQPanelBytes, &p.map_q, full, 64 * panel, item.row + 64 * group,
+                            head, item.q_begin, item.q_length, kEvictFirst);
           }
         }
         at.advance();
@@ -361,7 +362,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
       }
     }
     scale_rows(output, inverse);
-    stage_rows<pack_bf16, 128, kQPanelBytes>(output, q_tile, warp, lane);
+    stage_rows<pack_bf16, kColumnsV, kQPanelBytes>(output, q_tile, warp, lane);
     fence_async_proxy();
     named_barrier_sync(1 + warpgroup, 128);
     if (leader) {
@@ -369,8 +370,8 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
       if (row < item.q_length) {
 #pragma unroll
         for (int panel = 0; panel < kPanelsV; ++panel) {
-          tma_store_ragged(&p.map_out, q_tile + panel * kQPanelBytes, 64 * panel, row, head, item.q_begin,
-                           item.q_length);
+          tma_store_ragged(&p.map_out, q_tile + panel * kQPanelBytes, 64 * panel, row, head,
+                           item.q_begin, item.q_length);
         }
         tma_store_commit();
       }

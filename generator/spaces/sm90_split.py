@@ -1,0 +1,57 @@
+"""Tile configs of templates/cuda/sm90/forward.cu.j2 for few queries and many keys: heads packed, keys split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig, Sm90ForwardSpace
+from jagtile.generator.spec import KernelSpec
+from jagtile.generator.tile import Knob, TileConfig
+from jagtile.runtime.cuda.head_packs import ROWS, packed_heads
+
+# (block_m, block_n, num_stages): bytes on their way from memory are what counts, so deep rings first; the last is legal
+# for every head dim.
+_DEFAULT_TILES = ((128, 128, 4), (128, 128, 3), (128, 128, 2), (128, 112, 2), (128, 96, 2), (128, 80, 2))
+
+
+@dataclass(frozen=True, order=True)
+class Sm90SplitConfig(Sm90ForwardConfig):
+    """The knobs of the persistent forward; ``block_m`` counts rows, which the query heads of a kv head share."""
+
+    algorithm: ClassVar[str] = "split"
+
+
+class Sm90SplitSpace(Sm90ForwardSpace):
+    """The persistent Hopper forward with the query heads of a kv head in one tile and long keys split over CTAs."""
+
+    algorithm = Sm90SplitConfig.algorithm
+    config_type: type[TileConfig] = Sm90SplitConfig
+    regimes = ("cross", "decode")  # in which its default goes before the persistent forward's
+
+    def remark(self, heads: int, heads_kv: int) -> str:
+        """What it makes of a call's heads."""
+        together = packed_heads(heads // heads_kv)
+        rows = f"{together} of a kv head's {heads // heads_kv} query heads" if together > 1 else "one query head"
+        return f"rows of {rows} in a tile, long keys split over CTAs"
+
+    def knobs(self, spec: KernelSpec) -> Mapping[str, tuple[Knob, ...]]:
+        """As the persistent forward's, but up to six stages and no tile of four math warpgroups."""
+        return {**super().knobs(spec), "block_m": (64, 128, 192), "num_stages": (2, 3, 4, 6)}
+
+    def default(self, spec: KernelSpec) -> TileConfig:
+        """The first legal one of a few tiles with much memory in flight. Not measured yet."""
+        for block_m, block_n, num_stages in _DEFAULT_TILES:
+            config = Sm90SplitConfig(block_m, block_n, num_stages, q_stages=1, ctas_per_sm=1)
+            if self.rejection(spec, config) is None:
+                return config
+        raise AssertionError(f"no default tile for {spec.name}")
+
+    def context(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, object]:
+        """As the persistent forward's, with what is split switched on."""
+        return {**super().context(spec, config), "split": True}
+
+    def launch(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, int]:
+        """As the persistent forward's, and the bytes of one warpgroup's result of a piece of keys."""
+        return {**super().launch(spec, config), "partial_bytes": ROWS * (spec.head_dim_v + 2) * 4}

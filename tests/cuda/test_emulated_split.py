@@ -1,0 +1,268 @@
+"""The Hopper forward that packs heads and splits keys, run by the emulator: its numbers and its work list."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import struct
+from collections import defaultdict
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+import pytest
+import torch
+from emulator import kernels
+from emulator.driver import emulated
+
+from jagtile.generator.guard import guarded, guards_intact, poisoned
+from jagtile.generator.oracle import errors, reference, tolerance
+from jagtile.generator.tile import Variant
+from jagtile.generator.workloads import JaggedBatch, Workload
+from jagtile.runtime import cuda
+from jagtile.runtime.artifact import Artifact
+from jagtile.runtime.cuda import params, work_list
+
+SCALE = 0.1
+ONE_GROUP = "fwd_bf16_d64_causal/split_m64_n32_s2_q1_c1"
+TWO_GROUPS = "fwd_bf16_d64/split_m128_n64_s2_q2_c1"
+THREE_GROUPS = "fwd_fp16_d72_dv40_causal/split_m192_n48_s3_q2_c1"
+VARIANTS = [ONE_GROUP, TWO_GROUPS, THREE_GROUPS]
+# Few queries and long keys, skewed; sequences without queries, without keys, without either.
+QUERIES, KEYS = (1, 0, 3, 1, 0, 70, 1), (1500, 300, 0, 65, 0, 130, 2)
+_seeds = itertools.count(1)  # no two launches share a schedule
+
+
+@cache
+def built(name: str) -> Artifact:
+    return kernels.artifact(Variant.parse(f"sm_90a/{name}"))
+
+
+def workload(name: str, queries=QUERIES, keys=KEYS, ratio: int = 4, heads_kv: int = 1, **more) -> Workload:
+    spec = Variant.parse(f"sm_90a/{name}").spec
+    kind = (spec.head_dim, spec.head_dim_v, spec.causal)
+    return Workload(f"ratio {ratio}", queries, keys, ratio * heads_kv, heads_kv, *kind, **more)
+
+
+def expected_of(w: Workload, b: JaggedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    kind = {"is_causal": w.is_causal, "causal_alignment": w.causal_alignment}
+    out, lse = reference(*b[:5], **kind, scale=SCALE)  # type: ignore[arg-type]
+    return out, lse.float()
+
+
+def run(
+    name: str, w: Workload, b: JaggedBatch, processors: int = 3, launches: int = 1
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """out and lse of launches in a row on one work list, every tensor among rows of NaN."""
+    q, k, v = map(guarded, b[:3])
+    results = []
+    with emulated(processors, seed=1000 * next(_seeds)):
+        kernel = cuda.load(built(name), torch.device("cuda", 0))
+        for _ in range(launches):
+            out = poisoned(b.q.new_empty(w.total_q, w.num_heads, w.head_dim_v), b.q.dtype)
+            lse = torch.full((w.num_heads, w.total_q), float("nan"))
+            bottom_right = w.causal_alignment == "bottom_right"
+            kernel.forward(q, k, v, b.cu_seqlens_q, b.cu_seqlens_k, out, lse, SCALE, bottom_right)
+            assert guards_intact(out)
+            results.append((out, lse))
+    return results
+
+
+def assert_right(name: str, w: Workload, b: JaggedBatch, **how: int) -> None:
+    expected, expected_lse = expected_of(w, b)
+    for out, lse in run(name, w, b, **how):
+        assert errors(out, expected).rel <= tolerance(out.dtype)
+        torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-3)
+
+
+# --- numbers
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("ratio", [1, 2, 3, 4, 8, 16])
+def test_numbers_match_the_oracle_for_every_ratio_of_heads(name: str, ratio: int) -> None:
+    w = workload(name, ratio=ratio, causal_alignment="bottom_right" if ratio % 2 else "top_left")
+    assert_right(name, w, w.make("cpu", built(name).meta.spec.split("_")[1], ratio), launches=2)  # type: ignore[arg-type]
+
+
+def test_more_heads_than_a_tile_has_rows() -> None:
+    w = workload(ONE_GROUP, (1, 2), (300, 40), ratio=96, causal_alignment="bottom_right")
+    assert_right(ONE_GROUP, w, w.make("cpu", "bf16", 1))
+
+
+def test_a_piece_that_begins_on_the_diagonal_of_some_rows_and_beyond_that_of_others() -> None:
+    w = workload(THREE_GROUPS, (192, 1), (288, 1000), ratio=1, causal_alignment="bottom_right")
+    assert_right(THREE_GROUPS, w, w.make("cpu", "fp16", 8))
+
+
+def test_several_kv_heads_and_offsets_of_64_bits() -> None:
+    w = workload(TWO_GROUPS, ratio=2, heads_kv=3)
+    b = w.make("cpu", "bf16", 2)
+    b = b._replace(cu_seqlens_q=b.cu_seqlens_q.long(), cu_seqlens_k=b.cu_seqlens_k.long())
+    assert_right(TWO_GROUPS, w, b, processors=2)
+
+
+def test_a_single_query_over_keys_in_more_pieces_than_there_are_ctas() -> None:
+    w = workload(ONE_GROUP, (1,), (5000,), ratio=2, causal_alignment="bottom_right")
+    assert_right(ONE_GROUP, w, w.make("cpu", "bf16", 3), processors=1, launches=3)
+
+
+def test_the_result_does_not_depend_on_who_comes_last() -> None:
+    w = workload(ONE_GROUP, (2, 1), (1500, 2500), ratio=4, causal_alignment="bottom_right")
+    b = w.make("cpu", "bf16", 4)
+    outs = [out for _ in range(4) for out, _ in run(ONE_GROUP, w, b, processors=4)]
+    for out in outs[1:]:
+        assert torch.equal(out, outs[0])
+
+
+def test_pieces_whose_scores_differ_widely_are_added_up_by_their_weights() -> None:
+    """The references of pieces lie further apart than float32 has exponents for."""
+    w = workload(TWO_GROUPS, (3,), (2000,), ratio=2)
+    b = w.make("cpu", "bf16", 5)
+    b.q.abs_()
+    b.k.add_(torch.linspace(-40, 40, 2000)[:, None, None])
+    assert_right(TWO_GROUPS, w, b, processors=4)
+
+
+def test_nan_in_one_sequence_stays_there() -> None:
+    w = workload(TWO_GROUPS, (1, 2, 1), (900, 700, 800), ratio=3)
+    b = w.make("cpu", "bf16", 6)
+    expected, _ = expected_of(w, b)
+    b.q[1:3] = b.k[900:1600] = b.v[900:1600] = float("nan")
+    ((out, _),) = run(TWO_GROUPS, w, b, processors=4)
+    for token in (0, 3):
+        assert errors(out[token], expected[token]).rel <= tolerance(torch.bfloat16)
+    assert out[1:3].isnan().all()
+
+
+# --- the list
+
+
+class Item(NamedTuple):
+    """A WorkItem (templates/cuda/include/work_list.cuh) and its packed piece."""
+
+    q_begin: int
+    q_length: int
+    k_begin: int
+    k_length: int
+    row: int
+    kv_blocks: int
+    first_block: int
+    slot: int
+    piece: int
+    pieces: int
+
+
+class WorkList(NamedTuple):
+    block: dict[str, int]  # scalars of the parameter block
+    longest: int
+    total: float
+    by_cost: list[Item]
+    by_sequence: list[Item]
+    tickets: list[int]
+
+
+def build_list(name: str, w: Workload, processors: int) -> WorkList:
+    """The work list of a batch as the device builds it; the attention kernel is not run."""
+    b = w.make("cpu", "bf16", 0)
+    with emulated(processors, seed=1000 * next(_seeds)):
+        kernel = cuda.load(built(name), torch.device("cuda", 0))
+        launch, attention = kernel._launch, kernel._kernel
+        kernel._launch = lambda function, *more: None if function is attention else launch(function, *more)
+        kernel.forward(*b[:5], torch.empty_like(b.q), None, SCALE, w.causal_alignment == "bottom_right")
+        (entry,) = work_list._ENTRIES.values()
+        scalars = params.SCALARS.unpack_from(kernel._block.data, params.SCALARS_OFFSET)
+        scalars += params.SPLIT_SCALARS.unpack_from(kernel._block.data, params.SPLIT_OFFSET)
+    names = [*params.POINTERS, *params.INTEGERS, "scale_log2", *params.SPLIT_INTEGERS, *params.SPLIT_POINTERS]
+    block = dict(zip(names, scalars, strict=True))
+    data = bytes(entry.built.buffer.numpy())
+    count, longest, total, next_tile, finished = struct.unpack_from("<iifii", data)
+    assert next_tile == finished == 0
+    assert count <= block["max_items"]
+
+    def items(first: int) -> list[Item]:
+        found = []
+        for index in range(first, first + count):
+            at = params.WORK_LIST_HEADER_BYTES + index * params.WORK_ITEM_BYTES
+            found.append(Item(*struct.unpack_from("<7iHBB", data, at)))
+        return found
+
+    tickets = struct.unpack_from(f"<{block['results']}i", data, len(data) - 4 * block["results"])
+    return WorkList(block, longest, total, items(0), items(block["max_items"]), list(tickets))
+
+
+def visible_blocks(w: Workload, item: Item, block: dict[str, int]) -> int:
+    last = min(item.row + block["block_m"], item.q_length) - 1
+    shift = item.k_length - item.q_length if block["bottom_right"] else 0
+    keys = min(item.k_length, max(last + shift + 1, 0)) if w.is_causal else item.k_length
+    return -(-keys // block["block_n"])
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_every_key_block_is_in_one_piece_and_there_is_room_for_all(number: int) -> None:
+    rng = random.Random(number)
+    batch = rng.choice((1, 3, 40, 1100))
+    longest = rng.choice((300, 5000)) if batch < 1000 else 40
+    queries = tuple(rng.choice((0, 1, 1, 2, 30, 200)) for _ in range(batch))
+    keys = tuple(rng.choice((0, 1, 60, rng.randrange(longest), longest)) for _ in range(batch))
+    name = rng.choice((ONE_GROUP, TWO_GROUPS))
+    w = workload(name, (*queries, 1), (*keys, 2000), rng.choice((1, 4, 6)), rng.choice((1, 2)))
+    w = replace(w, causal_alignment=rng.choice(("top_left", "bottom_right")))
+    processors = rng.choice((1, 3, 20))
+    found = build_list(name, w, processors)
+    block = found.block
+
+    assert sorted(found.by_cost) == sorted(found.by_sequence)
+    assert not any(found.tickets)
+    rows = defaultdict(list)
+    for item in found.by_cost:
+        rows[item.q_begin, item.row].append(item)
+    begins = [0, *itertools.accumulate(w.seqlens_q)]
+    wanted = {
+        (begin, row)
+        for begin, length in zip(begins, w.seqlens_q, strict=False)
+        for row in range(0, length, block["block_m"])
+    }
+    assert rows.keys() == wanted
+    slots: list[int] = []
+    for pieces in rows.values():
+        pieces.sort(key=lambda item: item.piece)
+        assert [item.piece for item in pieces] == list(range(len(pieces))) or len(pieces) == 1
+        ends = [item.kv_blocks for item in pieces]
+        assert [item.first_block for item in pieces] == [0, *ends[:-1]]
+        assert ends[-1] == visible_blocks(w, pieces[0], block)
+        sizes = [item.kv_blocks - item.first_block for item in pieces]
+        assert max(sizes) - min(sizes) <= 1
+        assert max(sizes) <= found.longest
+        if len(pieces) > 1:
+            assert min(sizes) * block["block_n"] >= 128
+            assert {item.pieces for item in pieces} == {len(pieces)}
+            (slot,) = {item.slot for item in pieces}
+            slots += range(slot, slot + len(pieces))
+    assert sorted(slots) == list(range(len(slots)))
+    assert len(slots) * block["heads"] * (2 if name == TWO_GROUPS else 1) <= block["results"]
+    assert found.total == sum(item.kv_blocks - item.first_block for item in found.by_cost)
+
+
+def test_the_dearest_come_first_and_of_each_sequence_the_last_rows() -> None:
+    queries, keys = (700, 1, 40, 300, 64, 1), (700, 1200, 900, 300, 70, 10)
+    w = workload(ONE_GROUP, queries, keys, ratio=1, heads_kv=2, causal_alignment="bottom_right")
+    found = build_list(ONE_GROUP, w, 3)
+    alone, sharing = ([item for item in found.by_cost if (item.q_length <= 64) == short] for short in (True, False))
+    for kind in (alone, sharing):
+        costs = [item.kv_blocks - item.first_block for item in kind]
+        for before, after in itertools.pairwise(costs):
+            assert after <= before * 17 / 16 + 1
+    # Sequences of one row block, which are bound by memory, among the others at even distances.
+    distance = len(sharing) / len(alone)
+    assert [found.by_cost.index(item) for item in alone] == [i + int(i * distance) for i in range(len(alone))]
+    places = [(item.q_begin, item.row, item.kv_blocks) for item in found.by_sequence]
+    assert [place[:2] for place in places] == sorted((place[:2] for place in places), reverse=True)
+
+
+def test_keys_are_split_where_few_tiles_must_fill_the_device_and_only_there() -> None:
+    few = workload(ONE_GROUP, (1,), (8192,), ratio=1, heads_kv=2, causal_alignment="bottom_right")
+    found = build_list(ONE_GROUP, few, 16)
+    assert len(found.by_cost) == 32  # pieces of 256 keys, the smallest; there is room for 33
+    many = workload(ONE_GROUP, (64,) * 60, (256,) * 60, ratio=1, heads_kv=4, causal_alignment="bottom_right")
+    assert {item.pieces for item in build_list(ONE_GROUP, many, 16).by_cost} == {0}
