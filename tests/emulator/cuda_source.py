@@ -9,8 +9,10 @@ from emulator.ptx import Operand, PtxError, Statement, split_commas
 
 _ASM = re.compile(r"\basm\s*(?:volatile\s*)?\(")
 _KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s*(?:__launch_bounds__\(([^)]*)\)\s*)?(\w+)\s*\(')
+_DECLARATOR = r"\w+(?:\s*\[[^\]]*\])*"
 _STATIC_SHARED = re.compile(
-    r"(?<!extern )__shared__\s+(?:(?:__align__|alignas)\((\d+)\)\s*)?([\w: ]+?)\s+(\w+)((?:\s*\[[^\]]*\])*)\s*;"
+    r"(?<!extern )__shared__\s+(?:(?:__align__|alignas)\((\d+)\)\s*)?([\w:<>]+(?: [\w:<>]+)*?)\s+"
+    rf"({_DECLARATOR}(?:\s*,\s*{_DECLARATOR})*)\s*;"
 )
 _DYNAMIC_SHARED = re.compile(
     r"extern\s+__shared__\s+(?:(?:__align__|alignas)\(\d+\)\s*)?([\w: ]+?)\s+(\w+)\s*\[\s*\]\s*;"
@@ -48,14 +50,19 @@ class Translation:
         return "".join([*result, text[position:]])
 
     def _static_shared(self, match: re.Match[str]) -> str:
-        alignment, kind, name, extents = match.groups()
-        self.shared_variables += 1
-        number = self.shared_variables
-        align = alignment or f"alignof({kind})"
-        return (
-            f"using emu_shared_{number} = {kind}{extents}; emu_shared_{number}& {name} = "
-            f"*static_cast<emu_shared_{number}*>(emu::static_shared({number}, sizeof(emu_shared_{number}), {align}));"
-        )
+        alignment, kind, declarators = match.groups()
+        lines = []
+        for declarator in split_commas(declarators):
+            name, bracket, extents = declarator.partition("[")
+            self.shared_variables += 1
+            number = self.shared_variables
+            align = alignment or f"alignof({kind})"
+            place = f"emu::static_shared({number}, sizeof(emu_shared_{number}), {align})"
+            lines.append(
+                f"using emu_shared_{number} = {kind}{bracket}{extents}; "
+                f"emu_shared_{number}& {name} = *static_cast<emu_shared_{number}*>({place});"
+            )
+        return " ".join(lines)
 
     def _kernel_signatures(self, text: str) -> str:
         """Parameters stay where the launch put them, so that a tensor map's address is one into the parameter block."""

@@ -482,7 +482,9 @@ def _st(i: Instruction, m: re.Match[str]) -> str:
     return f"{release}emu::store<{_TYPES[m[4]]}>({_space(m[2])}, {i.address(0)}, {', '.join(values)});"
 
 
-@instruction(rf"red(?:\.(?:relaxed|release))?{_SCOPE}{_SPACE}\.add(?:\.noftz)?{_CACHE}(?:\.v([24]))?\.({_ANY})")
+@instruction(
+    rf"red(?:\.(?:relaxed|release))?{_SCOPE}{_SPACE}{_SCOPE}\.add(?:\.L2::cache_hint)?(?:\.v([24]))?\.({_ANY})"
+)
 def _red_add(i: Instruction, m: re.Match[str]) -> str:
     values = [i._value(v, m[3]) for v in i.vector(1)]
     if len(values) != int(m[2] or 1):
@@ -807,7 +809,7 @@ def _wgmma(i: Instruction, m: re.Match[str]) -> str:
     i.expect(7 if from_registers else 8)
     scale = [_immediate(i, k, (-1, 1)) for k in (4, 5)]
     transpose = [_immediate(i, k, (0, 1)) for k in range(6, len(i.operands))]
-    transpose = [0, *transpose] if from_registers else transpose
+    transpose = ["0", *transpose] if from_registers else transpose
     fragment = "static constexpr emu::RegisterA* emu_fragment = nullptr;"
     if from_registers:
         registers = i.vector(1)
@@ -821,19 +823,22 @@ def _wgmma(i: Instruction, m: re.Match[str]) -> str:
         _flag(m[2] == "bf16"),
         _flag(from_registers),
         accumulate,
-        *map(str, scale),
-        *map(_flag, transpose),
+        *scale,
+        *transpose,
     ]
     operation = f"const emu::Wgmma emu_operation = {{{', '.join(fields)}, {a}, {i.value(2, 'u64')}}};"
     accumulators = f"float* const emu_d[{n // 2}] = {{{', '.join('&' + i.name(r) for r in d)}}};"
     return f"{{ {accumulators} {fragment} {operation} emu::wgmma(emu_operation, emu_d, emu_fragment); }}"
 
 
-def _immediate(i: Instruction, index: int, legal: tuple[int, ...]) -> int:
+def _immediate(i: Instruction, index: int, legal: tuple[int, int]) -> str:
+    """A number in the text, or an operand of constraint "n"."""
     operand = i.operands[index]
-    if not re.fullmatch(r"-?\d+", operand) or int(operand) not in legal:
+    if re.fullmatch(r"-?\d+", operand) and int(operand) in legal:
+        return operand
+    if not operand.startswith("%") or not i.name(operand).startswith("emu_n"):
         raise PtxError(f"operand {index} must be one of {legal}, got {operand} in: {i.text}")
-    return int(operand)
+    return f"emu::immediate<{i.name(operand)}, {legal[0]}, {legal[1]}>()"
 
 
 def _register(i: Instruction, register: str) -> str:

@@ -291,6 +291,8 @@ void arrive(Cta& cta, uint32_t address, uint32_t count) {
   finish_phase(barrier);
 }
 
+void release_to(Fiber& fiber, uint32_t address) { release(*fiber.warp, found(*fiber.cta, address).arriving); }
+
 void expect_arrivals(Cta& cta, uint32_t mbarrier, uint32_t count) { found(cta, mbarrier).pending += count; }
 
 void complete_bytes(Cta& cta, uint32_t address, uint32_t bytes) {
@@ -314,7 +316,7 @@ uint64_t mbarrier_arrive(uint32_t address, uint32_t count, uint32_t expected_byt
   if (expected_bytes) mbarrier_expect(address, expected_bytes);
   Mbarrier& barrier = found(cta, address);
   const uint64_t state = barrier.phase;
-  release(*current().warp, barrier.arriving);
+  release_to(current(), address);
   arrive(cta, address, count);
   preempt();
   return state;

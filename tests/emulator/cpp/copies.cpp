@@ -402,6 +402,7 @@ void async_arrive(uint32_t barrier, bool counted) {
   EMU_ENTER();
   Fiber& fiber = current();
   if (!counted) expect_arrivals(*fiber.cta, barrier, 1);
+  release_to(fiber, barrier);
   if (fiber.copies_outstanding == 0) {
     arrive(*fiber.cta, barrier, 1);
   } else {

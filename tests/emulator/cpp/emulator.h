@@ -85,7 +85,7 @@ struct Wgmma {
   bool a_in_registers;
   bool accumulate;
   int scale_a, scale_b;
-  bool transpose_a, transpose_b;
+  int transpose_a, transpose_b;
   uint64_t a, b;
 };
 void wgmma(const Wgmma& operation, float* const* d, const RegisterA* a);

@@ -186,6 +186,7 @@ std::string describe(Cta& cta, uint32_t mbarrier);
 void check_usable_by_copies(Cta& cta, uint32_t mbarrier);
 void complete_bytes(Cta& cta, uint32_t mbarrier, uint32_t bytes);
 void arrive(Cta& cta, uint32_t mbarrier, uint32_t count);
+void release_to(Fiber& fiber, uint32_t mbarrier);  // what an arrival of the thread publishes
 void expect_arrivals(Cta& cta, uint32_t mbarrier, uint32_t count);  // in this phase, besides those of every phase
 void recheck_thread_barriers(Cta& cta);  // after a thread has exited
 

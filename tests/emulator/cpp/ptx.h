@@ -25,6 +25,11 @@ inline void set(To& to, From value) {
   to = as<To>(value);
 }
 
+template <long long kValue, int kOne, int kOther>
+constexpr int immediate() {
+  static_assert(kValue == kOne || kValue == kOther, "an immediate that the instruction does not take");
+  return kValue;
+}
 template <typename T>
 inline uint32_t& word(T& reg) {
   static_assert(sizeof(T) == 4, "a 32-bit register");
