@@ -1,8 +1,9 @@
-"""Host time of a call up to the launch: the kernels are replaced by one that does nothing.
+"""Host time of calls: 8 sequences, 243 tokens, 8 heads, D 64, bf16, with and without gradients.
 
     PYTHONPATH=.pkg python benchmarks/host_cost.py [cpu|cuda]
 
-Prints the median of 1000 calls in microseconds. What a real launch adds is in the launcher's own benchmark.
+Prints medians of 1000 calls in microseconds. "Dispatch" is with kernels that do nothing; on a GPU, where a launch does
+not wait for the kernel, calls with real ones are timed as well, and torch's own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate, product
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -20,52 +23,116 @@ from jagtile.runtime import checks, ops, routes
 from jagtile.runtime.problem import REGIMES
 
 CALLS = 1000
+BATCH = 200  # calls between two waits for the device, which holds so many launches
+LENGTHS = (1, 70, 30, 12, 50, 8, 40, 32)
+HEADS, HEAD_DIM = 8, 64
+
+Call = Callable[[], object]
 
 
 class NoKernel:
-    """A ForwardKernel that leaves its output as it is."""
+    """A kernel of either direction that leaves its outputs as they are."""
 
     def forward(self, *arguments: object) -> None:
         pass
 
+    def backward(self, *arguments: object) -> None:
+        pass
 
-def median_us(call: Callable[[], object]) -> float:
-    for _ in range(CALLS // 5):
-        call()
+
+@contextmanager
+def no_kernels(dtype: torch.dtype, device_index: int) -> Iterator[None]:
+    """Every call launches nothing."""
+    kernel, tables = NoKernel(), (routes.ROUTES, routes.BACKWARD_ROUTES)
+    before = [dict(table) for table in tables]
+    for table, causal, regime in product(tables, (False, True), range(len(REGIMES))):
+        table[dtype, HEAD_DIM, HEAD_DIM, causal, device_index, regime, False] = kernel
+    try:
+        yield
+    finally:
+        for table, kept in zip(tables, before, strict=True):
+            table.clear()
+            table.update(kept)
+
+
+def median_us(call: Call, device: str) -> float:
     times = []
-    for _ in range(CALLS):
-        start = time.perf_counter_ns()
-        call()
-        times.append(time.perf_counter_ns() - start)
+    for round_ in range(CALLS // BATCH + 1):  # the first warms up
+        for _ in range(BATCH):
+            start = time.perf_counter_ns()
+            call()
+            times.append(time.perf_counter_ns() - start)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if round_ == 0:
+            times.clear()
     return statistics.median(times) / 1000
 
 
+class Case:
+    """The tensors of all calls."""
+
+    def __init__(self, device: str) -> None:
+        total = sum(LENGTHS)
+        self.q, self.k, self.v, self.dout = torch.randn(4, total, HEADS, HEAD_DIM, device=device, dtype=torch.bfloat16)
+        self.cu = torch.tensor([0, *accumulate(LENGTHS)], dtype=torch.int32, device=device)
+        offsets = self.cu.long()
+        self.nested = [self._nested(x, offsets) for x in (self.q, self.k, self.v)]
+        self.leaves = [x.clone().requires_grad_() for x in (self.q, self.k, self.v)]
+        self.nested_leaves = [x.detach().requires_grad_() for x in self.nested]
+        self.nested_dout = self._nested(self.dout, offsets)
+
+    @staticmethod
+    def _nested(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return torch.nested.nested_tensor_from_jagged(values, offsets, min_seqlen=1, max_seqlen=70).transpose(1, 2)
+
+    def packed(self) -> object:
+        return jagtile.varlen_attention(self.q, self.k, self.v, self.cu, self.cu)
+
+    def packed_training(self) -> object:
+        out = jagtile.varlen_attention(*self.leaves, self.cu, self.cu)
+        return torch.autograd.grad(out, self.leaves, self.dout)
+
+    def through_torch(self) -> object:
+        return scaled_dot_product_attention(*self.nested)
+
+    def through_torch_training(self) -> object:
+        out = scaled_dot_product_attention(*self.nested_leaves)
+        return torch.autograd.grad(out, self.nested_leaves, self.nested_dout)
+
+
 def main(device: str) -> None:
-    batch, length, heads, head_dim = 32, 300, 8, 64
-    q, k, v = torch.randn(3, batch * length, heads, head_dim, device=device, dtype=torch.bfloat16)
-    cu = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
-    for regime in range(len(REGIMES)):
-        routes.ROUTES[q.dtype, head_dim, head_dim, False, q.get_device(), regime, False] = NoKernel()
-    nested = torch.nested.nested_tensor_from_jagged(q, cu.long()).transpose(1, 2)
-    operator = torch.ops.jagtile.forward.default
-    call = (q, k, v, cu, cu, None, None, False, False, 0.125, False)
+    case = Case(device)
+    parts = {
+        "argument checks": lambda: checks.check_batch(case.q, case.k, case.v, case.cu, case.cu, None, None),
+        "allocate, route, launch nothing": lambda: ops.forward(*call),
+        "the same through the torch operator": lambda: torch.ops.jagtile.forward.default(*call),
+        "sdpa on nested tensors": lambda: jagtile.sdpa(*case.nested),
+    }
+    call = (case.q, case.k, case.v, case.cu, case.cu, None, None, False, False, 0.125, False)
+    calls: dict[str, tuple[bool, Call]] = {
+        "packed forward": (False, case.packed),
+        "packed forward and backward": (True, case.packed_training),
+        "nested forward": (False, case.through_torch),
+        "nested forward and backward": (True, case.through_torch_training),
+    }
 
-    def through_torch() -> float:
-        with jagtile.enabled():
-            return median_us(lambda: scaled_dot_product_attention(nested, nested, nested))
+    def show(title: str, rows: dict[str, tuple[bool, Call]]) -> None:
+        for name, (grad, function) in rows.items():
+            with torch.set_grad_enabled(grad):
+                try:
+                    found = f"{median_us(function, device):8.1f}"
+                except RuntimeError as error:  # torch's CPU kernels serve no such call; a target may have no backward
+                    found = f"       - ({type(error).__name__})"
+            print(f"{title:10}{name:38}{found}", flush=True)
 
-    with torch.no_grad():
-        rows = {
-            "varlen_attention": median_us(lambda: jagtile.varlen_attention(q, k, v, cu, cu)),
-            "  its argument checks": median_us(lambda: checks.check_batch(q, k, v, cu, cu, None, None)),
-            "  allocate, route, launch nothing": median_us(lambda: ops.forward(*call)),
-            "  the same through the torch operator": median_us(lambda: operator(*call)),
-            "sdpa on nested tensors": median_us(lambda: jagtile.sdpa(nested, nested, nested)),
-            "F.scaled_dot_product_attention, enabled": through_torch(),
-        }
     print(f"torch {torch.__version__}, {device}, median of {CALLS} calls, us")
-    for name, value in rows.items():
-        print(f"{name:42}{value:7.1f}")
+    with jagtile.enabled(), no_kernels(case.q.dtype, case.q.get_device()):
+        show("dispatch", calls | {f"  {name}": (False, part) for name, part in parts.items()})
+    if device == "cuda":
+        with jagtile.enabled():
+            show("launch", calls)
+        show("torch", {name: found for name, found in calls.items() if name.startswith("nested")})
 
 
 if __name__ == "__main__":

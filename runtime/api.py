@@ -15,7 +15,7 @@ from jagtile.runtime.checks import (
     softmax_scale,
 )
 from jagtile.runtime.device import resolved
-from jagtile.runtime.dropout import check_dropout_p, check_dropout_served, draw_state
+from jagtile.runtime.dropout import arguments_of, check_dropout_p
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.fallback import attention, why_no_kernel
 from jagtile.runtime.operators import forward_for
@@ -129,11 +129,7 @@ def attend(
     """[out] or [out, lse] of checked arguments, by a kernel or by plain operations. UnsupportedError as above."""
     q, k, v = batch[:3]
     reason = why_no_kernel(q, v, is_causal)
-    dropout: tuple[float, torch.Tensor] | tuple[()] = ()
-    if dropout_p:
-        if not reason:
-            check_dropout_served(dropout_p, q, v, is_causal)
-        dropout = (dropout_p, draw_state(q.device))
+    dropout = arguments_of(dropout_p, q, v, is_causal, by_kernel=not reason)
     serve = attention if reason else forward_for(q, k, v)
     return serve(*batch, is_causal, bottom_right, scale, return_lse, *dropout)
 

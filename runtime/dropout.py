@@ -87,6 +87,17 @@ def why_no_dropout(
     return f"no kernel for {spec.name} on target {' or '.join(asked)}"
 
 
+def arguments_of(
+    dropout_p: float, q: torch.Tensor, v: torch.Tensor, is_causal: bool, by_kernel: bool
+) -> tuple[float, torch.Tensor] | tuple[()]:
+    """What a call with dropout has behind its other arguments, none without. UnsupportedError as above."""
+    if not dropout_p:
+        return ()
+    if by_kernel:
+        check_dropout_served(dropout_p, q, v, is_causal)
+    return dropout_p, draw_state(q.device)
+
+
 def draw_state(device: torch.device) -> torch.Tensor:
     """``Dropout.state`` from torch's default generator of the device, without a wait."""
     return torch.randint(1 << 62, (2,), dtype=torch.int64, device=device)

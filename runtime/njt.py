@@ -7,16 +7,21 @@ What is private to torch is read in one place, ``pack`` and ``wrap``. An NJT (B,
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple, cast
 
 import torch
 from torch.nested._internal.nested_tensor import NestedTensor, nested_view_from_values_offsets_lengths
 
 from jagtile.runtime.api import CausalAlignment, attend
+from jagtile.runtime.autograd import is_plain
 from jagtile.runtime.checks import bottom_right, check_flag, check_operands, softmax_scale
-from jagtile.runtime.dropout import check_dropout_p
+from jagtile.runtime.dropout import arguments_of, check_dropout_p
 from jagtile.runtime.errors import UnsupportedError
+from jagtile.runtime.fallback import why_no_kernel
 from jagtile.runtime.holes import close_holes, offsets_of, open_holes
+from jagtile.runtime.njt_autograd import NestedAttention, form_of
+from jagtile.runtime.trainable import check_trainable
 
 Sdpa = Callable[..., torch.Tensor]
 
@@ -78,19 +83,35 @@ def sdpa(
     """
     if _ragged_batch_like(query, key, value):
         return torch_sdpa()(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    packed = pack(query, key, value, enable_gqa=enable_gqa)
+    trained = _trained_as_one_node(query, key, value)
+    with torch.no_grad() if trained else nullcontext():
+        packed = pack(query, key, value, enable_gqa=enable_gqa)
     if attn_mask is not None:
         raise ValueError(f"attn_mask must be None for nested tensors, got {type(attn_mask).__name__}")
     check_flag("is_causal", is_causal)
-    outputs = attend(
-        packed,
-        is_causal,
-        bottom_right(causal_alignment),
-        softmax_scale(scale, packed.q.shape[2]),
-        check_dropout_p(dropout_p),
-        False,
-    )
-    return wrap(outputs[0], cast(NestedTensor, query))
+    kind = (is_causal, bottom_right(causal_alignment), softmax_scale(scale, packed.q.shape[2]))
+    dropout_p = check_dropout_p(dropout_p)
+    if trained:
+        if why_no_kernel(packed.q, packed.v, is_causal) is None:
+            for name in trained:
+                check_trainable(name, packed.q.dtype, packed.q.shape[2], packed.v.shape[2], packed.q.device)
+            dropout = arguments_of(dropout_p, packed.q, packed.v, is_causal, by_kernel=True) or (0.0, None)
+            call = (*packed, *kind, *dropout)
+            return cast(torch.Tensor, NestedAttention.apply(query, key, value, call))  # type: ignore[no-untyped-call]
+        packed = pack(query, key, value, enable_gqa=enable_gqa)  # once more, for autograd to see
+    return wrap(attend(packed, *kind, dropout_p, False)[0], cast(NestedTensor, query))
+
+
+def _trained_as_one_node(*tensors: object) -> list[str]:
+    """Names of those that require grad, where autograd may see the call as one node: eager, plain, without holes."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return []
+    if not all(type(t) is NestedTensor and t._lengths is None for t in tensors):
+        return []
+    nested = cast("tuple[NestedTensor, ...]", tensors)
+    with torch._C.DisableTorchFunctionSubclass():  # else each look costs a Python dispatch
+        trained = [name for name, t in zip(_NAMES, nested, strict=True) if t.requires_grad]
+    return trained if trained and is_plain(*[t._values for t in nested]) else []
 
 
 def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_gqa: bool) -> Packed:
@@ -117,18 +138,17 @@ def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_
 
 def wrap(out: torch.Tensor, query: NestedTensor) -> torch.Tensor:
     """A packed result (total_q, H, D_v) as an NJT of query's form with its raggedness and cached lengths."""
-    offsets, lengths, heads = query._offsets, query._lengths, query._ragged_idx == 2
-    if lengths is not None:
-        out = open_holes(out, offsets, lengths, _tokens(query))
-    if not heads:
-        out = out.squeeze(1)
-    if torch.compiler.is_compiling() or out.requires_grad:  # the constructor, the fastest way, can't be followed
-        cached = {"min_seqlen": query._maybe_min_seqlen, "max_seqlen": query._maybe_max_seqlen}
-        view = nested_view_from_values_offsets_lengths(out, offsets, lengths, **cached)  # type: ignore[no-untyped-call]
-        return cast(torch.Tensor, view.transpose(1, 2) if heads else view)
-    out, ragged_idx = (out.transpose(0, 1), 2) if heads else (out, 1)
-    cache = query._metadata_cache
-    return NestedTensor(out, offsets, lengths=lengths, _ragged_idx=ragged_idx, _metadata_cache=cache)
+    form = form_of(query)
+    if form.lengths is not None:
+        out = open_holes(out, form.offsets, form.lengths, _tokens(query))
+    if not (torch.compiler.is_compiling() or out.requires_grad):
+        return form.nest(out)
+    heads = form.ragged_idx == 2
+    cached = {"min_seqlen": query._maybe_min_seqlen, "max_seqlen": query._maybe_max_seqlen}
+    view = nested_view_from_values_offsets_lengths(
+        out if heads else out.squeeze(1), form.offsets, form.lengths, **cached
+    )  # type: ignore[no-untyped-call]
+    return cast(torch.Tensor, view.transpose(1, 2) if heads else view)
 
 
 def values_of(tensor: NestedTensor) -> torch.Tensor:

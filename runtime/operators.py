@@ -11,45 +11,43 @@ from typing import Any, cast
 
 import torch
 
-from jagtile.runtime.errors import UnsupportedError
+from jagtile.runtime.autograd import (
+    CALL,
+    PackedAttention,
+    is_plain,
+    keep_for_backward,
+    refuse_second_derivative,
+)
 from jagtile.runtime.ops import backward, forward
 
 Forward = Callable[..., list[torch.Tensor]]
 
-_CALL = 10  # arguments of ``forward`` before return_lse; dropout's, which may be left out, come after it
-
 
 def forward_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Forward:
-    """``ops.forward``, or the operator where grad is required or a compiler, a tensor subclass, a mode or a transform
-    must see one.
+    """``ops.forward``, through autograd where grad is required, and as an operator where a compiler, a tensor subclass,
+    a mode or a transform must see one.
     """
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _forward_with_grad
-    if (
-        torch.compiler.is_compiling()
-        or (type(q) is not torch.Tensor and type(q) is not torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or not (q.is_cuda or q.is_cpu)
-    ):
-        return cast(Forward, torch.ops.jagtile.forward.default)
-    return forward
+    return forward if is_plain(q) else cast(Forward, torch.ops.jagtile.forward.default)
 
 
 def _forward_with_grad(*arguments: Any) -> list[torch.Tensor]:
     """The backward needs the lse, which is dropped here where the caller does not ask for it."""
-    call, return_lse, dropout = arguments[:_CALL], arguments[_CALL], arguments[_CALL + 1 :]
-    out, lse = torch.ops.jagtile.differentiable_forward.default(*call, *(dropout or (0.0, None)))
+    call, return_lse, dropout = arguments[:CALL], arguments[CALL], arguments[CALL + 1 :] or (0.0, None)
+    eager = is_plain(*call[:3])
+    apply: Any = PackedAttention.apply if eager else torch.ops.jagtile.differentiable_forward.default
+    out, lse = apply(*call, *dropout)
     return [out, lse] if return_lse else [out]
 
 
 def _differentiable_forward(*call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = cast(Forward, forward)(*call[:_CALL], True, *call[_CALL:])
+    out, lse = cast(Forward, forward)(*call[:CALL], True, *call[CALL:])
     return out, lse
 
 
 def _differentiable_forward_fake(*call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = cast(Forward, _forward_fake)(*call[:_CALL], True)
+    out, lse = cast(Forward, _forward_fake)(*call[:CALL], True)
     return out, lse
 
 
@@ -85,26 +83,7 @@ def _backward_fake(
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    *call, dropout_state = inputs
-    ctx.save_for_backward(*call[:5], *output, dropout_state)
-    ctx.options = call[5:]
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    *tensors, dropout_state = ctx.saved_tensors
-    out = tensors[5]
-    dout = torch.zeros_like(out) if dout is None else dout
-    found = torch.ops.jagtile.backward.default(dout, dlse, *tensors, *ctx.options, dropout_state)
-    wanted = (grad if needed else None for grad, needed in zip(found, ctx.needs_input_grad, strict=False))
-    return (*wanted, *(None,) * (len(ctx.needs_input_grad) - 3))
-
-
-def _refuse_second_derivative(ctx: Any, *grads: torch.Tensor) -> None:
-    raise UnsupportedError(
-        "jagtile has no second derivatives: its attention was differentiated with create_graph=True and the gradients "
-        "are differentiated again; use torch's own attention there"
-    )
+    keep_for_backward(ctx, inputs, *output)
 
 
 # The operators exist as long as this object does.
@@ -132,6 +111,6 @@ for _schema, _function, _fake in (
         _LIBRARY.impl(_name, _function, _key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"jagtile::{_name}", _fake, lib=_LIBRARY)
 torch.library.register_autograd(
-    "jagtile::differentiable_forward", _differentiate, setup_context=_keep_for_backward, lib=_LIBRARY
+    "jagtile::differentiable_forward", PackedAttention.backward, setup_context=_keep_for_backward, lib=_LIBRARY
 )
-torch.library.register_autograd("jagtile::backward", _refuse_second_derivative, lib=_LIBRARY)
+torch.library.register_autograd("jagtile::backward", refuse_second_derivative, lib=_LIBRARY)
