@@ -32,13 +32,9 @@ from jagtile.generator.trial import Caller
 from jagtile.generator.worker import Worker, WorkerFailure
 
 OURS = "jagtile-njt"  # to whose time the others' are compared
-# By how much a task may differ from the same in float32 with a dense call for each sequence (relative, in norm).
-AGREEMENT: dict[tuple[DType, Task], float] = {
-    ("fp32", "inference"): 1e-5,
-    ("fp32", "training"): 1e-4,
-    ("bf16", "inference"): 3e-2,
-    ("bf16", "training"): 3e-2,
-}
+# By how much features or gradients may differ from those in float32 with a dense call for each sequence: relative, in
+# norm. Twelve layers in bf16, of whatever form, are 9e-3 and 5e-3 off.
+AGREEMENT: dict[DType, float] = {"fp32": 1e-5, "bf16": 3e-2}
 _START_SHARE = 0.6  # of the time
 _MIN_SAMPLES = 3  # unless the time is up
 _TURN_TIMEOUT = 30.0  # at least
@@ -179,7 +175,7 @@ def race(
             if reference.evidence is None:
                 raise WorkerFailure("crash", f"there is nothing to compare {task} with: {reference.end}", REFERENCE)
         for each in racing:
-            each.compare(references[each.way.task].evidence.found, AGREEMENT[dtype, each.way.task])
+            each.compare(references[each.way.task].evidence.found, AGREEMENT[dtype])
         _time(racing, end, rounds)
     tokens = sum(text.tokens for text in texts)
     found.update((each.way, each.result(model.name, tokens)) for each in racing)

@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=SIZES, help="default: base on a GPU, small on the CPU")
-    parser.add_argument("--dtype", choices=sorted({dtype for dtype, _ in AGREEMENT}), help="default: bf16 on a GPU")
+    parser.add_argument("--dtype", choices=AGREEMENT, help="default: bf16 on a GPU, fp32 on the CPU")
     parser.add_argument("--models", metavar="A,B", help="encoder, decoder")
     parser.add_argument("--forms", metavar="A,B,...", help=", ".join(FORMS))
     parser.add_argument("--modes", metavar="A,B", help=", ".join(MODES))
