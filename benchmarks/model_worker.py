@@ -231,7 +231,9 @@ class Runner:
     def _perhaps_compiled(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         if not self._way.compiled:
             return function
-        torch._functorch.config.enable_autograd_cache = False  # it can't store nested tensors, and says so at length
+        from torch._functorch import config
+
+        config.enable_autograd_cache = False  # it can't store nested tensors, and says so at length
         return torch.compile(function, dynamic=True)
 
     def _note(self) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import models
@@ -79,6 +80,17 @@ def test_every_form_computes_the_same_and_is_timed(model):
         else:
             assert result.reason
             assert result.ms is None
+
+
+def test_compiled_forms_are_one_graph_and_compute_the_same(monkeypatch):
+    compile_with_inductor = torch.compile  # which takes a minute
+    monkeypatch.setattr(torch, "compile", partial(compile_with_inductor, backend="eager"))
+    names = ["jagtile-njt", "jagtile-varlen", "padded"]
+    found = run(replace(DECODER, layers=1), [Way(name, True, "inference") for name in names])
+    for result in found.values():
+        assert (result.state, result.mode, result.note) == ("ok", "compiled", ""), result.reason
+        assert result.error < 1e-5
+    torch._dynamo.reset()
 
 
 def test_who_fails_is_wrong_or_dies_costs_only_itself(monkeypatch):
