@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/include/backward_params.cuh"
+#include "cuda/include/gradients.cuh"
 #include "cuda/include/pipeline.cuh"
 #include "cuda/include/ptx.cuh"
 #include "cuda/include/work_list.cuh"
@@ -71,6 +72,12 @@ struct KeyTiles {
   // Keys from here on see no query: they are past the sequence's end, or, where the mask is causal, past the last query's.
   __device__ __forceinline__ static int keys_seen(const WorkItem& item, int shift) {
     return kCausal ? min(item.k_length, item.q_length + shift) : item.k_length;
+  }
+
+  // The first query that sees a key.
+  __device__ __forceinline__ static int first_query(const BackwardParams& p, const WorkItem& item, int key) {
+    const int shift = causal_shift(p, item);
+    return key >= keys_seen(item, shift) ? kNoQuery : kCausal ? key - shift : 0;
   }
 
   // Calls work(head, first row) for the blocks of queries that a tile visits, head by head.
