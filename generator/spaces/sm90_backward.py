@@ -13,11 +13,14 @@ from jagtile.generator.spaces.sm90 import (
     head_dims_rejection,
     launch_registers,
     panels,
+    smem_room,
 )
 from jagtile.generator.spec import Direction, KernelSpec
 from jagtile.generator.tile import Knob, TileConfig
 
 MAX_HEAD_DIM = 128  # dK and dV of a block of keys are accumulators
+# Registers for accumulators and fragments that ptxas 13.0 schedules without serialising wgmma (C7512) or spilling.
+FRAGMENT_LIMIT = {(1, 1): 240, (1, 2): 208, (2, 1): 208, (3, 1): 144}
 Split = Literal["rows", "columns", "alternate"]
 
 
@@ -101,12 +104,14 @@ def dq_columns(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
 
 
 def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
-    """Registers a thread for accumulators and A fragments, where the most of them are alive."""
+    """Registers a thread for accumulators and A fragments, where the most of them are alive: beside dK and dV, S and dP
+    with P packed, or dQ with P and dS packed. With ``overlap`` dS stays packed while S and dP are multiplied.
+    """
     kept = spec.head_dim // 2 + spec.head_dim_v // 2
-    scores, fragments = config.block_m // 2, config.block_m // 4
-    with_p = 2 * scores + fragments  # S, dP, and P packed
-    with_dq = dq_columns(spec, config) // 2 + 2 * fragments + (scores if config.overlap else 0)
-    return kept + max(with_p, with_dq)
+    scores, packed = config.block_m // 2, config.block_m // 4
+    return kept + max(
+        2 * scores + packed * (2 if config.overlap else 1), dq_columns(spec, config) // 2 + 2 * packed
+    )
 
 
 class Sm90BackwardSpace:
@@ -128,7 +133,7 @@ class Sm90BackwardSpace:
     def knobs(self, spec: KernelSpec) -> Mapping[str, tuple[Knob, ...]]:
         """The grid; most of it is cut by registers."""
         return {
-            "block_m": (64, 128),
+            "block_m": (64,),
             "block_n": (128, 64, 192),
             "num_stages": (2, 3),
             "ctas_per_sm": (1, 2),
@@ -138,11 +143,36 @@ class Sm90BackwardSpace:
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
         """Shared memory and accumulator registers."""
+        config = cast(Sm90BackwardConfig, config)
+        groups = (config.warpgroups, config.ctas_per_sm)
+        if config.block_n not in (64, 128, 192):
+            return f"block_n is 64 a math warpgroup, 1 to 3 of them: 64, 128 or 192, got {config.block_n}"
+        if config.block_m != 64:
+            return f"block_m must be 64, the rows of one product of dQ, got {config.block_m}"
+        if groups not in REGISTERS:
+            return f"{config.ctas_per_sm} CTAs an SM with block_n {config.block_n} need more than 64K registers"
+        if config.num_stages < 2:
+            return f"num_stages must be at least 2, got {config.num_stages}"
+        if config.dq not in ("bulk", "red"):
+            return f"dq must be bulk or red, got {config.dq}"
+        smem, room = smem_layout(spec, config).total, smem_room(config.ctas_per_sm)
+        if smem > room:
+            return f"shared memory {smem} B > {room} B a CTA with {config.ctas_per_sm} an SM"
+        registers, limit = fragment_registers(spec, config), FRAGMENT_LIMIT[groups]
+        if registers > limit:
+            return (
+                f"accumulators and fragments take {registers} registers a thread > {limit} with {config.warpgroups} math "
+                f"warpgroups"
+            )
         return None
 
     def default(self, spec: KernelSpec) -> TileConfig:
-        """The first legal one."""
-        return Sm90BackwardConfig(64, 128, 2, 1, "bulk", True)
+        """128 keys, and the overlap where registers allow it."""
+        for overlap in (True, False):
+            config = Sm90BackwardConfig(64, 128, 2, 1, "bulk", overlap)
+            if self.rejection(spec, config) is None:
+                return config
+        raise AssertionError(f"no default tile for {spec.name}")
 
     def context(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, object]:
         """Panels, steps, registers and the shared-memory map."""

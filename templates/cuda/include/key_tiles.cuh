@@ -11,6 +11,7 @@
 
 // What claims of tiles go by; in shared memory because the warps that feed have few registers.
 struct Claims {
+  WorkListHeader* list;
   int heads;      // of keys
   int gqa_ratio;  // of those: 1
   int max_items;
@@ -19,25 +20,20 @@ struct Claims {
   int first;      // tiles that are taken without the counter: one a CTA, or none where additions have an order
 };
 
-__device__ __forceinline__ WorkListHeader* work_list_of(const BackwardParams& p) {
-  return static_cast<WorkListHeader*>(p.work_list);
-}
-
 __device__ __forceinline__ void set_claims(Claims& claims, const BackwardParams& p) {
-  const WorkListHeader& list = *work_list_of(p);
-  claims = {p.heads / p.gqa_ratio, 1, p.max_items};
-  claims.tiles = list.items * claims.heads;
-  claims.balancing = p.turns == nullptr ? balancing_heads(list, claims) : 0;
+  claims = {static_cast<WorkListHeader*>(p.work_list), p.heads / p.gqa_ratio, 1, p.max_items};
+  claims.tiles = claims.list->items * claims.heads;
+  claims.balancing = p.turns == nullptr ? balancing_heads(*claims.list, claims) : 0;
   claims.first = p.turns == nullptr ? gridDim.x : 0;
 }
 
 // Fills the ring of `control` with this CTA's tiles, in one lane of a warp.
 template <typename Control>
-__device__ __forceinline__ void claim_key_tiles(Control& control, const BackwardParams& p) {
+__device__ __forceinline__ void claim_key_tiles(Control& control) {
   const Claims& claims = control.claims;
   RingPosition<sizeof(control.tiles) / sizeof(Tile)> at;
-  for (int tile = claims.first ? blockIdx.x : atomicAdd(&work_list_of(p)->next_tile, 1);;
-       tile = claims.first + atomicAdd(&work_list_of(p)->next_tile, 1), at.advance()) {
+  for (int tile = claims.first ? blockIdx.x : atomicAdd(&claims.list->next_tile, 1);;
+       tile = claims.first + atomicAdd(&claims.list->next_tile, 1), at.advance()) {
     Tile& claimed = control.tiles[at.slot];
     control.tile.wait_empty(at);
     if (tile >= claims.tiles) {
@@ -45,10 +41,10 @@ __device__ __forceinline__ void claim_key_tiles(Control& control, const Backward
       control.tile.arrive_full(at);
       break;
     }
-    claim_tile(claimed, work_list_of(p), claims, claims.balancing, tile);
+    claim_tile(claimed, claims.list, claims, claims.balancing, tile);
     control.tile.arrive_full(at);
   }
-  rewind_work_list(work_list_of(p));
+  rewind_work_list(claims.list);
 }
 
 template <int kTilePanels, int kPanelBytes>

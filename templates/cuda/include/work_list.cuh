@@ -101,6 +101,7 @@ __device__ __forceinline__ void claim_tile(Tile& tile, WorkListHeader* list, con
   tile.head = head + place / count * together + index % together;
   const int4* from = reinterpret_cast<const int4*>(items + place % count);
   reinterpret_cast<int4*>(&tile.item)[0] = from[0];
+  asm volatile("" ::: "memory");  // one after the other: whoever claims has few registers
   reinterpret_cast<int4*>(&tile.item)[1] = from[1];
 }
 
