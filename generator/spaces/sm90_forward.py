@@ -62,17 +62,18 @@ class SmemLayout:
         return self.q_bytes + self.k_bytes + self.v_bytes + self.control_bytes
 
 
-def _panels(columns: int) -> int:
+def panel_count(columns: int) -> int:
+    """Panels of 64 columns, 128 bytes a row, that a tile of so many columns takes."""
     return -(-columns // 64)
 
 
 def smem_layout(spec: KernelSpec, config: Sm90ForwardConfig) -> SmemLayout:
     """The regions' sizes: panels of 64 columns (128 bytes), O shares Q's buffers."""
-    q_panels = max(_panels(spec.head_dim), _panels(spec.head_dim_v))
+    q_panels = max(panel_count(spec.head_dim), panel_count(spec.head_dim_v))
     return SmemLayout(
         q_bytes=config.q_stages * config.block_m * q_panels * 128,
-        k_bytes=config.num_stages * config.block_n * _panels(spec.head_dim) * 128,
-        v_bytes=config.num_stages * config.block_n * _panels(spec.head_dim_v) * 128,
+        k_bytes=config.num_stages * config.block_n * panel_count(spec.head_dim) * 128,
+        v_bytes=config.num_stages * config.block_n * panel_count(spec.head_dim_v) * 128,
         control_bytes=CONTROL_BYTES,
     )
 
@@ -148,7 +149,7 @@ class Sm90ForwardSpace:
         """Panels, steps, registers and the shared-memory map."""
         config = cast(Sm90ForwardConfig, config)
         producer, consumer = REGISTERS[config.warpgroups, config.ctas_per_sm]
-        panels, panels_v = _panels(spec.head_dim), _panels(spec.head_dim_v)
+        panels, panels_v = panel_count(spec.head_dim), panel_count(spec.head_dim_v)
         return {
             "warpgroups": config.warpgroups,
             "num_threads": 128 * (config.warpgroups + 1),

@@ -86,6 +86,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 
 // ---- TMA ------------------------------------------------------------------------------------------------------------
 
+constexpr uint64_t kEvictNormal = 0x1000000000000000ull;
 constexpr uint64_t kEvictFirst = 0x12F0000000000000ull;
 constexpr uint64_t kEvictLast = 0x14F0000000000000ull;
 
@@ -262,6 +263,12 @@ __device__ __forceinline__ bool any_at_least_fp16x2(uint32_t values, uint32_t bo
       : "=r"(any)
       : "r"(values), "r"(bound));
   return any != 0;
+}
+
+__device__ __forceinline__ uint32_t load_shared(uint32_t smem) {
+  uint32_t word;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(smem) : "memory");
+  return word;
 }
 
 __device__ __forceinline__ void store_matrix_x4(uint32_t smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {

@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cuda/include/offsets.cuh"
 #include "cuda/include/pipeline.cuh"
 
 struct alignas(16) WorkItem {  // 32 bytes, read as two int4
@@ -42,10 +43,6 @@ struct alignas(64) WorkListHeader {
 // Dearest first, then, from max_items on, sequence by sequence and the dearest of each first.
 __device__ __forceinline__ WorkItem* work_items(void* work_list) {
   return reinterpret_cast<WorkItem*>(static_cast<char*>(work_list) + sizeof(WorkListHeader));
-}
-
-__device__ __forceinline__ int offset_at(const void* offsets, int index, int wide) {
-  return wide ? static_cast<int>(static_cast<const long long*>(offsets)[index]) : static_cast<const int*>(offsets)[index];
 }
 
 // Exclusive prefix sum over a CTA of 1024 threads; returns the total.

@@ -1,0 +1,55 @@
+"""q, k, v and out of a forward call on their way into a parameter block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from jagtile.runtime.cuda import params
+from jagtile.runtime.cuda.block import ParameterBlock
+from jagtile.runtime.cuda.tensor_map import ALIGNMENT, MapCache, address_words, addressable
+
+_WORDS = address_words(len(params.MAPS))
+
+
+def fill_maps(
+    block: ParameterBlock, maps: MapCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
+) -> bool:
+    """Write the four tensor maps into a block. False where TMA cannot address a tensor (see ``forward_copies``)."""
+    addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+    layout = (
+        *(q.shape[0] > 1, v.shape[0] > 1, q.shape[1], v.shape[1]),
+        *(q.stride(), k.stride(), v.stride(), out.stride()),
+    )
+    found = maps.find(layout)
+    if found is not None and (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % ALIGNMENT == 0:
+        block.data[: len(found)] = found
+        words = block.words
+        words[_WORDS[0]], words[_WORDS[1]], words[_WORDS[2]], words[_WORDS[3]] = addresses
+        return True
+    if not (addressable(q) and addressable(k) and addressable(v) and addressable(out)):
+        return False
+    found = maps.encode(layout, (q, k, v, out))
+    block.data[: len(found)] = found
+    return True
+
+
+def forward_copies(
+    forward: Callable[..., None],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    out: torch.Tensor,
+    *rest: object,
+) -> None:
+    """``forward`` with copies of what TMA cannot address; every ordinary layout, packed QKV views included, it can."""
+    if k.shape[1] > 1 and k.stride(1) == v.stride(1) == 0:  # one head, expanded
+        k, v = k[:, :1], v[:, :1]
+    q, k, v = (t if addressable(t) else t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
+    target = out if addressable(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
+    forward(q, k, v, cu_seqlens_q, cu_seqlens_k, target, *rest)
+    if target is not out:
+        out.copy_(target)
