@@ -10,8 +10,8 @@ from jagtile.generator.spaces.sm90_forward import (
     ELEMENT,
     SMEM_BYTES,
     SMEM_BYTES_PER_SM,
-    SmemLayout,
     Sm90ForwardSpace,
+    SmemLayout,
     panel_count,
 )
 from jagtile.generator.spec import KernelSpec
@@ -22,9 +22,10 @@ THREADS = 128 + 32  # of the math warpgroup, and of the warp that loads
 PANEL = 64  # columns of V that are multiplied at a time
 # Registers a thread, by CTAs an SM: registers are dealt out to whole groups of four warps, and a CTA has five.
 REGISTERS = {1: 255, 2: 168, 3: 128, 4: 96}
-# Fragments' registers that ptxas 13.0 fits into these without spilling: six head dims, causal, compiled around each limit.
+# Fragments' registers that ptxas 13.0 fits into these without spilling: nine head dims compiled around each limit. First
+# those that must be there at a time, then S, P and O together: where S is wide, P is made before all of S is used up.
 FRAGMENT_LIMIT = {1: 176, 2: 112, 3: 88, 4: 64}
-SCORES_LIMIT = 176  # of S, P and O together, however few CTAs
+TOGETHER_LIMIT = {1: 176, 2: 152, 3: 112, 4: 88}
 
 
 @dataclass(frozen=True, order=True)
@@ -94,8 +95,8 @@ class Sm90PackedSpace:
         if registers > limit:
             return f"O and S, or P and a product, take {registers} registers a thread > {limit} with {ctas} CTAs an SM"
         together = config.block_n // 2 + config.block_n // 4 + spec.head_dim_v // 2
-        if together > SCORES_LIMIT:
-            return f"S, P and O take {together} registers a thread > {SCORES_LIMIT}"
+        if together > TOGETHER_LIMIT[ctas]:
+            return f"S, P and O take {together} registers a thread > {TOGETHER_LIMIT[ctas]} with {ctas} CTAs an SM"
         return None
 
     def default(self, spec: KernelSpec) -> TileConfig:

@@ -1,6 +1,6 @@
-// Tiles of consecutive rows of the packed queries, whichever sequences these belong to. Each row has its own range of keys;
-// a tile's keys reach from its first row's first to its last row's last. Needs no work list: which sequences a tile begins
-// and ends in is searched for in the offsets.
+// Tiles of consecutive rows of the packed queries, whichever sequences these belong to. Each row has its own range of
+// keys; a tile's keys reach from its first row's first to its last row's last. Needs no work list: which sequences a tile
+// begins and ends in is searched for in the offsets.
 #pragma once
 #include "cuda/include/offsets.cuh"
 #include "cuda/include/params.cuh"
@@ -32,8 +32,8 @@ __device__ __forceinline__ PairRange pairs_of_cta(int pairs) {
   return {begin, begin + each + (cta < longer)};
 }
 
-// The keys that a row sees, in the packed tensor; `beyond`: the first of cu_seqlens_q that is greater than the row. Rows
-// before the first sequence and behind the last see none.
+// The keys that a row sees, in the packed tensor; `beyond`: the first of cu_seqlens_q that is greater than the row.
+// Rows before the first sequence and behind the last see none.
 template <bool kCausal>
 __device__ __forceinline__ KeyRange visible_keys(const Params& p, int row, int beyond) {
   const int sequence = min(max(beyond - 1, 0), p.batch - 1);

@@ -1,5 +1,5 @@
-// P V where rows must not be touched by what they do not see. A matrix product multiplies such values by a probability of
-// zero, and zero times NaN or infinity is NaN: then the product is computed again, without them.
+// P V where rows must not be touched by what they do not see. A matrix product multiplies such values by a probability
+// of zero, and zero times NaN or infinity is NaN: then the product is computed again, without them.
 #pragma once
 #include <cstdint>
 
@@ -27,8 +27,8 @@ __device__ __forceinline__ bool any_nan(const float (&values)[kRegisters]) {
   return sum != sum;
 }
 
-// A warp's 16 rows of P V in plain arithmetic, over the keys that a row sees; `seen` counts from the block's first key. V's
-// columns lie in one swizzled panel of 128-byte rows. Slow, short, and seldom called.
+// A warp's 16 rows of P V in plain arithmetic, over the keys that a row sees; `seen` counts from the block's first key.
+// V's columns lie in one swizzled panel of 128-byte rows. Slow, short, and seldom called.
 template <Unpack kUnpack, int kSteps, int kRegisters>
 __device__ __forceinline__ void multiply_seen(float (&product)[kRegisters], const uint32_t (&probabilities)[kSteps][4],
                                               uint32_t panel, const KeyRange (&seen)[2]) {
