@@ -22,8 +22,8 @@ THREADS = 128 + 32  # of the math warpgroup, and of the warp that loads
 PANEL = 64  # columns of V that are multiplied at a time
 # Registers a thread, by CTAs an SM: registers are dealt out to whole groups of four warps, and a CTA has five.
 REGISTERS = {1: 255, 2: 168, 3: 128, 4: 96}
-# Fragments' registers that ptxas 13.0 fits into these without spilling: nine head dims compiled around each limit. First
-# those that must be there at a time, then S, P and O together: where S is wide, P is made before all of S is used up.
+# Fragments' registers that ptxas 13.0 fits into these without spilling: nine head dims compiled around each limit.
+# First those that must be there at a time, then S, P and O together: a wide S is not used up before P is made.
 FRAGMENT_LIMIT = {1: 176, 2: 112, 3: 88, 4: 64}
 TOGETHER_LIMIT = {1: 176, 2: 152, 3: 112, 4: 88}
 
