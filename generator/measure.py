@@ -77,7 +77,7 @@ class Trials:
         self._rng = random.Random(seed)
         self._timer = timer_for(self.device)
         self._kernels: dict[str, Kernel] = {}
-        self._case = lru_cache(maxsize=8)(self._make_case)
+        self._case = lru_cache(maxsize=16)(self._make_case)
         self._sets = lru_cache(maxsize=1)(self._make_sets)
 
     def facts(self, note: Note) -> WorkerFacts:

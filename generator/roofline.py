@@ -7,13 +7,16 @@ well, against measured records. A step is one block of keys for one CTA's query 
 from __future__ import annotations
 
 import statistics
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 from jagtile.generator.oracle import torch_dtype
 from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig
+from jagtile.generator.spaces.sm90_packed import BLOCK_M, Sm90PackedConfig
 from jagtile.generator.spaces.sm90_split import Sm90SplitConfig
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import TileConfig, Variant
@@ -51,6 +54,8 @@ def roofline(variant: Variant, workload: Workload, device: Facts) -> Roofline | 
     """The prediction for a workload on a device; None for a template that there is no model of."""
     if isinstance(variant.config, Sm90ForwardConfig):
         return _hopper_forward(variant, variant.config, workload, device)
+    if isinstance(variant.config, Sm90PackedConfig):
+        return _hopper_packed(variant, variant.config, workload, device)
     return None
 
 
@@ -88,12 +93,38 @@ def _hopper_forward(variant: Variant, config: Sm90ForwardConfig, workload: Workl
     if split:  # pieces of the keys share out the work
         longest = min(longest, clocks / (device.units * ctas))
     compute_us = max(clocks / (device.units * ctas), longest) / CLOCK_GHZ / 1e3
-    rows = workload.total_q * workload.num_heads * spec.head_dim_v
+    return _with_memory(compute_us, "latency" if alone > busy else bound, variant, workload, device)
+
+
+def _hopper_packed(variant: Variant, config: Sm90PackedConfig, workload: Workload, device: Facts) -> Roofline:
+    """Tiles of 64 packed rows and a head; each CTA has its run of them. A tile's steps follow each other without overlap,
+    and CTAs overlap each other.
+    """
+    spec, ctas = variant.spec, config.ctas_per_sm
+    alike = Sm90ForwardConfig(BLOCK_M, config.block_n, config.num_stages, q_stages=1, ctas_per_sm=ctas)
+    units = _step_clocks(alike, spec.head_dim, spec.head_dim_v)
+    bound = max(units, key=units.__getitem__)
+    busy = units[bound] * _OVERLAP_LOSS * ctas
+    alone = units["tensor"] + units["exp"] + units["issue"] + _STEP_LATENCY
+    hides = config.num_stages > 1
+    tile = _TILE_CLOCKS * (0.5 if hides else 1.0) + _FILL_CLOCKS * (_HIDDEN_FILL if hides else 1.0)
+    clocks, pairs = 0.0, 0
+    for keys, tiles in _packed_tiles(workload).items():
+        clocks += tiles * (-(-keys // config.block_n) * max(busy, alone) + tile)
+        pairs += tiles
+    slots = device.units * ctas
+    runs = -(-pairs // slots) * slots / max(pairs, 1)  # the longest run over the mean one
+    compute_us = clocks / slots * runs / CLOCK_GHZ / 1e3
+    return _with_memory(compute_us, "latency" if alone > busy else bound, variant, workload, device)
+
+
+def _with_memory(compute_us: float, bound: str, variant: Variant, workload: Workload, device: Facts) -> Roofline:
+    """The roof's two sides, and the launch."""
+    element = torch_dtype(variant.spec.dtype).itemsize
+    rows = workload.total_q * workload.num_heads * variant.spec.head_dim_v
     memory_us = (workload.input_bytes(element) + element * rows) / (device.bandwidth_gbs or float("inf")) / 1e3
     if memory_us > compute_us:
         bound = "memory"
-    elif alone > busy:
-        bound = "latency"
     return Roofline((compute_us**_KNEE + memory_us**_KNEE) ** (1 / _KNEE) + _LAUNCH_US, bound)
 
 
@@ -122,6 +153,24 @@ def _tiles(workload: Workload, block_m: int) -> Counter[int]:
         for first in range(0, len_q, block_m):
             seen = min(len_k, max(0, min(len_q, first + block_m) + diagonal)) if workload.is_causal else len_k
             found[seen] += workload.num_heads
+    return found
+
+
+@lru_cache(maxsize=64)
+def _packed_tiles(workload: Workload) -> Counter[int]:
+    """How many tiles of packed rows see how many keys, over all heads."""
+    ends_q = list(accumulate(workload.seqlens_q))
+    begins_k = list(accumulate(workload.seqlens_k, initial=0))
+    found: Counter[int] = Counter()
+    for first in range(0, workload.total_q, BLOCK_M):
+        last = min(first + BLOCK_M, workload.total_q) - 1
+        begin, end = bisect_right(ends_q, first), bisect_right(ends_q, last)
+        seen = workload.seqlens_k[end]
+        if workload.is_causal:
+            len_q = workload.seqlens_q[end]
+            diagonal = seen - len_q if workload.causal_alignment == "bottom_right" else 0
+            seen = min(seen, max(0, last - (ends_q[end] - len_q) + 1 + diagonal))
+        found[begins_k[end] + seen - begins_k[begin]] += workload.num_heads
     return found
 
 

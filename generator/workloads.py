@@ -268,7 +268,7 @@ def _few_queries(spec: KernelSpec) -> tuple[Workload, ...]:
 
 
 _GPU_REPRESENTATIVES = {
-    "short": ("recsys-d64",),
+    "short": ("recsys-d64", "one-token-d64"),
     "medium": ("vit-d64",),
     "long": ("u4k-d128",),
     "cross": ("cross-d64", "mixed-d128-gqa-causal"),
