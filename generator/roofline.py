@@ -97,8 +97,8 @@ def _hopper_forward(variant: Variant, config: Sm90ForwardConfig, workload: Workl
 
 
 def _hopper_packed(variant: Variant, config: Sm90PackedConfig, workload: Workload, device: Facts) -> Roofline:
-    """Tiles of 64 packed rows and a head; each CTA has its run of them. A tile's steps follow each other without overlap,
-    and CTAs overlap each other.
+    """Tiles of 64 packed rows and a head; each CTA has its run of them. A tile's steps wait for each other, while
+    CTAs overlap each other.
     """
     spec, ctas = variant.spec, config.ctas_per_sm
     alike = Sm90ForwardConfig(BLOCK_M, config.block_n, config.num_stages, q_stages=1, ctas_per_sm=ctas)

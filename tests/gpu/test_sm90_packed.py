@@ -1,4 +1,4 @@
-"""The Hopper forward for short sequences on a GPU, against the float64 oracle: what the emulator shows, at full size."""
+"""The Hopper forward for short sequences on a GPU, against the float64 oracle: what the emulator shows, full size."""
 
 from __future__ import annotations
 
