@@ -30,7 +30,7 @@ VARIANTS = [
     CAUSAL,
     "fwd_fp16_d64_causal/packed_n96_s2_c3",
     "fwd_bf16_d8/packed_n32_s3_c4",
-    "fwd_bf16_d32_causal/packed_n96_s1_c4",
+    "fwd_bf16_d32_causal/packed_n64_s1_c4",
     "fwd_bf16_d72_dv40_causal/packed_n64_s2_c2",
     "fwd_fp16_d96/packed_n64_s2_c2",
     "fwd_bf16_d256_dv192_causal/packed_n64_s1_c1",

@@ -19,6 +19,18 @@ struct alignas(16) PackedTile {
   int keys;              // of all rows together
 };
 
+// What the two rows of a math thread see, from a block's first key on.
+struct ThreadRows {
+  KeyRange keys[2];
+
+  template <int kRows>
+  __device__ __forceinline__ ThreadRows(const PackedTile<kRows>& tile, int first_key) {
+    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    keys[0] = tile.rows[row].from(first_key);
+    keys[1] = tile.rows[row + 8].from(first_key);
+  }
+};
+
 // Pairs of a tile and a head, in order of tiles, are dealt out in runs: a CTA's pairs share few tiles.
 struct PairRange {
   int begin;

@@ -27,6 +27,18 @@ __device__ __forceinline__ float probability_offset(float reference, float scale
   return fmaf(reference, scale_log2, static_cast<float>(kHeadroom));
 }
 
+// A row's reference becomes the largest of its lanes' `maximum`, which its old one is part of; earlier results must be
+// multiplied by `rescale`. Returns what is subtracted from the row's scaled scores.
+template <int kHeadroom>
+__device__ __forceinline__ float take_maximum(float& reference, float maximum, float& rescale, float scale_log2) {
+  maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffff, maximum, 1));
+  maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffff, maximum, 2));
+  const float offset = maximum == -INFINITY ? 0.0f : probability_offset<kHeadroom>(maximum, scale_log2);
+  rescale = exp2_approx(probability_offset<kHeadroom>(reference, scale_log2) - offset);
+  reference = maximum;
+  return offset;
+}
+
 // Scores become probabilities relative to the row's new maximum; earlier results must be multiplied by `rescale`. Of a row
 // that has seen no key they are zeros. `kHeadroom`: they come out 2^-kHeadroom of what they are.
 template <int kHeadroom, int kRegisters>
@@ -37,11 +49,7 @@ __device__ __forceinline__ void online_softmax(float (&scores)[kRegisters], RowS
     float maximum = rows.reference[h];
 #pragma unroll
     for (int i = 2 * h; i < kRegisters; i += 4) maximum = fmaxf(maximum, fmaxf(scores[i], scores[i + 1]));
-    maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffff, maximum, 1));
-    maximum = fmaxf(maximum, __shfl_xor_sync(0xffffffff, maximum, 2));
-    const float offset = maximum == -INFINITY ? 0.0f : probability_offset<kHeadroom>(maximum, scale_log2);
-    rescale[h] = exp2_approx(probability_offset<kHeadroom>(rows.reference[h], scale_log2) - offset);
-    rows.reference[h] = maximum;
+    const float offset = take_maximum<kHeadroom>(rows.reference[h], maximum, rescale[h], scale_log2);
     float sum = 0.0f;
 #pragma unroll
     for (int i = 2 * h; i < kRegisters; i += 4) {

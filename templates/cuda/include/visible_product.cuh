@@ -8,15 +8,6 @@
 
 using Unpack = float2 (*)(uint32_t);  // unpack_bf16 or unpack_fp16
 
-// Scores of keys outside of a row's range become -inf; ranges count from this thread's first column.
-template <int kRegisters>
-__device__ __forceinline__ void mask_outside(float (&scores)[kRegisters], const KeyRange (&seen)[2]) {
-#pragma unroll
-  for (int i = 0; i < kRegisters; ++i) {
-    if (!seen[(i >> 1) & 1].holds(8 * (i >> 2) + (i & 1))) scores[i] = -INFINITY;
-  }
-}
-
 // Whether any value is NaN; true for some infinities too.
 template <int kRegisters>
 __device__ __forceinline__ bool any_nan(const float (&values)[kRegisters]) {

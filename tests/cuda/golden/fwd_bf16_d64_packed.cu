@@ -30,6 +30,7 @@
 #include "cuda/include/params.cuh"
 #include "cuda/include/pipeline.cuh"
 #include "cuda/include/ptx.cuh"
+#include "cuda/include/range_softmax.cuh"
 #include "cuda/include/softmax.cuh"
 #include "cuda/include/visible_product.cuh"
 
@@ -118,14 +119,18 @@ __device__ __forceinline__ void issue_product(float (&d)[32], const uint32_t (&a
 // A block's P V, of one panel of V, is added to the panel's columns of the rescaled O.
 template <int kPanel, int kColumns>
 __device__ __forceinline__ void add_product(float (&output)[kOutRegisters], uint32_t (&probabilities)[kStepsPV][4],
-                                            uint32_t v_tile, const KeyRange (&seen)[2], const float (&rescale)[2]) {
+                                            uint32_t v_tile, const PackedTile<kBlockM>& in, int first_key,
+                                            const float (&rescale)[2]) {
   const uint32_t panel = v_tile + kPanel * kKVPanelBytes;
   float product[kColumns / 2] = {};
   issue_product(product, probabilities, panel);
   wgmma_wait<0>();
   pin_registers(product);
   pin_registers(probabilities);
-  if (__any_sync(0xffffffff, any_nan(product))) multiply_seen<unpack_bf16>(product, probabilities, panel, seen);
+  if (__any_sync(0xffffffff, any_nan(product))) {
+    const ThreadRows seen(in, first_key);
+    multiply_seen<unpack_bf16>(product, probabilities, panel, seen.keys);
+  }
 #pragma unroll
   for (int i = 0; i < kColumns / 2; ++i) {
     float& sum = output[32 * kPanel + i];
@@ -213,7 +218,6 @@ jagtile_fwd_bf16_d64_packed_n96_s2_c3(const __grid_constant__ Params p) {
   const int lane = threadIdx.x % 32;
   const bool leader = threadIdx.x == 0;
   const int thread_row = 16 * warp + lane / 4;  // the upper of two, 8 apart
-  const int thread_column = 2 * (lane % 4);
   const float scale_log2 = p.scale_log2;
   uint32_t stored_q = 0;  // the leader's: empty barrier of the Q buffer that the previous pair's O is leaving through
   auto free_stored_q = [&] {
@@ -238,16 +242,14 @@ jagtile_fwd_bf16_d64_packed_n96_s2_c3(const __grid_constant__ Params p) {
       wgmma_wait<0>();
       pin_registers(scores);
       release(control.k, kv_at);
-      const KeyRange seen[2] = {in.rows[thread_row].from(first_key), in.rows[thread_row + 8].from(first_key)};
-      mask_outside(scores, {seen[0].from(thread_column), seen[1].from(thread_column)});
       float rescale[2];
-      online_softmax<0>(scores, rows, rescale, scale_log2);
       uint32_t probabilities[kStepsPV][4];
-      pack_fragments<pack_bf16>(probabilities, scores);
+      const ThreadRows seen(in, first_key);
+      range_softmax<pack_bf16>(scores, probabilities, seen.keys, rows, rescale, scale_log2);
 
       const uint32_t v_tile = v_tiles + kv_at.slot * kVBytes;
       control.v.wait_full(kv_at);
-      add_product<0, 64>(output, probabilities, v_tile, seen, rescale);
+      add_product<0, 64>(output, probabilities, v_tile, in, first_key, rescale);
       release(control.v, kv_at);
     }
 
