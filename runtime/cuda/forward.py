@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from jagtile.runtime.artifact import Artifact, ArtifactMeta
 from jagtile.runtime.cuda import driver, params, tensor_map, work_list
 from jagtile.runtime.cuda.block import ParameterBlock
 from jagtile.runtime.cuda.head_packs import ROWS, HeadPacks, packed, unpacked
-from jagtile.runtime.cuda.tensor_map import addressable
+from jagtile.runtime.cuda.operands import fill_maps, forward_copies
 from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
 
@@ -20,7 +19,6 @@ _BUILDER = "jagtile_build_work_list"
 _SPLIT_BUILDER = "jagtile_build_split_work_list"
 _BUILDER_THREADS = 1024
 _SMALLEST_SCALE = 1e-30
-_MAP_WORDS = tensor_map.address_words(len(params.MAPS))
 
 
 class _Tiling(NamedTuple):
@@ -32,7 +30,6 @@ class _Tiling(NamedTuple):
     block: int  # queries of a tile
     list_key: tuple[int, ...]  # what a work list depends on, beside the call's alignment and stream
     maps: tensor_map.MapCache
-    find_maps: Callable[[tensor_map.Layout], bytes | None]
 
 
 class CudaForwardKernel:
@@ -82,20 +79,10 @@ class CudaForwardKernel:
             q, scale = -q, -scale
         total_k, heads_kv, _ = v.shape
         tiling = self._tilings.get((heads, heads_kv)) or self._tile(heads, heads_kv)
-        packs, total_packs, packs_per_kv_head, tile_queries, list_key, map_cache, find_maps = tiling
-        addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
-        layout = (total_q > 1, total_k > 1, heads, heads_kv, q.stride(), k.stride(), v.stride(), out.stride())
-        maps = find_maps(layout)
+        packs, total_packs, packs_per_kv_head, tile_queries, list_key, map_cache = tiling
         block = self._block
-        if maps is not None and (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % tensor_map.ALIGNMENT == 0:
-            block.data[: len(maps)] = maps
-            words = block.words
-            words[_MAP_WORDS[0]], words[_MAP_WORDS[1]], words[_MAP_WORDS[2]], words[_MAP_WORDS[3]] = addresses
-        elif addressable(q) and addressable(k) and addressable(v) and addressable(out):
-            maps = map_cache.encode(layout, (q, k, v, out))
-            block.data[: len(maps)] = maps
-        else:
-            self._forward_copies(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
+        if not fill_maps(block, map_cache, q, k, v, out):
+            forward_copies(self.forward, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
             return
 
         stream: int = torch._C._cuda_getCurrentRawStream(self._device)
@@ -152,27 +139,6 @@ class CudaForwardKernel:
         rows = (packs.tokens, self._block_n, self._block_n, packs.tokens)
         maps = tensor_map.MapCache(self._dtype, rows, (packs.heads, 1, 1, packs.heads))
         list_key = (block, self._block_n, self._causal, *split)
-        tiling = _Tiling(packs, packs.total, packs.per_kv_head, block, list_key, maps, maps.find)
+        tiling = _Tiling(packs, packs.total, packs.per_kv_head, block, list_key, maps)
         self._tilings[heads, heads_kv] = tiling
         return tiling
-
-    def _forward_copies(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cu_seqlens_q: torch.Tensor,
-        cu_seqlens_k: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-        scale: float,
-        bottom_right: bool,
-    ) -> None:
-        """Layouts that TMA cannot address are copied; every ordinary one, packed QKV views included, is not."""
-        if k.shape[1] > 1 and k.stride(1) == v.stride(1) == 0:  # one head, expanded
-            k, v = k[:, :1], v[:, :1]
-        q, k, v = (t if addressable(t) else t.clone(memory_format=torch.contiguous_format) for t in (q, k, v))
-        target = out if addressable(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
-        self.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, target, lse, scale, bottom_right)
-        if target is not out:
-            out.copy_(target)

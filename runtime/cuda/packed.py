@@ -10,11 +10,11 @@ from jagtile.runtime.cuda.block import ParameterBlock
 from jagtile.runtime.cuda.operands import fill_maps, forward_copies
 from jagtile.runtime.cuda.tensor_map import MapCache
 from jagtile.runtime.cuda.work_list import MAX_TILES, MAX_TOKENS
+from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
 
 _LOG2_E = 1.4426950408889634
 _SMALLEST_SCALE = 1e-30
-_NOT_SPLIT = (0,) * (len(params.SPLIT_INTEGERS) + len(params.SPLIT_POINTERS))
 
 
 class CudaPackedKernel:
@@ -51,6 +51,7 @@ class CudaPackedKernel:
         lse: torch.Tensor | None,
         scale: float,
         bottom_right: bool,
+        dropout: Dropout | None = None,
     ) -> None:
         """Launch on the current stream of the tensors' device (see ForwardKernel)."""
         total_q, heads, _ = q.shape
@@ -92,7 +93,6 @@ class CudaPackedKernel:
             self._block_n,
             self._causal,
             max(scale, _SMALLEST_SCALE) * _LOG2_E,
-            *_NOT_SPLIT,
         )
         stream: int = torch._C._cuda_getCurrentRawStream(self._device)
         self._launch(self._kernel, min(self._slots, pairs), self._threads, self._smem, stream, block.arguments)
