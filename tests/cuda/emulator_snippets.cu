@@ -7,14 +7,15 @@ namespace {
 
 __device__ __forceinline__ void tma_load_2d(uint32_t smem, const void* map, uint32_t barrier, int column, int row) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(smem),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
+          "r"(smem),
       "l"(map), "r"(barrier), "r"(column), "r"(row)
       : "memory");
 }
 
 // Loads a box to the beginning of shared memory; all threads wait for it.
-__device__ __forceinline__ void load_box(const TensorMap& map, uint32_t smem, uint64_t& barrier, uint32_t bytes, int column,
-                                         int row, bool init) {
+__device__ __forceinline__ void load_box(const TensorMap& map, uint32_t smem, uint64_t& barrier, uint32_t bytes,
+                                         int column, int row, bool init) {
   if (threadIdx.x == 0) {
     if (init) mbarrier_init(smem_address(&barrier), 1);
     mbarrier_init_fence();
@@ -27,8 +28,8 @@ __device__ __forceinline__ void load_box(const TensorMap& map, uint32_t smem, ui
 }  // namespace
 
 // The bytes of shared memory after a box was loaded.
-extern "C" __global__ void __launch_bounds__(32) loaded_bytes(const __grid_constant__ TensorMap map, unsigned char* out, int bytes,
-                                                              int column, int row) {
+extern "C" __global__ void __launch_bounds__(32)
+    loaded_bytes(const __grid_constant__ TensorMap map, unsigned char* out, int bytes, int column, int row) {
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ uint64_t barrier;
   load_box(map, smem_address(shared), barrier, bytes, column, row, true);
@@ -37,17 +38,19 @@ extern "C" __global__ void __launch_bounds__(32) loaded_bytes(const __grid_const
 }
 
 // From one map to another, by way of shared memory; `add`: adds.
-extern "C" __global__ void __launch_bounds__(32) box_to_box(const __grid_constant__ TensorMap from, const __grid_constant__ TensorMap to,
-                                                            int bytes, int column, int row, int add) {
+extern "C" __global__ void __launch_bounds__(32)
+    box_to_box(const __grid_constant__ TensorMap from, const __grid_constant__ TensorMap to, int bytes, int column,
+               int row, int add) {
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ uint64_t barrier;
   load_box(from, smem_address(shared), barrier, bytes, 0, 0, true);
   mbarrier_wait(smem_address(&barrier), 0);
   if (threadIdx.x == 0) {
     if (add) {
-      asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&to),
-                   "r"(smem_address(shared)), "r"(column), "r"(row)
-                   : "memory");
+      asm volatile(
+          "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&to),
+          "r"(smem_address(shared)), "r"(column), "r"(row)
+          : "memory");
     } else {
       asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&to),
                    "r"(smem_address(shared)), "r"(column), "r"(row)
@@ -58,10 +61,11 @@ extern "C" __global__ void __launch_bounds__(32) box_to_box(const __grid_constan
   }
 }
 
-// D (64 x 64) = A B, 64 deep. Both operands come by TMA in rows of `row_bytes`, K-major or MN-major. Columns of a box beyond
-// one panel come as further boxes, `panel` bytes apart.
+// D (64 x 64) = A B, 64 deep. Both operands come by TMA in rows of `row_bytes`, K-major or MN-major. Columns of a box
+// beyond one panel come as further boxes, `panel` bytes apart.
 template <int kTransposeA, int kTransposeB>
-__device__ __forceinline__ void product(const TensorMap& a, const TensorMap& b, float* out, int row_bytes, int swizzle) {
+__device__ __forceinline__ void product(const TensorMap& a, const TensorMap& b, float* out, int row_bytes,
+                                        int swizzle) {
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ uint64_t barrier;
   const uint32_t a_tile = smem_address(shared), b_tile = a_tile + 64 * 128;
@@ -92,15 +96,17 @@ __device__ __forceinline__ void product(const TensorMap& a, const TensorMap& b, 
         "{\n"
         ".reg .pred p;\n"
         "setp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "
-        "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, -1, %35, %36;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, "
+        "%13, "
+        "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, "
+        "-1, %35, %36;\n"
         "}\n"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
-          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
-          "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]),
-          "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-        : "l"(descriptor(a_tile, kTransposeA, step)), "l"(descriptor(b_tile, kTransposeB, step)), "r"(step), "n"(kTransposeA),
-          "n"(kTransposeB));
+          "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
+          "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
+          "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+        : "l"(descriptor(a_tile, kTransposeA, step)), "l"(descriptor(b_tile, kTransposeB, step)), "r"(step),
+          "n"(kTransposeA), "n"(kTransposeB));
   }
   wgmma_commit();
   wgmma_wait<0>();
@@ -112,8 +118,8 @@ __device__ __forceinline__ void product(const TensorMap& a, const TensorMap& b, 
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-products(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* out, int row_bytes, int swizzle,
-         int transposed) {
+    products(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap b, float* out, int row_bytes,
+             int swizzle, int transposed) {
   if (transposed == 0) product<0, 0>(a, b, out, row_bytes, swizzle);
   if (transposed == 1) product<0, 1>(a, b, out, row_bytes, swizzle);
   if (transposed == 2) product<1, 0>(a, b, out, row_bytes, swizzle);
@@ -121,15 +127,15 @@ products(const __grid_constant__ TensorMap a, const __grid_constant__ TensorMap 
 }
 
 // Through stmatrix and ldmatrix, each transposing or not: 32 x 8 values.
-extern "C" __global__ void __launch_bounds__(32) matrices(const uint32_t* from, uint32_t* to, int store_transposed,
-                                                          int load_transposed) {
+extern "C" __global__ void __launch_bounds__(32)
+    matrices(const uint32_t* from, uint32_t* to, int store_transposed, int load_transposed) {
   __shared__ __align__(16) unsigned char tile[512];
   const uint32_t row = smem_address(tile) + threadIdx.x * 16;
   uint32_t r[4];
   for (int i = 0; i < 4; ++i) r[i] = from[i * 32 + threadIdx.x];
   if (store_transposed) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
-                 "r"(r[2]), "r"(r[3])
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3])
                  : "memory");
   } else {
     store_matrix_x4(row, r[0], r[1], r[2], r[3]);
@@ -149,8 +155,8 @@ extern "C" __global__ void __launch_bounds__(32) matrices(const uint32_t* from, 
   for (int i = 0; i < 4; ++i) to[i * 32 + threadIdx.x] = r[i];
 }
 
-// 256 floats a CTA added to `to`: by a bulk reduction, by vector reductions, by atomics; the copies in by cp.async.bulk and
-// by cp.async, of which the latter clips.
+// 256 floats a CTA added to `to`: by a bulk reduction, by vector reductions, by atomics; the copies in by cp.async.bulk
+// and by cp.async, of which the latter clips.
 extern "C" __global__ void __launch_bounds__(64) additions(const float* from, float* to, int* votes) {
   __shared__ __align__(128) float bulk[256];
   __shared__ __align__(128) float clipped[64][4];
@@ -168,20 +174,21 @@ extern "C" __global__ void __launch_bounds__(64) additions(const float* from, fl
   }
   __syncthreads();
   const uint32_t mine = smem_address(clipped[thread]);
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(mine), "l"(from + 4 * thread), "r"(thread % 2 * 8) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(mine), "l"(from + 4 * thread), "r"(thread % 2 * 8)
+               : "memory");
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(smem_address(&ready)) : "memory");
   mbarrier_wait(smem_address(&full), 0);
   mbarrier_wait(smem_address(&ready), 0);
   const float* other = clipped[thread ^ 32];
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + 4 * thread), "f"(other[0]), "f"(other[1]), "f"(other[2]),
-               "f"(other[3])
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to + 4 * thread), "f"(other[0]), "f"(other[1]),
+               "f"(other[2]), "f"(other[3])
                : "memory");
   atomicAdd(to + thread, 1.0f);
   fence_async_proxy();
   __syncthreads();
   if (thread == 32) {
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(smem_address(bulk)),
-                 "r"(1024)
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+                 "r"(smem_address(bulk)), "r"(1024)
                  : "memory");
     tma_store_commit();
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
@@ -213,8 +220,8 @@ extern "C" __global__ void __launch_bounds__(32) lanes(int* out) {
 }
 
 // Producer and consumer by bar.arrive and bar.sync, as many times as asked. mistake 1: the producer does not wait to be
-// answered; 2: plain stores that a bulk store reads without a proxy fence; 3: a write beyond the tensor; 4: an arrival too
-// many; 5: a phase that nobody completes; 6: one lane leaves while its warp votes; 7: beyond shared memory.
+// answered; 2: plain stores that a bulk store reads without a proxy fence; 3: a write beyond the tensor; 4: an arrival
+// too many; 5: a phase that nobody completes; 6: one lane leaves while its warp votes; 7: beyond shared memory.
 extern "C" __global__ void __launch_bounds__(64) mistakes(float* out, int times, int mistake) {
   __shared__ __align__(128) float values[32];
   __shared__ uint64_t barrier;
@@ -236,7 +243,8 @@ extern "C" __global__ void __launch_bounds__(64) mistakes(float* out, int times,
     if (threadIdx.x < 32) values[lane] = 1.0f;
     __syncthreads();
     if (threadIdx.x == 0) {
-      asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(out), "r"(smem_address(values)), "r"(128)
+      asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(out), "r"(smem_address(values)),
+                   "r"(128)
                    : "memory");
       tma_store_commit();
       tma_store_wait_read();

@@ -128,14 +128,24 @@ class Function:
     dynamic_smem: int = 48 * 1024
 
 
-def _tensor_spans() -> list[tuple[int, int]]:
-    """Where the elements of every tensor of the process are: what a kernel may read and write."""
-    spans = set()
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
-            spans.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
-    return [(begin, end) for begin, end in sorted(spans) if end > begin]
+class _TensorSpans:
+    """Where the elements of the process's tensors are: what a kernel may read and write."""
+
+    def __init__(self) -> None:
+        self._spans: set[tuple[int, int]] = set()
+        self._collections = -1
+
+    def found(self) -> list[tuple[int, int]]:
+        """Those of now, and those of earlier calls. Looks at old objects only where young ones may have become old."""
+        collections = sum(generation["collections"] for generation in gc.get_stats()[1:])
+        generations = (0, 1) if collections == self._collections else (0, 1, 2)
+        self._collections = collections
+        for thing in (thing for generation in generations for thing in gc.get_objects(generation)):
+            if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+                storage = thing.untyped_storage()
+                if storage.nbytes():
+                    self._spans.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+        return sorted(self._spans)
 
 
 class _Parameters:
@@ -163,6 +173,7 @@ class Machine:
     processors: int = 2
     seed: int = 0
     launches: list[tuple[str, int, int, int]] = field(default_factory=list)  # kernel, CTAs, threads, shared memory
+    _tensors: _TensorSpans = field(default_factory=_TensorSpans)
 
     def launch(
         self, function: Function, grid: Sequence[int], block: Sequence[int], smem: int, arguments: int
@@ -181,7 +192,7 @@ class Machine:
         ctas = max(ctas, 1)
         registers = min(65536 // (threads * ctas) // 8 * 8, 256) if threads else 0  # ptxas's choice, by the bounds
         parameters = _Parameters(library, name, arguments)
-        flat = [word for span in [*parameters.spans, *_tensor_spans()] for word in span]
+        flat = [word for span in [*parameters.spans, *self._tensors.found()] for word in span]
         library.emu_allow((ctypes.c_uint64 * len(flat))(*flat), len(flat) // 2)
         error = library.emu_launch(
             entry,

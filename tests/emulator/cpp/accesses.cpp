@@ -1,5 +1,5 @@
-// Every load and store of the kernel that the compiler could not keep in registers: g++'s hooks for an address sanitizer,
-// in which nothing of that sanitizer is used.
+// Every load and store of the kernel that the compiler could not keep in registers: g++'s hooks for an address
+// sanitizer, in which nothing of that sanitizer is used.
 #include "machine.h"
 
 extern "C" {
@@ -41,7 +41,7 @@ void raw_copy(void* to, const void* from, unsigned bytes) {
 
 }  // namespace emu
 
-#define EMU_HOOKS(bytes)                                                                                              \
+#define EMU_HOOKS(bytes)                                                                                               \
   extern "C" void __asan_load##bytes##_noabort(void* p) { emu::access(p, bytes, false, __builtin_return_address(0)); } \
   extern "C" void __asan_store##bytes##_noabort(void* p) { emu::access(p, bytes, true, __builtin_return_address(0)); }
 EMU_HOOKS(1)

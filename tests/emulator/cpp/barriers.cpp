@@ -10,26 +10,31 @@ namespace emu {
 uint32_t shuffle(uint32_t mask, uint32_t value, int mode, int operand, int width) {
   EMU_ENTER();
   const uint64_t how = static_cast<uint64_t>(mode) << 32 | static_cast<uint32_t>(width);
-  return static_cast<uint32_t>(converge(mask, false, "shfl.sync", how, value, static_cast<uint32_t>(operand),
-                                        [](Warp&, Collective& all) {
-    const int mode = static_cast<int>(all.tag >> 32), width = static_cast<int>(all.tag & 0xFFFFFFFF);
-    for (int lane = 0; lane < 32; ++lane) {
-      if (!(all.arrived >> lane & 1)) continue;
-      const int operand = static_cast<int>(all.extra[lane]), base = lane / width * width;
-      int from = mode == 0 ? base + (operand & (width - 1)) : mode == 1 ? lane - operand : mode == 2 ? lane + operand : lane ^ operand;
-      if (from < base || from >= base + width) from = lane;
-      if (!(all.arrived >> from & 1)) fail("shfl.sync: lane %d reads lane %d, which is not in the mask", lane, from);
-      all.result[lane] = all.value[from];
-    }
-    return true;
-  }));
+  return static_cast<uint32_t>(
+      converge(mask, false, "shfl.sync", how, value, static_cast<uint32_t>(operand), [](Warp&, Collective& all) {
+        const int mode = static_cast<int>(all.tag >> 32), width = static_cast<int>(all.tag & 0xFFFFFFFF);
+        for (int lane = 0; lane < 32; ++lane) {
+          if (!(all.arrived >> lane & 1)) continue;
+          const int operand = static_cast<int>(all.extra[lane]), base = lane / width * width;
+          int from = mode == 0   ? base + (operand & (width - 1))
+                     : mode == 1 ? lane - operand
+                     : mode == 2 ? lane + operand
+                                 : lane ^ operand;
+          if (from < base || from >= base + width) from = lane;
+          if (!(all.arrived >> from & 1))
+            fail("shfl.sync: lane %d reads lane %d, which is not in the mask", lane, from);
+          all.result[lane] = all.value[from];
+        }
+        return true;
+      }));
 }
 
 uint32_t ballot(uint32_t mask, bool value) {
   EMU_ENTER();
   return static_cast<uint32_t>(converge(mask, false, "vote.sync", 0, value, 0, [](Warp&, Collective& all) {
     uint32_t votes = 0;
-    for (int lane = 0; lane < 32; ++lane) votes |= static_cast<uint32_t>(all.arrived >> lane & 1 & all.value[lane]) << lane;
+    for (int lane = 0; lane < 32; ++lane)
+      votes |= static_cast<uint32_t>(all.arrived >> lane & 1 & all.value[lane]) << lane;
     for (uint64_t& result : all.result) result = votes;
     return true;
   }));
@@ -85,24 +90,26 @@ void set_registers(int count, bool grow) {
   if (count % 8 || count < 24 || count > 256) fail("setmaxnreg takes multiples of 8 from 24 to 256, got %d", count);
   converge(kFull, true, grow ? "setmaxnreg.inc" : "setmaxnreg.dec", static_cast<uint64_t>(count), 0, 0,
            [](Warp& warp, Collective& all) {
-    if (warp.live != kFull) fail("setmaxnreg after lanes of the warp have exited");
-    const int asked = static_cast<int>(all.tag);
-    const bool grows = std::strcmp(all.kind, "setmaxnreg.inc") == 0;
-    if (grows ? asked < warp.registers : asked > warp.registers) {
-      fail("%s to %d registers from %d", all.kind, asked, warp.registers);
-    }
-    for (auto& other : warp.cta->warps) {
-      if (other->group != warp.group || other->registers_asked == 0 || other->registers_asked == asked) continue;
-      fail("setmaxnreg: warp %d of the warpgroup asked for %d registers, warp %d for %d", other->index,
-           other->registers_asked, warp.index, asked);
-    }
-    warp.registers_asked = asked;
-    if (!grows) warp.registers = asked;
-    give_registers(*warp.cta);
-    if (warp.registers == asked) return true;
-    for (Fiber* fiber : warp.lanes) fiber->waits_for = {"setmaxnreg.inc, for registers that others release", 0, 0};
-    return false;
-  });
+             if (warp.live != kFull) fail("setmaxnreg after lanes of the warp have exited");
+             const int asked = static_cast<int>(all.tag);
+             const bool grows = std::strcmp(all.kind, "setmaxnreg.inc") == 0;
+             if (grows ? asked < warp.registers : asked > warp.registers) {
+               fail("%s to %d registers from %d", all.kind, asked, warp.registers);
+             }
+             for (auto& other : warp.cta->warps) {
+               if (other->group != warp.group || other->registers_asked == 0 || other->registers_asked == asked)
+                 continue;
+               fail("setmaxnreg: warp %d of the warpgroup asked for %d registers, warp %d for %d", other->index,
+                    other->registers_asked, warp.index, asked);
+             }
+             warp.registers_asked = asked;
+             if (!grows) warp.registers = asked;
+             give_registers(*warp.cta);
+             if (warp.registers == asked) return true;
+             for (Fiber* fiber : warp.lanes)
+               fiber->waits_for = {"setmaxnreg.inc, for registers that others release", 0, 0};
+             return false;
+           });
 }
 
 // ---- named barriers -------------------------------------------------------------------------------------------------
@@ -134,7 +141,8 @@ struct Arrival {
 };
 
 Arrival unpack(uint64_t tag) {
-  return {static_cast<int>(tag & 0xFF), static_cast<int>(tag >> 8 & 0xFFFF) == 0xFFFF ? kAllThreads : static_cast<int>(tag >> 8 & 0xFFFF),
+  return {static_cast<int>(tag & 0xFF),
+          static_cast<int>(tag >> 8 & 0xFFFF) == 0xFFFF ? kAllThreads : static_cast<int>(tag >> 8 & 0xFFFF),
           (tag >> 24 & 1) != 0, static_cast<Reduce>(tag >> 25 & 3)};
 }
 
@@ -145,7 +153,8 @@ NamedBarrier& joined(Cta& cta, const Arrival& arrival) {
     barrier.reduce = arrival.reduce;
   }
   if (barrier.expected != arrival.threads) {
-    fail("barrier %d is used with %d threads by one and with %d by another", arrival.id, barrier.expected, arrival.threads);
+    fail("barrier %d is used with %d threads by one and with %d by another", arrival.id, barrier.expected,
+         arrival.threads);
   }
   if (barrier.reduce != arrival.reduce) fail("barrier %d is used with different reductions", arrival.id);
   return barrier;
@@ -184,24 +193,24 @@ uint32_t barrier(int id, int threads, bool aligned, bool wait, Reduce reduce, bo
     if (wait) sleep({"barrier %d of %d threads", static_cast<uint32_t>(id), static_cast<uint32_t>(threads)});
     return static_cast<uint32_t>(fiber.result);
   }
-  return static_cast<uint32_t>(converge(kFull, true, wait ? "bar.sync" : "bar.arrive", tag, value, 0,
-                                        [](Warp& warp, Collective& all) {
-    const Arrival arrival = unpack(all.tag);
-    NamedBarrier& here = joined(*warp.cta, arrival);
-    release(warp, here.clock);
-    here.arrived += 32;
-    for (int lane = 0; lane < 32; ++lane) {
-      if (!(all.arrived >> lane & 1)) continue;
-      ++here.votes;
-      here.trues += all.value[lane] != 0;
-      if (!arrival.wait) continue;
-      here.waiting.push_back(warp.lanes[lane]);
-      warp.lanes[lane]->waits_for = {"barrier %d of %d threads", static_cast<uint32_t>(arrival.id),
-                                     static_cast<uint32_t>(arrival.threads)};
-    }
-    complete(here, needed_by(here, *warp.cta));
-    return !arrival.wait;
-  }));
+  return static_cast<uint32_t>(
+      converge(kFull, true, wait ? "bar.sync" : "bar.arrive", tag, value, 0, [](Warp& warp, Collective& all) {
+        const Arrival arrival = unpack(all.tag);
+        NamedBarrier& here = joined(*warp.cta, arrival);
+        release(warp, here.clock);
+        here.arrived += 32;
+        for (int lane = 0; lane < 32; ++lane) {
+          if (!(all.arrived >> lane & 1)) continue;
+          ++here.votes;
+          here.trues += all.value[lane] != 0;
+          if (!arrival.wait) continue;
+          here.waiting.push_back(warp.lanes[lane]);
+          warp.lanes[lane]->waits_for = {"barrier %d of %d threads", static_cast<uint32_t>(arrival.id),
+                                         static_cast<uint32_t>(arrival.threads)};
+        }
+        complete(here, needed_by(here, *warp.cta));
+        return !arrival.wait;
+      }));
 }
 
 void recheck_thread_barriers(Cta& cta) {
@@ -276,8 +285,10 @@ void mbarrier_init_fence() {
 
 void check_usable_by_copies(Cta& cta, uint32_t mbarrier) {
   if (!found(cta, mbarrier).visible_to_copies) {
-    fail("the mbarrier at shared address 0x%x is used by a copy without fence.mbarrier_init or fence.proxy.async after "
-         "its initialisation", mbarrier);
+    fail(
+        "the mbarrier at shared address 0x%x is used by a copy without fence.mbarrier_init or fence.proxy.async after "
+        "its initialisation",
+        mbarrier);
   }
 }
 

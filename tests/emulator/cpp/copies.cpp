@@ -1,5 +1,5 @@
-// Shared memory's addresses, copies by TMA and by cp.async, ldmatrix and stmatrix. Copies are queued: the scheduler carries
-// them out at a random later moment, or when nobody can go on without.
+// Shared memory's addresses, copies by TMA and by cp.async, ldmatrix and stmatrix. Copies are queued: the scheduler
+// carries them out at a random later moment, or when nobody can go on without.
 #include <cstring>
 
 #include "machine.h"
@@ -49,7 +49,8 @@ uint32_t swizzled(uint32_t address, int swizzle) {  // 0 none, 1 32 B, 2 64 B, 3
 void check_box(const TensorMap& map, uint32_t smem) {
   if (smem % 128) fail("a tensor copy's shared address is a multiple of 128, got 0x%x", smem);
   const uint32_t inner = map.box[0] * map.element_bytes, span = 16u << map.swizzle;
-  if (map.swizzle && inner != span) fail("a box %u bytes wide under a swizzle of %u bytes is not modelled", inner, span);
+  if (map.swizzle && inner != span)
+    fail("a box %u bytes wide under a swizzle of %u bytes is not modelled", inner, span);
 }
 
 // Calls visit(shared address, global address or null, bytes) for every 16 bytes of the box; out of bounds is null.
@@ -96,7 +97,9 @@ void combine_into(char* to, const char* from, uint32_t bytes, uint32_t size, Add
 void write_global(char* to, const char* from, uint32_t bytes, Combine combine) {
   check_global(to, bytes, true);
   switch (combine) {
-    case Combine::kNone: std::memcpy(to, from, bytes); return;
+    case Combine::kNone:
+      std::memcpy(to, from, bytes);
+      return;
     case Combine::kAddF32:
       combine_into(to, from, bytes, 4, [](char* t, const char* f) {
         float sum, term;
@@ -120,7 +123,8 @@ void write_global(char* to, const char* from, uint32_t bytes, Combine combine) {
 }
 
 void clean(Cta& cta, uint32_t address, uint32_t bytes) {
-  for (uint32_t g = address / kGranule; g < (address + bytes + kGranule - 1) / kGranule; ++g) cta.unfenced_writer[g] = 0;
+  for (uint32_t g = address / kGranule; g < (address + bytes + kGranule - 1) / kGranule; ++g)
+    cta.unfenced_writer[g] = 0;
 }
 
 std::shared_ptr<CopyGroup> opened(std::shared_ptr<CopyGroup>& group) {
@@ -249,10 +253,14 @@ Combine tensor_addition(const void* map) {
   TensorMap probe;
   std::memcpy(&probe, map, sizeof probe);
   switch (decoded(map, probe.rank).type) {
-    case 6: return Combine::kAddF16;
-    case 7: return Combine::kAddF32;
-    case 9: return Combine::kAddBf16;
-    default: fail("a reduction into a tensor of type %d", probe.type);
+    case 6:
+      return Combine::kAddF16;
+    case 7:
+      return Combine::kAddF32;
+    case 9:
+      return Combine::kAddBf16;
+    default:
+      fail("a reduction into a tensor of type %d", probe.type);
   }
 }
 
@@ -273,12 +281,13 @@ void tensor_load(uint32_t smem, const void* map, uint32_t barrier, int rank, con
   copy_lands(smem, bytes, barrier);
   std::vector<int> origin(coordinates, coordinates + rank);
   queue(*cta, true, [=] {
-    for_each_chunk(decoded_map, smem, origin.data(), [&](uint32_t to, const char* from, uint32_t skipped, uint32_t valid) {
-      if (valid) check_global(from, valid, false);
-      char* target = window(*cta, to, 16);
-      std::memset(target, 0, 16);
-      if (valid) std::memcpy(target + skipped, from, valid);
-    });
+    for_each_chunk(decoded_map, smem, origin.data(),
+                   [&](uint32_t to, const char* from, uint32_t skipped, uint32_t valid) {
+                     if (valid) check_global(from, valid, false);
+                     char* target = window(*cta, to, 16);
+                     std::memset(target, 0, 16);
+                     if (valid) std::memcpy(target + skipped, from, valid);
+                   });
     clean(*cta, smem, bytes);
     complete_bytes(*cta, barrier, bytes);
   });
@@ -292,16 +301,20 @@ void tensor_store(const void* map, uint32_t smem, int rank, const int* coordinat
   const uint32_t bytes = box_bytes(decoded_map);
   window(*current().cta, smem, bytes);
   std::vector<int> origin(coordinates, coordinates + rank);
-  queue_store(smem, bytes, [=](Cta& cta) {
-    std::vector<Piece> pieces;
-    for_each_chunk(decoded_map, smem, origin.data(), [&](uint32_t from, char* to, uint32_t skipped, uint32_t valid) {
-      check_fenced(cta, from, 16, "a tensor store");
-      if (!valid) return;
-      pieces.push_back({to, valid, {}});
-      std::memcpy(pieces.back().data, window(cta, from, 16) + skipped, valid);
-    });
-    return pieces;
-  }, combine);
+  queue_store(
+      smem, bytes,
+      [=](Cta& cta) {
+        std::vector<Piece> pieces;
+        for_each_chunk(decoded_map, smem, origin.data(),
+                       [&](uint32_t from, char* to, uint32_t skipped, uint32_t valid) {
+                         check_fenced(cta, from, 16, "a tensor store");
+                         if (!valid) return;
+                         pieces.push_back({to, valid, {}});
+                         std::memcpy(pieces.back().data, window(cta, from, 16) + skipped, valid);
+                       });
+        return pieces;
+      },
+      combine);
   preempt();
 }
 
@@ -332,15 +345,18 @@ void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barri
 void bulk_store(void* global, uint32_t smem, uint32_t bytes, Combine combine) {
   EMU_ENTER();
   check_bulk(smem, global, bytes);
-  queue_store(smem, bytes, [=](Cta& cta) {
-    check_fenced(cta, smem, bytes, "a bulk store");
-    std::vector<Piece> pieces;
-    for (uint32_t at = 0; at < bytes; at += 16) {
-      pieces.push_back({static_cast<char*>(global) + at, 16, {}});
-      std::memcpy(pieces.back().data, window(cta, smem + at, 16), 16);
-    }
-    return pieces;
-  }, combine);
+  queue_store(
+      smem, bytes,
+      [=](Cta& cta) {
+        check_fenced(cta, smem, bytes, "a bulk store");
+        std::vector<Piece> pieces;
+        for (uint32_t at = 0; at < bytes; at += 16) {
+          pieces.push_back({static_cast<char*>(global) + at, 16, {}});
+          std::memcpy(pieces.back().data, window(cta, smem + at, 16), 16);
+        }
+        return pieces;
+      },
+      combine);
   preempt();
 }
 
@@ -355,7 +371,8 @@ void bulk_wait(int pending, bool read_only) {
   preempt();
   Fiber& fiber = current();
   const auto done = [&](const CopyGroup& group) { return (read_only ? group.unread : group.unwritten) == 0; };
-  const size_t count = fiber.bulk.size() > static_cast<size_t>(pending) ? fiber.bulk.size() - static_cast<size_t>(pending) : 0;
+  const size_t count =
+      fiber.bulk.size() > static_cast<size_t>(pending) ? fiber.bulk.size() - static_cast<size_t>(pending) : 0;
   for (size_t i = 0; i < count; ++i) {
     while (!done(*fiber.bulk[i])) {
       fiber.bulk[i]->waiting = &fiber;
@@ -371,7 +388,8 @@ void bulk_wait(int pending, bool read_only) {
 
 void async_copy(uint32_t smem, const void* global, uint32_t bytes, uint32_t source_bytes) {
   EMU_ENTER();
-  if (smem % bytes || reinterpret_cast<uintptr_t>(global) % bytes) fail("cp.async of %u bytes: misaligned address", bytes);
+  if (smem % bytes || reinterpret_cast<uintptr_t>(global) % bytes)
+    fail("cp.async of %u bytes: misaligned address", bytes);
   if (source_bytes > bytes) fail("cp.async of %u bytes from %u", bytes, source_bytes);
   Fiber* fiber = &current();
   Cta* cta = fiber->cta;

@@ -24,11 +24,11 @@
 constexpr int warpSize = 32;
 
 using dim3 = emu::Dim3;
-#define EMU_VECTOR(T, name)                        \
-  struct alignas(2 * sizeof(T)) name##2 { T x, y; }; \
-  struct name##3 { T x, y, z; };                    \
-  struct alignas(sizeof(T) < 8 ? 4 * sizeof(T) : 16) name##4 { T x, y, z, w; };  \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; } \
+#define EMU_VECTOR(T, name)                                                     \
+  struct alignas(2 * sizeof(T)) name##2 { T x, y; };                            \
+  struct name##3 { T x, y, z; };                                                \
+  struct alignas(sizeof(T) < 8 ? 4 * sizeof(T) : 16) name##4 { T x, y, z, w; }; \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                    \
   inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 EMU_VECTOR(int, int)
 EMU_VECTOR(unsigned, uint)
@@ -39,8 +39,8 @@ EMU_VECTOR(unsigned long long, ulonglong)
 #undef EMU_VECTOR
 
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
-#define EMU_MIN_MAX(T)                                \
-  inline T min(T a, T b) { return b < a ? b : a; }    \
+#define EMU_MIN_MAX(T)                             \
+  inline T min(T a, T b) { return b < a ? b : a; } \
   inline T max(T a, T b) { return a < b ? b : a; }
 EMU_MIN_MAX(int)
 EMU_MIN_MAX(unsigned)
@@ -74,15 +74,19 @@ inline float rsqrtf(float a) { return 1.0f / sqrtf(a); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) { return emu::permute_bytes(a, b, s); }
 template <typename T>
-inline T __ldg(const T* pointer) { return *pointer; }
+inline T __ldg(const T* pointer) {
+  return *pointer;
+}
 template <typename T>
-inline T __ldcg(const T* pointer) { return *pointer; }
+inline T __ldcg(const T* pointer) {
+  return *pointer;
+}
 
 // ---- warps ----------------------------------------------------------------------------------------------------------
-#define EMU_SHUFFLE(name, mode, Operand)                                                                 \
-  template <typename T>                                                                                  \
-  inline T name(unsigned mask, T value, Operand operand, int width = 32) {                               \
-    static_assert(sizeof(T) == 4, "shuffles of 32-bit values only");                                      \
+#define EMU_SHUFFLE(name, mode, Operand)                                                                     \
+  template <typename T>                                                                                      \
+  inline T name(unsigned mask, T value, Operand operand, int width = 32) {                                   \
+    static_assert(sizeof(T) == 4, "shuffles of 32-bit values only");                                         \
     return emu::as<T>(emu::shuffle(mask, emu::as<uint32_t>(value), mode, static_cast<int>(operand), width)); \
   }
 EMU_SHUFFLE(__shfl_sync, 0, int)
@@ -94,7 +98,9 @@ inline unsigned __ballot_sync(unsigned mask, int value) { return emu::ballot(mas
 inline int __any_sync(unsigned mask, int value) { return emu::ballot(mask, value != 0) != 0; }
 inline int __all_sync(unsigned mask, int value) { return emu::ballot(mask, value == 0) == 0; }
 template <typename T>
-inline unsigned __match_any_sync(unsigned mask, T value) { return emu::match_any(mask, static_cast<uint64_t>(value)); }
+inline unsigned __match_any_sync(unsigned mask, T value) {
+  return emu::match_any(mask, static_cast<uint64_t>(value));
+}
 inline unsigned __reduce_add_sync(unsigned mask, unsigned value) {
   return emu::reduce_sync(mask, value, [](unsigned a, unsigned b) { return a + b; });
 }
@@ -106,7 +112,9 @@ inline int __reduce_min_sync(unsigned mask, int value) {
 }
 inline void __syncwarp(unsigned mask = 0xffffffff) { emu::sync_warp(mask); }
 inline void __syncthreads() { emu::barrier(0, emu::kAllThreads, true, true, emu::Reduce::kNone, false); }
-inline int __syncthreads_or(int value) { return emu::barrier(0, emu::kAllThreads, true, true, emu::Reduce::kOr, value); }
+inline int __syncthreads_or(int value) {
+  return emu::barrier(0, emu::kAllThreads, true, true, emu::Reduce::kOr, value);
+}
 inline int __syncthreads_and(int value) {
   return emu::barrier(0, emu::kAllThreads, true, true, emu::Reduce::kAnd, value);
 }
@@ -118,17 +126,17 @@ inline void __trap() { emu::fail("__trap()"); }
 inline size_t __cvta_generic_to_shared(const void* pointer) { return emu::shared_address(pointer); }
 
 // ---- atomics --------------------------------------------------------------------------------------------------------
-#define EMU_ATOMIC(name, expression)                           \
-  template <typename T, typename U>                            \
-  inline T name(T* pointer, U operand) {                       \
-    const T value = static_cast<T>(operand);                   \
-    T old;                                                     \
-    emu::raw_copy(&old, pointer, sizeof old);                  \
-    const T changed = (expression);                            \
-    emu::raw_copy(pointer, &changed, sizeof changed);          \
-    emu::progress();                                           \
-    emu::preempt();                                            \
-    return old;                                                \
+#define EMU_ATOMIC(name, expression)                  \
+  template <typename T, typename U>                   \
+  inline T name(T* pointer, U operand) {              \
+    const T value = static_cast<T>(operand);          \
+    T old;                                            \
+    emu::raw_copy(&old, pointer, sizeof old);         \
+    const T changed = (expression);                   \
+    emu::raw_copy(pointer, &changed, sizeof changed); \
+    emu::progress();                                  \
+    emu::preempt();                                   \
+    return old;                                       \
   }
 EMU_ATOMIC(atomicAdd, old + value)
 EMU_ATOMIC(atomicSub, old - value)
@@ -136,7 +144,7 @@ EMU_ATOMIC(atomicMax, old < value ? value : old)
 EMU_ATOMIC(atomicMin, value < old ? value : old)
 EMU_ATOMIC(atomicExch, value)
 EMU_ATOMIC(atomicOr, old | value)
-EMU_ATOMIC(atomicAnd, old & value)
+EMU_ATOMIC(atomicAnd, old& value)
 #undef EMU_ATOMIC
 template <typename T>
 inline T atomicCAS(T* pointer, T expected, T value) {

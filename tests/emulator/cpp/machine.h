@@ -52,9 +52,9 @@ struct Fiber : Thread {
   Warp* warp = nullptr;
   int index = 0, lane = 0;
   State state = State::kReady;
-  Reason waits_for;         // while blocked
-  void* caller = nullptr;   // where in the kernel it last entered the runtime
-  uint64_t result = 0;      // of the collective that woke it
+  Reason waits_for;        // while blocked
+  void* caller = nullptr;  // where in the kernel it last entered the runtime
+  uint64_t result = 0;     // of the collective that woke it
   std::shared_ptr<CopyGroup> open_bulk;
   std::deque<std::shared_ptr<CopyGroup>> bulk;
   std::shared_ptr<CopyGroup> open_copies;  // cp.async
@@ -62,7 +62,7 @@ struct Fiber : Thread {
   uint64_t copies_issued = 0;
   int copies_outstanding = 0;
   std::vector<CopyArrival> arrivals;
-  std::vector<uint32_t> unfenced;         // granules written through the generic proxy since the last proxy fence
+  std::vector<uint32_t> unfenced;  // granules written through the generic proxy since the last proxy fence
   std::vector<uint32_t> unfenced_barriers;
 };
 
@@ -78,10 +78,10 @@ struct Collective {
 
 struct Accumulators {  // of a warpgroup, while products are in flight
   int n = 0;
-  std::vector<float> values;       // 64 x n
-  std::vector<float*> registers;   // 128 threads x n / 2
+  std::vector<float> values;      // 64 x n
+  std::vector<float*> registers;  // 128 threads x n / 2
   bool registered[4] = {};
-  uint64_t last_operation[4] = {}; // one past the last operation that a warp issued on them
+  uint64_t last_operation[4] = {};  // one past the last operation that a warp issued on them
 };
 
 struct PendingProduct {
@@ -148,7 +148,7 @@ struct Cta {
   std::map<uint32_t, Mbarrier> mbarriers;
   std::shared_ptr<Races> races;
   std::vector<int> unfenced_writer;  // of a granule: thread + 1
-  int registers = 0;  // of all threads, at launch
+  int registers = 0;                 // of all threads, at launch
   int live = 0, copies = 0;          // threads; asynchronous operations on its shared memory
 };
 
@@ -186,9 +186,9 @@ std::string describe(Cta& cta, uint32_t mbarrier);
 void check_usable_by_copies(Cta& cta, uint32_t mbarrier);
 void complete_bytes(Cta& cta, uint32_t mbarrier, uint32_t bytes);
 void arrive(Cta& cta, uint32_t mbarrier, uint32_t count);
-void release_to(Fiber& fiber, uint32_t mbarrier);  // what an arrival of the thread publishes
+void release_to(Fiber& fiber, uint32_t mbarrier);                   // what an arrival of the thread publishes
 void expect_arrivals(Cta& cta, uint32_t mbarrier, uint32_t count);  // in this phase, besides those of every phase
-void recheck_thread_barriers(Cta& cta);  // after a thread has exited
+void recheck_thread_barriers(Cta& cta);                             // after a thread has exited
 
 // ---- races.cpp
 void start_races(Cta& cta);

@@ -27,44 +27,45 @@ void load_matrix(uint32_t smem, int count, bool transpose, uint32_t* const* regi
   EMU_ENTER();
   converge(kFull, true, "ldmatrix", static_cast<uint64_t>(count) << 1 | transpose, smem,
            reinterpret_cast<uint64_t>(registers), [](Warp& warp, Collective& all) {
-    const int count = static_cast<int>(all.tag >> 1);
-    for (int lane = 0; lane < 8 * count; ++lane) {
-      generic_access(warp, static_cast<uint32_t>(all.value[lane]), 16, false, warp.lanes[lane]->caller);
-    }
-    for (int lane = 0; lane < 32; ++lane) {
-      for (int matrix = 0; matrix < count; ++matrix) {
-        uint32_t packed = 0;
-        for (int half = 0; half < 2; ++half) {
-          packed |= uint32_t{element(warp, all, matrix, lane, half, all.tag & 1)} << (16 * half);
-        }
-        *reinterpret_cast<uint32_t* const*>(all.extra[lane])[matrix] = packed;
-      }
-    }
-    return true;
-  });
+             const int count = static_cast<int>(all.tag >> 1);
+             for (int lane = 0; lane < 8 * count; ++lane) {
+               generic_access(warp, static_cast<uint32_t>(all.value[lane]), 16, false, warp.lanes[lane]->caller);
+             }
+             for (int lane = 0; lane < 32; ++lane) {
+               for (int matrix = 0; matrix < count; ++matrix) {
+                 uint32_t packed = 0;
+                 for (int half = 0; half < 2; ++half) {
+                   packed |= uint32_t{element(warp, all, matrix, lane, half, all.tag & 1)} << (16 * half);
+                 }
+                 *reinterpret_cast<uint32_t* const*>(all.extra[lane])[matrix] = packed;
+               }
+             }
+             return true;
+           });
 }
 
 void store_matrix(uint32_t smem, int count, bool transpose, const uint32_t* registers) {
   EMU_ENTER();
   converge(kFull, true, "stmatrix", static_cast<uint64_t>(count) << 1 | transpose, smem,
            reinterpret_cast<uint64_t>(registers), [](Warp& warp, Collective& all) {
-    const int count = static_cast<int>(all.tag >> 1);
-    for (int lane = 0; lane < 32; ++lane) {
-      // Which thread wrote what is not architected: whoever addressed a row is taken for its writer, and must fence.
-      if (lane < 8 * count) {
-        const auto address = static_cast<uint32_t>(all.value[lane]);
-        mark_written(*warp.lanes[lane], address, 16);
-        generic_access(warp, address, 16, true, warp.lanes[lane]->caller);
-      }
-      for (int matrix = 0; matrix < count; ++matrix) {
-        const uint32_t packed = reinterpret_cast<const uint32_t*>(all.extra[lane])[matrix];
-        for (int half = 0; half < 2; ++half) {
-          element(warp, all, matrix, lane, half, all.tag & 1) = static_cast<uint16_t>(packed >> (16 * half));
-        }
-      }
-    }
-    return true;
-  });
+             const int count = static_cast<int>(all.tag >> 1);
+             for (int lane = 0; lane < 32; ++lane) {
+               // Which thread wrote what is not architected: whoever addressed a row is taken for its writer, and must
+               // fence.
+               if (lane < 8 * count) {
+                 const auto address = static_cast<uint32_t>(all.value[lane]);
+                 mark_written(*warp.lanes[lane], address, 16);
+                 generic_access(warp, address, 16, true, warp.lanes[lane]->caller);
+               }
+               for (int matrix = 0; matrix < count; ++matrix) {
+                 const uint32_t packed = reinterpret_cast<const uint32_t*>(all.extra[lane])[matrix];
+                 for (int half = 0; half < 2; ++half) {
+                   element(warp, all, matrix, lane, half, all.tag & 1) = static_cast<uint16_t>(packed >> (16 * half));
+                 }
+               }
+             }
+             return true;
+           });
 }
 
 void mma_m16n8k16(float* const* d, const uint32_t* a, const uint32_t* b, const float* c, bool bf16) {
@@ -82,7 +83,8 @@ void mma_m16n8k16(float* const* d, const uint32_t* a, const uint32_t* b, const f
     const auto of = [&](int lane) -> const Operands& { return *reinterpret_cast<const Operands*>(all.value[lane]); };
     for (int lane = 0; lane < 32; ++lane) {
       for (int h = 0; h < 2; ++h) {
-        for (int i = 0; i < 4; ++i) a[lane / 4 + 8 * (i & 1)][2 * (lane & 3) + 8 * (i >> 1) + h] = half(of(lane).a[i], h);
+        for (int i = 0; i < 4; ++i)
+          a[lane / 4 + 8 * (i & 1)][2 * (lane & 3) + 8 * (i >> 1) + h] = half(of(lane).a[i], h);
         for (int i = 0; i < 2; ++i) b[2 * (lane & 3) + 8 * i + h][lane / 4] = half(of(lane).b[i], h);
       }
     }

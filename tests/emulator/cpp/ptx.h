@@ -53,7 +53,8 @@ inline uint32_t in_r(T value) {
 }
 template <typename T>
 inline uint64_t in_l(T value) {
-  static_assert(sizeof(T) == 8 && !std::is_floating_point<T>::value, "constraint l takes a 64-bit integer or a pointer");
+  static_assert(sizeof(T) == 8 && !std::is_floating_point<T>::value,
+                "constraint l takes a 64-bit integer or a pointer");
   return as<uint64_t>(value);
 }
 template <typename T>
@@ -90,7 +91,8 @@ inline uint16_t float_to_f16(float value) {
   const uint32_t bits = as<uint32_t>(value), sign = bits >> 16 & 0x8000;
   const float magnitude = std::fabs(value);
   if (magnitude >= 65520.0f) return static_cast<uint16_t>(sign | 0x7C00);
-  if (magnitude < 0x1p-14f) return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::nearbyint(magnitude * 0x1p24f)));
+  if (magnitude < 0x1p-14f)
+    return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::nearbyint(magnitude * 0x1p24f)));
   const uint32_t rest = bits & 0x7FFFFFFF, rounded = rest + 0xFFF + ((rest >> 13) & 1);
   return static_cast<uint16_t>(sign | ((rounded >> 13) - (112 << 10)));
 }
@@ -117,7 +119,9 @@ inline float tf32_rounded(float x) {  // to nearest, ties away
   return x != x || std::isinf(x) ? x : as<float>((as<uint32_t>(x) + 0x1000u) & 0xFFFFE000u);
 }
 template <typename T>
-inline T shift_left(T value, uint32_t count) { return count >= 8 * sizeof(T) ? T(0) : static_cast<T>(value << count); }
+inline T shift_left(T value, uint32_t count) {
+  return count >= 8 * sizeof(T) ? T(0) : static_cast<T>(value << count);
+}
 template <typename T>
 inline T shift_right(T value, uint32_t count) {
   return count >= 8 * sizeof(T) ? static_cast<T>(value < T(0) ? T(-1) : T(0)) : static_cast<T>(value >> count);
@@ -160,7 +164,8 @@ enum class Space { kGlobal, kShared, kGeneric };
 template <typename T>
 inline T* located(Space space, uint64_t address, int count) {
   const uint32_t bytes = count * sizeof(T);
-  if (address % bytes) fail("address 0x%llx is not a multiple of %u bytes", static_cast<unsigned long long>(address), bytes);
+  if (address % bytes)
+    fail("address 0x%llx is not a multiple of %u bytes", static_cast<unsigned long long>(address), bytes);
   if (space == Space::kShared) return static_cast<T*>(shared_pointer(static_cast<uint32_t>(address), bytes));
   T* pointer = reinterpret_cast<T*>(address);
   return pointer;

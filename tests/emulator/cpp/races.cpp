@@ -1,10 +1,10 @@
 // Data races in shared memory, whatever the schedule: vector clocks over the warps of a CTA and what acts for them.
 //
-// Actors: the warps; the products of each warpgroup; the bulk stores of each warp; the copies that complete on each mbarrier.
-// A warp knows how far each actor has come (its clock): arrivals and barriers pass clocks on, wgmma.wait_group and bulk
-// waits add the warpgroup's and the warp's own, an mbarrier's completed phase its copies'. An access of four bytes must
-// come after the last write, a write also after all reads since, by the clock of the warp that does it or issued it.
-// Lanes of a warp are taken to be in order.
+// Actors: the warps; the products of each warpgroup; the bulk stores of each warp; the copies that complete on each
+// mbarrier. A warp knows how far each actor has come (its clock): arrivals and barriers pass clocks on,
+// wgmma.wait_group and bulk waits add the warpgroup's and the warp's own, an mbarrier's completed phase its copies'. An
+// access of four bytes must come after the last write, a write also after all reads since, by the clock of the warp
+// that does it or issued it. Lanes of a warp are taken to be in order.
 #include <cstdlib>
 #include <cstring>
 
@@ -55,8 +55,8 @@ void join(Clock& to, const Clock& from) {
   for (size_t i = 0; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
 }
 
-[[noreturn]] void race(const Races& races, const char* what, size_t actor, uint32_t word, const char* before, size_t other,
-                       void* place) {
+[[noreturn]] void race(const Races& races, const char* what, size_t actor, uint32_t word, const char* before,
+                       size_t other, void* place) {
   fail("race on shared address 0x%x: the %s by %s is not ordered after the %s by %s @%p", word * kWord, what,
        races.name(actor).c_str(), before, races.name(other).c_str(), place);
 }
@@ -129,7 +129,8 @@ void generic_access(Warp& warp, uint32_t address, uint32_t bytes, bool is_write,
   }
 }
 
-// ---- passing clocks on -----------------------------------------------------------------------------------------------
+// ---- passing clocks on
+// -----------------------------------------------------------------------------------------------
 
 void release(Warp& warp, Clock& to) {
   if (to.empty()) to.assign(warp.clock.size(), 0);
@@ -155,7 +156,8 @@ void acquire_flag(uint32_t address) {
   acquire(warp, warp.cta->races->flags[address]);
 }
 
-// ---- what acts for a warp ----------------------------------------------------------------------------------------------
+// ---- what acts for a warp
+// ----------------------------------------------------------------------------------------------
 
 void product_reads(Warp& warp, uint64_t number, uint32_t address, uint32_t bytes, void* place) {
   Races& races = *warp.cta->races;

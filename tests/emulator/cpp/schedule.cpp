@@ -260,7 +260,8 @@ std::string stuck() {
         warps_by_reason[format("lanes %08x, %s", lanes, why.c_str())] += format(" %d", warp->index);
       }
     }
-    for (auto& [why, warps] : warps_by_reason) report += format("\n  CTA %d warps%s: %s", cta->index, warps.c_str(), why.c_str());
+    for (auto& [why, warps] : warps_by_reason)
+      report += format("\n  CTA %d warps%s: %s", cta->index, warps.c_str(), why.c_str());
   }
   return report;
 }
@@ -412,14 +413,15 @@ void queue(Cta& cta, bool touches_shared, std::function<void()> run) {
   Cta* owner = &cta;
   cta.copies += touches_shared;
   launch->pending.push_back({[owner, touches_shared, run = std::move(run)] {
-                               run();
-                               if (touches_shared) --owner->copies;
-                             }});
+    run();
+    if (touches_shared) --owner->copies;
+  }});
 }
 
 }  // namespace emu
 
-// Runs a kernel to its end; null, or what went wrong. `registers`: a thread's at launch. `slots`: CTAs resident at a time.
+// Runs a kernel to its end; null, or what went wrong. `registers`: a thread's at launch. `slots`: CTAs resident at a
+// time.
 extern "C" const char* emu_launch(void (*entry)(void**), void** arguments, const unsigned* grid, const unsigned* block,
                                   unsigned smem, int registers, int slots, uint64_t seed) {
   static std::string error;

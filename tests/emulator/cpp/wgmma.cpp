@@ -1,5 +1,5 @@
-// Asynchronous matrix products: queued when all warps of a warpgroup have issued them, carried out at once or when a wait
-// demands it; their accumulators hold NaN until the warp's own wait.
+// Asynchronous matrix products: queued when all warps of a warpgroup have issued them, carried out at once or when a
+// wait demands it; their accumulators hold NaN until the warp's own wait.
 #include <cstring>
 
 #include "machine.h"
@@ -26,7 +26,8 @@ Layout layout(uint64_t descriptor, const char* operand) {
     fail("descriptor of %s: reserved bits are set in %016llx", operand, static_cast<unsigned long long>(descriptor));
   }
   if (descriptor >> 49 & 7) {
-    fail("descriptor of %s: base offsets are not modelled (%016llx)", operand, static_cast<unsigned long long>(descriptor));
+    fail("descriptor of %s: base offsets are not modelled (%016llx)", operand,
+         static_cast<unsigned long long>(descriptor));
   }
   const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3FFF) << 4; };
   return {field(0), field(16), field(32), static_cast<Swizzle>(descriptor >> 62)};
@@ -34,10 +35,14 @@ Layout layout(uint64_t descriptor, const char* operand) {
 
 uint32_t swizzled(uint32_t address, Swizzle swizzle) {
   switch (swizzle) {
-    case Swizzle::k128: return address ^ (address >> 7 & 7) << 4;
-    case Swizzle::k64: return address ^ (address >> 7 & 3) << 4;
-    case Swizzle::k32: return address ^ (address >> 7 & 1) << 4;
-    default: return address;
+    case Swizzle::k128:
+      return address ^ (address >> 7 & 7) << 4;
+    case Swizzle::k64:
+      return address ^ (address >> 7 & 3) << 4;
+    case Swizzle::k32:
+      return address ^ (address >> 7 & 1) << 4;
+    default:
+      return address;
   }
 }
 
@@ -49,8 +54,8 @@ uint32_t element_address(const Layout& l, bool transposed, int mn, int k) {
   }
   const uint32_t row_bytes = l.swizzle == Swizzle::k128 ? 128 : l.swizzle == Swizzle::k64 ? 64 : 32;
   const int row_elements = static_cast<int>(row_bytes / 2);
-  const uint32_t plain = transposed ? l.start + mn / row_elements * l.leading + k / 8 * l.stride +
-                                          k % 8 * row_bytes + mn % row_elements * 2
+  const uint32_t plain = transposed ? l.start + mn / row_elements * l.leading + k / 8 * l.stride + k % 8 * row_bytes +
+                                          mn % row_elements * 2
                                     : l.start + mn / 8 * l.stride + mn % 8 * row_bytes + k * 2;
   return swizzled(plain, l.swizzle);
 }
@@ -62,8 +67,10 @@ void for_each_chunk(uint64_t descriptor, bool transposed, int count, const char*
   const uint32_t pattern = l.swizzle == Swizzle::k128 ? 1024 : l.swizzle == Swizzle::k64 ? 512 : 256;
   const uint32_t row = l.swizzle == Swizzle::k128 ? 128 : l.swizzle == Swizzle::k64 ? 64 : 32;
   if (l.swizzle != Swizzle::kNone && l.start % pattern / row != 0) {
-    fail("descriptor of %s: start address 0x%x is not at the beginning of a swizzle pattern of %u bytes (plus an offset "
-         "inside of a row)", operand, l.start, pattern);
+    fail(
+        "descriptor of %s: start address 0x%x is not at the beginning of a swizzle pattern of %u bytes (plus an offset "
+        "inside of a row)",
+        operand, l.start, pattern);
   }
   const int mn_step = transposed ? 8 : 1, k_step = transposed ? 1 : 8;
   for (int k = 0; k < 16; k += k_step) {
@@ -319,7 +326,8 @@ void wgmma_wait(int pending) {
       return true;
     }
     warp.waiting = true;
-    for (Fiber* fiber : warp.lanes) fiber->waits_for = {"wgmma.wait_group, for the warpgroup's other warps to issue", 0, 0};
+    for (Fiber* fiber : warp.lanes)
+      fiber->waits_for = {"wgmma.wait_group, for the warpgroup's other warps to issue", 0, 0};
     return false;
   });
   // Drop what every warp has been given.

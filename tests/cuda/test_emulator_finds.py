@@ -1,0 +1,122 @@
+"""Mistakes put into the generated forward, one at a time: the emulator must not let any of them pass."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from emulator import kernels
+from emulator.driver import EmulatorError, emulated
+
+from jagtile.generator.oracle import errors, reference, tolerance
+from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig
+from jagtile.generator.spec import KernelSpec
+from jagtile.generator.tile import Variant
+from jagtile.generator.workloads import Workload
+from jagtile.runtime import cuda
+
+SPEC = KernelSpec.parse("fwd_bf16_d64_causal")
+VARIANT = Variant("sm_90a", SPEC, Sm90ForwardConfig(block_m=128, block_n=16, num_stages=2, q_stages=2, ctas_per_sm=1))
+LENGTHS = (130, 0, 200, 5)
+LENGTHS_K = (100, 70, 240, 64)
+WRONG = None  # no report, but numbers that the oracle does not agree with
+
+RELEASE_K = "if (leader) control.k.arrive_empty(k_at);"
+WAIT_S = "wgmma_wait<0>();\n        pin_registers(scores);\n"
+MISTAKES: dict[str, tuple[str, str, str | None]] = {
+    "scores are read before their product's wait": (
+        WAIT_S,
+        "pin_registers(scores);\n",
+        "written between wgmma and its wait|not ordered after the read by wgmma",
+    ),
+    "K is handed back before its product's wait": (
+        f"{WAIT_S}        {RELEASE_K}",
+        f"{RELEASE_K}\n{WAIT_S}",
+        "write by a copy .* not ordered after the read by wgmma",
+    ),
+    "probabilities are overwritten while a product reads them": (
+        "hold_until_computed(sum[0] + sum[1], smem_address(&control.never_written));",
+        "pack_probabilities(probabilities, scores);",
+        WRONG,
+    ),
+    "no wgmma.fence": (
+        "  wgmma_fence();\n#pragma unroll\n  for (int step = 0; step < kStepsPV",
+        "#pragma unroll\n  for (int step = 0; step < kStepsPV",
+        "since the last wgmma.fence",
+    ),
+    "a descriptor's step inside of a row is wrong": ("step % 4 * 32;", "step % 4 * 16;", WRONG),
+    "V is not transposed": ("%36, 1, 1, 1, 1;", "%36, 1, 1, 1, 0;", "not ordered"),
+    "a barrier expects half of the bytes": (
+        "mbarrier_expect_bytes(full, kTilePanels * kKVPanelBytes);",
+        "mbarrier_expect_bytes(full, kTilePanels * kKVPanelBytes / 2);",
+        "deadlock",
+    ),
+    "a loader does not wait for an empty buffer": (
+        "      ring.wait_empty(at);\n",
+        "",
+        "not ordered after the read by wgmma|arrivals more than",
+    ),
+    "a wait has the other parity": ("at.parity ^ 1", "at.parity", "deadlock"),
+    "barriers are not fenced for copies": ("    mbarrier_init_fence();\n", "", "without fence.mbarrier_init"),
+    "nobody waits for barriers to be made": (
+        "  }\n  __syncthreads();\n\n  if (warp",
+        "  }\n\n  if (warp",
+        "no initialised",
+    ),
+    "O is stored without a proxy fence": (
+        "    fence_async_proxy();\n",
+        "",
+        "a tensor store .* without fence.proxy.async",
+    ),
+    "O is stored before all warps have staged it": (
+        "fence_async_proxy();\n    named_barrier_sync(1 + warpgroup, 128);\n",
+        "fence_async_proxy();\n",
+        "read by a bulk store of warp .* not ordered after the write by warp",
+    ),
+    "Q is handed back while O leaves through it": (
+        "      tma_store_wait_read();\n      mbarrier_arrive(stored_q);",
+        "      mbarrier_arrive(stored_q);",
+        "not ordered after the read by a bulk store",
+    ),
+    "O is staged without the swizzle": ("(columns % 8 ^ lane % 8) * 16", "columns % 8 * 16", WRONG),
+    "warps run ahead of the one that waits for them": (
+        "      named_barrier_sync(1 + warpgroup, 128);  // a parity",
+        "      // a parity",
+        "not ordered|deadlock",
+    ),
+    "loaders keep their registers": ("    shrink_registers<24>();\n", "", "deadlock.*setmaxnreg.inc"),
+    "the work list is not rewound": ("      rewind_work_list(list);\n", "", WRONG),
+}
+
+
+def outcome(mistake: tuple[str, str] | None, seed: int) -> str | None:
+    """What the emulator reports of two launches; None, if nothing; "wrong", if nothing but the numbers are."""
+    change = kernels.substitution(*mistake) if mistake is not None else None
+    artifact = kernels.artifact(VARIANT, change)
+    w = Workload("some", LENGTHS, LENGTHS_K, 2, 1, 64, 64, True, causal_alignment="bottom_right")
+    b = w.make("cpu", "bf16", 3)
+    expected, _ = reference(*b[:5], is_causal=True, causal_alignment="bottom_right", scale=0.1)
+    try:
+        with emulated(processors=2, seed=100 * seed):
+            kernel = cuda.load(artifact, torch.device("cuda", 0))
+            for _ in range(2):
+                out = torch.full(expected.shape, float("nan"), dtype=torch.bfloat16)
+                kernel.forward(*b[:5], out, None, 0.1, True)
+    except EmulatorError as error:
+        return str(error)
+    return None if errors(out, expected).rel <= tolerance(torch.bfloat16) else "wrong"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_is_found_in_the_kernel_as_it_is(seed: int) -> None:
+    assert outcome(None, seed) is None
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_it_is_found(mistake: str) -> None:
+    old, new, report = MISTAKES[mistake]
+    for seed in range(2 if report else 1):
+        found = outcome((old, new), seed)
+        assert found is not None
+        assert re.search(report or "^wrong$", found, re.DOTALL), found
