@@ -54,6 +54,7 @@ def main() -> None:
 
 def _launch(jobs: list[str]) -> None:
     import torch
+    from variants import with_algorithm
 
     from jagtile.generator.build import build_one
     from jagtile.generator.tile import Variant
@@ -64,8 +65,8 @@ def _launch(jobs: list[str]) -> None:
     for job in jobs:
         name, _, config = job.partition("=")
         w = named()[name]
-        config = config if config.startswith("persistent_") else f"persistent_{config}"
-        kernel = cuda.load(build_one(Variant.parse(f"sm_90a/{w.spec('bf16').name}/{config}")), device)
+        variant = Variant.parse(f"sm_90a/{w.spec('bf16').name}/{with_algorithm(config)}")
+        kernel = cuda.load(build_one(variant), device)
         batch = w.make(device, "bf16", seed=1)
         out = torch.empty((w.total_q, w.num_heads, w.head_dim_v), dtype=batch.q.dtype, device=device)
         lse = torch.empty((w.num_heads, w.total_q), device=device)

@@ -65,9 +65,13 @@ def _parse(line: str, dtype: str) -> tuple[Workload, list[Variant]]:
     name, _, configs = line.partition(":")
     workload = named()[name.strip()]
     prefix = f"sm_90a/{workload.spec(dtype).name}/"  # type: ignore[arg-type]
+    return workload, [Variant.parse(prefix + with_algorithm(config)) for config in configs.split()]
+
+
+def with_algorithm(config: str) -> str:
+    """A config's name, of the persistent forward if it names no algorithm."""
     algorithms = {space.algorithm for space in spaces()}
-    full = (config if config.partition("_")[0] in algorithms else f"persistent_{config}" for config in configs.split())
-    return workload, [Variant.parse(prefix + config) for config in full]
+    return config if config.partition("_")[0] in algorithms else f"persistent_{config}"
 
 
 def _load(variants: set[Variant], device: torch.device) -> dict[Variant, ForwardKernel]:
