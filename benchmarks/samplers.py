@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from jagtile.generator.replay import Replay, Sweep, quarter, read_sweeps, replay
 from jagtile.generator.search import DEFAULT_METHOD, Method
 
 Make = Callable[[int], optuna.samplers.BaseSampler]
+OURS = "the tuner's"
 Results = dict[str, dict[str, list[Replay]]]  # by method and sweep
 
 
@@ -40,8 +42,8 @@ def _tpe(seed: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.TPESampler(seed=seed)
 
 
-def _tpe_joint(seed: int) -> optuna.samplers.BaseSampler:
-    return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+def _tpe_univariate(seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.TPESampler(seed=seed, multivariate=False)
 
 
 def _gp(seed: int) -> optuna.samplers.BaseSampler:
@@ -60,7 +62,7 @@ _SAMPLERS: dict[str, tuple[Make, tuple[str, ...]]] = {
     "random": (_random, ()),
     "brute force": (_brute_force, ()),
     "TPE": (_tpe, ()),
-    "TPE, multivariate": (_tpe_joint, ()),
+    "TPE, univariate": (_tpe_univariate, ()),
     "GP": (_gp, ("scipy",)),
     "CMA-ES": (_cma, ("cmaes",)),
     "NSGA-II": (_genetic, ()),
@@ -69,7 +71,7 @@ _SAMPLERS: dict[str, tuple[Make, tuple[str, ...]]] = {
 
 def methods() -> dict[str, Method]:
     """Each sampler by itself and followed by the descent, and the tuner's own method."""
-    found = {"the tuner's": DEFAULT_METHOD}
+    found = {OURS: DEFAULT_METHOD}
     for name, (make, needs) in _SAMPLERS.items():
         if all(find_spec(module) for module in needs):
             ordered = name == "CMA-ES"  # it knows numbers only
@@ -115,7 +117,7 @@ def print_tables(sweeps: Sequence[Sweep], found: Results) -> None:
         )
     print("\n| sweep | configs | trials | noise | regret: mean | worst | within 2 % |\n|---|---|---|---|---|---|---|")
     for sweep in sweeps:
-        own = found["the tuner's"][sweep.name]
+        own = found[OURS][sweep.name]
         print(
             f"| {sweep.device} {sweep.spec} {sweep.regime} | {len(sweep.configs)} | {quarter(sweep)} "
             f"| {sweep.noise:.1%} | {_mean(own):.2%} | {max(r.regret for r in own):.2%} "
@@ -131,24 +133,25 @@ def _mean(replays: Sequence[Replay]) -> float:
     return statistics.mean(min(replay.regret, 1.0) for replay in replays)
 
 
-def plot(found: Results, path: Path) -> None:
-    """Mean regret of the best tried so far against the share of a sweep that was tried."""
+def plot(panels: dict[str, Results], path: Path) -> None:
+    """A panel for each folder: mean regret of the best tried so far against the share of a sweep that was tried."""
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "jagtile"
+    matplotlib.rcParams.update({"svg.hashsalt": "jagtile", "svg.fonttype": "none"})
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
-    shares = [step / 100 for step in range(4, 101, 4)]  # of the trials
-    for name, by_sweep in found.items():
-        each = _all(by_sweep)
-        means = [statistics.mean(_at(replay, share) for replay in each) for share in shares]
-        bold = name == "the tuner's"
-        axes.plot([25 * s for s in shares], [100 * m for m in means], label=name, linewidth=2.5 if bold else 1)
-    axes.axhline(2, color="grey", linewidth=0.5)
-    axes.set(xlabel="configs tried, % of the space", ylabel="mean regret of the best so far, %", ylim=(0, 12))
-    axes.legend(fontsize=8)
+    figure, grid = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), layout="constrained", squeeze=False)
+    shares = [step / 25 for step in range(1, 26)]  # of the trials, which are a quarter of the configs
+    for axes, (title, found) in zip(grid[0], panels.items(), strict=True):
+        for name, by_sweep in found.items():
+            means = [statistics.mean(_at(replay, share) for replay in _all(by_sweep)) for share in shares]
+            width = 2.5 if name == OURS else 1
+            axes.plot([25 * share for share in shares], [100 * mean for mean in means], label=name, linewidth=width)
+        axes.axhline(2, color="grey", linewidth=0.5)
+        axes.set(title=title, xlabel="configs tried, % of the space", ylim=(0, 15))
+        axes.legend(fontsize=7)
+    grid[0][0].set_ylabel("mean regret of the best so far, %")
     figure.savefig(path, metadata={"Date": None})
 
 
@@ -160,24 +163,26 @@ def _at(replay: Replay, share: float) -> float:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="of sweeps")
+    parser.add_argument("folders", type=Path, nargs="+", help="of sweeps")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--method", action="append", choices=list(methods()), help="only this one (repeatable)")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    sweeps = read_sweeps(options.folder)
-    names = list(dict.fromkeys(["the tuner's", *(options.method or methods())]))
-    path = options.results
-    known = msgspec.json.decode(path.read_bytes(), type=Results) if path and path.exists() else {}
-    found = compare(sweeps, names, options.seeds, options.jobs, known)
-    if path:
-        kept = {name: known.get(name, {}) | found.get(name, {}) for name in known.keys() | found.keys()}
-        path.write_bytes(msgspec.json.encode(kept))
-    print_tables(sweeps, found)
+    names = list(dict.fromkeys([OURS, *(options.method or methods())]))
+    path, panels = options.results, {}
+    for folder in options.folders:
+        sweeps = read_sweeps(folder)
+        known = msgspec.convert(json.loads(path.read_text()), Results) if path and path.exists() else {}
+        found = panels[folder.name] = compare(sweeps, names, options.seeds, options.jobs, known)
+        print(f"\n{folder}\n")
+        print_tables(sweeps, found)
+        if path:
+            kept = {name: known.get(name, {}) | found.get(name, {}) for name in known.keys() | found.keys()}
+            path.write_text(json.dumps(msgspec.to_builtins(kept)))  # msgspec knows no infinity in JSON
     if options.plot:
-        plot(found, options.plot)
+        plot(panels, options.plot)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fakes import SPEC, TARGET, landscape
 
-from jagtile.generator.search import Search
+from jagtile.generator.search import Method, Search
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant, spaces_of
 from jagtile.runtime.errors import UnsupportedError
@@ -110,6 +110,36 @@ def test_the_last_trials_are_neighbours_of_the_best():
     for position in range(30, 40):
         best_so_far = sorted(asked[:position], key=landscape)[:4]
         assert knobs_apart(asked[position], best_so_far) <= 3
+
+
+def test_what_is_predicted_to_be_fast_comes_first_spread_over_the_space():
+    search = Search(TARGET, SPEC, trials=40, seed=1, predict=landscape)
+    ranked = sorted(search.legal, key=landscape)
+    asked = run(search, landscape)
+    assert asked[0] == ranked[0]
+    predicted = asked[: int(0.7 * 40)]
+    assert set(predicted) <= set(ranked[: 2 * len(predicted)])
+    assert predicted != ranked[: len(predicted)]
+    for place, config in enumerate(predicted[:5]):
+        assert all(search._steps(config, other) >= 1.5 for other in predicted[:place])
+    assert len(set(asked)) == 40
+
+
+def test_predictions_that_mislead_leave_a_share_to_the_search_and_unpredicted_configs_have_a_chance():
+    misled = Search(TARGET, SPEC, trials=40, seed=1, predict=lambda config: -landscape(config))
+    run(misled, landscape)
+    worst = sorted(misled.legal, key=landscape, reverse=True)[:40]
+    assert misled.best()[0] not in worst
+    half = Search(TARGET, SPEC, trials=40, seed=1, predict=lambda c: landscape(c) if c.q_stages == 1 else None)
+    assert {config.q_stages for config in run(half, landscape)} == {1, 2}
+
+
+@pytest.mark.parametrize("trials", [30, None])
+def test_a_sampler_may_see_numbers_in_their_order(trials):
+    search = Search(TARGET, SPEC, trials=trials, seed=1, method=Method(ordered=True))
+    asked = [config for _ in range(6) for config in search.ask(4) if not search.tell(config, landscape(config))]
+    assert len(set(asked)) == len(asked) == 24
+    assert set(asked) <= set(search.legal)
 
 
 def test_a_spec_without_template_is_refused():
