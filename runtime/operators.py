@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from torch.autograd import forward_ad
 
 from jagtile.runtime.autograd import (
     CALL,
@@ -18,6 +19,7 @@ from jagtile.runtime.autograd import (
     keep_for_backward,
     refuse_second_derivative,
 )
+from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.ops import backward, forward
 
 Forward = Callable[..., list[torch.Tensor]]
@@ -29,7 +31,19 @@ def forward_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Forward:
     """
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _forward_with_grad
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        _refuse_tangents(q, k, v)
     return forward if is_plain(q) else cast(Forward, torch.ops.jagtile.forward.default)
+
+
+def _refuse_tangents(*operands: torch.Tensor) -> None:
+    """Without a word from here the result would have no tangent: as if its derivative were zero."""
+    tangents = [forward_ad.unpack_dual(operand).tangent for operand in operands]  # type: ignore[no-untyped-call]
+    if any(tangent is not None for tangent in tangents):
+        raise UnsupportedError(
+            "jagtile has no forward-mode derivatives: an operand carries a tangent (torch.func.jvp, make_dual); use "
+            "reverse mode, or float64, which plain operations serve"
+        )
 
 
 def _forward_with_grad(*arguments: Any) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
 
 import jagtile
@@ -228,6 +229,16 @@ def test_second_derivatives_are_refused(oracle_kernels):
     (grad,) = torch.autograd.grad(jagtile.varlen_attention(q, k, v, *rest).sum(), q, create_graph=True)
     with pytest.raises(jagtile.UnsupportedError, match="no second derivatives"):
         grad.sum().backward()
+
+
+def test_forward_mode_derivatives_are_refused_and_not_taken_for_zero(oracle_kernels):
+    q, k, v, *rest = NESTED.make("cpu", "fp32")
+    with pytest.raises(jagtile.UnsupportedError, match="no forward-mode derivatives"):
+        torch.func.jvp(lambda v: jagtile.varlen_attention(q, k, v, *rest), (v,), (v,))
+    with forward_ad.dual_level():
+        with pytest.raises(jagtile.UnsupportedError, match="no forward-mode derivatives"):
+            jagtile.varlen_attention(forward_ad.make_dual(q, q), k, v, *rest)
+        jagtile.varlen_attention(q, k, v, *rest)  # nothing to differentiate
 
 
 def test_without_a_backward_kernel_it_refuses_where_grad_is_required(oracle_kernels, no_backward):
