@@ -72,11 +72,11 @@ class KernelTable:
         return (variant, device) in self._kernels
 
     def build_missing(self, variants: Iterable[Variant], device: torch.device) -> None:
-        """Build side by side those variants that are nowhere yet; failures show when they are loaded."""
+        """Build, side by side, those variants that are nowhere yet; failures show when they are loaded."""
         from jagtile.runtime import packs
 
         missing = [v for v in variants if not self.holds(v, device) and not packs.holds(v, device)]
-        if len(missing) > 1 and settings.jit:
+        if missing and settings.jit:
             with suppress(ModuleNotFoundError, CompilerNotFoundError):
                 from jagtile.generator.build import build
 
