@@ -99,6 +99,8 @@ class Runner:
         self, way: Way, model: Model, texts: Sequence[TextBatch], dtype: DType, device: str, scratch: str
     ) -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch  # of its own: a worker that is killed leaves half-written files
+        # Others compile at the same time.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // 8)))
         warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors is in prototype stage")
         self.device = torch.device(device)
         if self.device.type == "cuda":

@@ -28,7 +28,9 @@ import jagtile
 from jagtile.generator.cli_common import print_table, shortened
 from jagtile.generator.measure import Trials
 from jagtile.generator.spec import DType
+from jagtile.generator.worker import WorkerFailure
 from jagtile.tuning_db.schema import DeviceFacts
+from jagtile.tuning_db.store import replace_file
 
 Name = TypeVar("Name", bound=str)
 MODES = {"eager": False, "compiled": True}
@@ -123,6 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15, help="most samples of each; default 15")
     parser.add_argument("-o", "--output", type=Path, help="also write the results to FILE as JSON")
     options = parser.parse_args(arguments)
+    if options.output is not None and not options.output.parent.is_dir():
+        parser.error(f"--output {options.output}: there is no folder {options.output.parent}")
     device = torch.device(options.device)
     size = options.size or ("base" if device.type == "cuda" else "small")
     dtype: DType = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
@@ -134,9 +138,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for form in chosen(options.forms, list(FORMS), "forms")
         for mode in chosen(options.modes, list(MODES), "modes")
     ]
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.touch()  # better told now than when all is measured
     known = Trials(str(device)).facts(lambda note: None)
     report = ModelReport(
         device=known.device,
@@ -151,10 +152,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name} ...", file=sys.stderr, flush=True)
         facts = facts_of(models[name])
         share = options.budget / len(names)
-        results = race(models[name], ways, dtype, device, seconds=share, rounds=options.rounds)
+        try:
+            results = race(models[name], ways, dtype, device, seconds=share, rounds=options.rounds)
+        except WorkerFailure as failure:
+            raise SystemExit(f"{name}: {failure.reason}") from None
         report = msgspec.structs.replace(report, models=(*report.models, facts), results=(*report.results, *results))
         if options.output is not None:  # after each model: an interrupted run has what was measured
-            options.output.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+            replace_file(options.output, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
         print_model(facts, results, report)
     ours = [result for result in report.results if FORMS[result.form].jagtile]
     bad = [f"{r.form}, {r.mode}, {r.model}, {r.task}" for r in ours if r.state in ("incorrect", "failed")]

@@ -54,6 +54,7 @@ class InProcess:
 def in_this_process(monkeypatch):
     """What a worker sets for its process is undone."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     monkeypatch.setattr(jagtile, "enable", lambda: None)
 
 
