@@ -129,7 +129,7 @@ def attend(
     """[out] or [out, lse] of checked arguments, by a kernel or by plain operations. UnsupportedError as above."""
     q, k, v = batch[:3]
     reason = why_no_kernel(q, v, is_causal)
-    dropout = arguments_of(dropout_p, q, v, is_causal, by_kernel=not reason)
+    dropout = arguments_of(dropout_p, q, v, is_causal, by_kernel=not reason) if dropout_p else ()
     serve = attention if reason else forward_for(q, k, v)
     return serve(*batch, is_causal, bottom_right, scale, return_lse, *dropout)
 

@@ -12,20 +12,21 @@ import torch
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.ops import backward, forward
 
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
-
 CALL = 10  # arguments of ``ops.forward`` before return_lse; dropout's, which may be left out, come after it
 
 
-def is_plain(*tensors: torch.Tensor | None) -> bool:
-    """Whether nobody but autograd need see a call on these: eager code, real tensors of a CPU or a CUDA device."""
-    if (
+def is_eager() -> bool:
+    """Whether no compiler, mode or transform looks on."""
+    return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
-    ):
-        return False
-    return all(x is None or (type(x) in _PLAIN_TYPES and (x.is_cuda or x.is_cpu)) for x in tensors)
+    )
+
+
+def is_real(x: torch.Tensor | None) -> bool:
+    """Whether it is no tensor subclass, and of a CPU or a CUDA device."""
+    return x is None or ((type(x) is torch.Tensor or type(x) is torch.nn.Parameter) and (x.is_cuda or x.is_cpu))
 
 
 def keep_for_backward(ctx: Any, call: tuple[Any, ...], out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -40,7 +41,7 @@ def gradients(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
     """dq, dk and dv of what ``keep_for_backward`` saved; differentiating them again is refused."""
     *tensors, dropout_state = ctx.saved_tensors
     dout = torch.zeros_like(tensors[5]) if dout is None else dout
-    direct = not torch.is_grad_enabled() and is_plain(dout, dlse, tensors[0])
+    direct = not torch.is_grad_enabled() and is_eager() and is_real(dout) and is_real(dlse)
     differentiate = cast(Any, backward if direct else torch.ops.jagtile.backward.default)
     found: tuple[torch.Tensor, ...] = differentiate(dout, dlse, *tensors, *ctx.options, dropout_state)
     return found

@@ -89,10 +89,8 @@ def why_no_dropout(
 
 def arguments_of(
     dropout_p: float, q: torch.Tensor, v: torch.Tensor, is_causal: bool, by_kernel: bool
-) -> tuple[float, torch.Tensor] | tuple[()]:
-    """What a call with dropout has behind its other arguments, none without. UnsupportedError as above."""
-    if not dropout_p:
-        return ()
+) -> tuple[float, torch.Tensor]:
+    """What a call with dropout has behind its other arguments. UnsupportedError as above."""
     if by_kernel:
         check_dropout_served(dropout_p, q, v, is_causal)
     return dropout_p, draw_state(q.device)
@@ -103,10 +101,8 @@ def draw_state(device: torch.device) -> torch.Tensor:
     return torch.randint(1 << 62, (2,), dtype=torch.int64, device=device)
 
 
-def dropout_of(dropout_p: float, state: torch.Tensor | None) -> Dropout | None:
-    """None for a rate of 0. Rates are rounded to multiples of 1 / 65536."""
-    if dropout_p == 0:
-        return None
+def dropout_of(dropout_p: float, state: torch.Tensor | None) -> Dropout:
+    """Of a rate, which is rounded to a multiple of 1 / 65536, above 0."""
     if state is None:
         raise ValueError(f"dropout_p is {dropout_p} and dropout_state None: dropout needs a seed and an offset")
     return Dropout(round((1 - dropout_p) * WEIGHTS), state)

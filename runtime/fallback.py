@@ -125,7 +125,7 @@ def attention(
     """
     total_q, total_k = q.shape[0], k.shape[0]
     precision = torch.float64 if q.dtype == torch.float64 else torch.float32
-    dropout = dropout_of(dropout_p, dropout_state)
+    dropout = dropout_of(dropout_p, dropout_state) if dropout_p else None
     operands = (q.to(precision) * scale, k.to(precision), v.to(precision))
     if not q.is_cpu or torch.compiler.is_compiling() or _is_fake(cu_seqlens_q):
         parts = _masked(*operands, cu_seqlens_q, cu_seqlens_k, is_causal, bottom_right, dropout)

@@ -14,7 +14,7 @@ import torch
 from torch.nested._internal.nested_tensor import NestedTensor, nested_view_from_values_offsets_lengths
 
 from jagtile.runtime.api import CausalAlignment, attend
-from jagtile.runtime.autograd import is_plain
+from jagtile.runtime.autograd import is_eager, is_real
 from jagtile.runtime.checks import bottom_right, check_flag, check_operands, softmax_scale
 from jagtile.runtime.dropout import arguments_of, check_dropout_p
 from jagtile.runtime.errors import UnsupportedError
@@ -95,7 +95,9 @@ def sdpa(
         if why_no_kernel(packed.q, packed.v, is_causal) is None:
             for name in trained:
                 check_trainable(name, packed.q.dtype, packed.q.shape[2], packed.v.shape[2], packed.q.device)
-            dropout = arguments_of(dropout_p, packed.q, packed.v, is_causal, by_kernel=True) or (0.0, None)
+            dropout = (
+                arguments_of(dropout_p, packed.q, packed.v, is_causal, by_kernel=True) if dropout_p else (0.0, None)
+            )
             call = (*packed, *kind, *dropout)
             return cast(torch.Tensor, NestedAttention.apply(query, key, value, call))  # type: ignore[no-untyped-call]
         packed = pack(query, key, value, enable_gqa=enable_gqa)  # once more, for autograd to see
@@ -111,7 +113,7 @@ def _trained_as_one_node(*tensors: object) -> list[str]:
     nested = cast("tuple[NestedTensor, ...]", tensors)
     with torch._C.DisableTorchFunctionSubclass():  # else each look costs a Python dispatch
         trained = [name for name, t in zip(_NAMES, nested, strict=True) if t.requires_grad]
-    return trained if trained and is_plain(*[t._values for t in nested]) else []
+    return trained if trained and is_eager() and all(is_real(t._values) for t in nested) else []
 
 
 def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_gqa: bool) -> Packed:

@@ -15,7 +15,8 @@ from torch.autograd import forward_ad
 from jagtile.runtime.autograd import (
     CALL,
     PackedAttention,
-    is_plain,
+    is_eager,
+    is_real,
     keep_for_backward,
     refuse_second_derivative,
 )
@@ -33,7 +34,7 @@ def forward_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Forward:
         return _forward_with_grad
     if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
         _refuse_tangents(q, k, v)
-    return forward if is_plain(q) else cast(Forward, torch.ops.jagtile.forward.default)
+    return forward if is_eager() and is_real(q) else cast(Forward, torch.ops.jagtile.forward.default)
 
 
 def _refuse_tangents(*operands: torch.Tensor) -> None:
@@ -49,7 +50,7 @@ def _refuse_tangents(*operands: torch.Tensor) -> None:
 def _forward_with_grad(*arguments: Any) -> list[torch.Tensor]:
     """The backward needs the lse, which is dropped here where the caller does not ask for it."""
     call, return_lse, dropout = arguments[:CALL], arguments[CALL], arguments[CALL + 1 :] or (0.0, None)
-    eager = is_plain(*call[:3])
+    eager = is_eager() and all(map(is_real, call[:3]))
     apply: Any = PackedAttention.apply if eager else torch.ops.jagtile.differentiable_forward.default
     out, lse = apply(*call, *dropout)
     return [out, lse] if return_lse else [out]

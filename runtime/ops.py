@@ -45,11 +45,13 @@ def forward(
     lse = q.new_empty(heads, total_q, dtype=torch.float32) if return_lse else None
     if batch and total_q and total_k:
         regime = regime_index(batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0)
-        dropout = dropout_of(dropout_p, dropout_state)
+        dropout = dropout_of(dropout_p, dropout_state) if dropout_p else None
         route = (q.dtype, head_dim, head_dim_v, is_causal, device_index, regime, dropout is not None)
         kernel = ROUTES.get(route) or resolve(route)
-        launch = (q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
-        kernel.forward(*launch) if dropout is None else kernel.forward(*launch, dropout)
+        if dropout is None:
+            kernel.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
+        else:
+            kernel.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right, dropout)
     else:
         covered = 0
     if covered < total_q:
@@ -88,7 +90,7 @@ def backward(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     if batch and total_q and total_k:
         regime = regime_index(batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0)
-        dropout = dropout_of(dropout_p, dropout_state)
+        dropout = dropout_of(dropout_p, dropout_state) if dropout_p else None
         route = (q.dtype, head_dim, head_dim_v, is_causal, q.get_device(), regime, dropout is not None)
         kernel = BACKWARD_ROUTES.get(route) or resolve_backward(route)
         launch = (q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, dq, dk, dv, scale, bottom_right)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.functional import scaled_dot_product_attention
 
 import jagtile
 
@@ -64,3 +66,42 @@ def test_training_compiles_where_every_size_is_a_symbol(oracle_kernels):
         compiled, q.grad = q.grad, None
         loss(q, cu).backward()
     torch.testing.assert_close(compiled, q.grad)
+
+
+BATCHES = [(3, 4), (5, 1, 9), (2, 2, 2, 7), (8,) * 5, (11, 6), (1, 30, 4), (16, 3, 3, 3, 3), (9,)]
+
+
+def of_packed(values, cu, longest):
+    q, k, v = values.unflatten(1, (3, 2, 8)).unbind(1)
+    return jagtile.varlen_attention(q, k, v, cu, cu, longest, longest, is_causal=True).flatten(1)
+
+
+def of_nested(x):
+    q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in x.chunk(3, -1))
+    return scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("lengths", ["unknown", "known"])
+@pytest.mark.parametrize("kind", ["packed", "nested"])
+def test_batches_of_other_sizes_and_lengths_are_not_compiled_anew(oracle_kernels, kind, lengths, grad):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    function = of_packed if kind == "packed" else of_nested
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    with torch.set_grad_enabled(grad), jagtile.enabled():
+        for seqlens in BATCHES:
+            values = torch.randn(sum(seqlens), 48, requires_grad=grad)
+            cu = torch.tensor([0, *seqlens]).cumsum(0)
+            if kind == "packed":
+                call = (values, cu, max(seqlens) if lengths == "known" else None)
+            else:
+                known = {"min_seqlen": min(seqlens), "max_seqlen": max(seqlens)} if lengths == "known" else {}
+                call = (torch.nested.nested_tensor_from_jagged(values, cu, **known),)
+            outs = [out.values() if out.is_nested else out for out in (compiled(*call), function(*call))]
+            torch.testing.assert_close(*outs)
+            if grad:
+                grads = [torch.autograd.grad(out.square().sum(), values)[0] for out in outs]
+                torch.testing.assert_close(*grads)
+    assert counter.frame_count <= 3  # with sizes as they are, then with those as symbols that were seen to change
+    torch._dynamo.reset()

@@ -186,6 +186,6 @@ def test_a_kernel_that_the_compiler_refuses_gives_way_to_the_default(plain_space
     monkeypatch.setattr(routes, "decide", lambda *_: Decision(chosen, "short", "user", ()))
     monkeypatch.setattr(routes.kernel_table(), "kernel_for", kernel_for)
     with pytest.warns(jagtile.JagtileWarning, match="plain_b128 .user choices. can't be used, plain_b64.*it spills"):
-        kernel = routes.resolve((torch.float32, 8, 8, False, -1, 0))
+        kernel = routes.resolve((torch.float32, 8, 8, False, -1, 0, False))
     assert kernel.meta.symbol.endswith("plain_b64")
     assert list(routes.ROUTES.values()) == [kernel]
