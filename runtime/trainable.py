@@ -35,19 +35,22 @@ def why_no_backward(dtype: torch.dtype, head_dim: int, head_dim_v: int, device: 
         return None
     spec = KernelSpec("bwd", DTYPE_NAMES[dtype], head_dim, head_dim_v, causal=False)
     if device.type == "cuda" and not torch.cuda.is_available():
-        served = any(spaces_of(target, spec) for target in targets() if target != "cpu")
-        return None if served else f"no kernel for {spec.name} on GPUs"
-    try:
-        target = device_id(device).target
-    except UnsupportedError:
-        return None
-    if not spaces_of(target, replace(spec, direction="fwd")):
-        return None
-    try:
-        default_variant(spec, target)
-    except UnsupportedError as error:
-        return str(error)
-    return None
+        candidates = [target for target in targets() if target != "cpu"]
+    else:
+        try:
+            candidates = [device_id(device).target]
+        except UnsupportedError:
+            return None
+    reason = None
+    for target in candidates:
+        if spaces_of(target, replace(spec, direction="fwd")):
+            try:
+                default_variant(spec, target)
+            except UnsupportedError as error:
+                reason = str(error)
+            else:
+                return None
+    return reason
 
 
 # What torch.compiler.assume_constant_result sets; the decorator itself would import the whole compiler.

@@ -109,9 +109,7 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     """
     kept = spec.head_dim // 2 + spec.head_dim_v // 2
     scores, packed = config.block_m // 2, config.block_m // 4
-    return kept + max(
-        2 * scores + packed * (2 if config.overlap else 1), dq_columns(spec, config) // 2 + 2 * packed
-    )
+    return kept + max(2 * scores + packed * (2 if config.overlap else 1), dq_columns(spec, config) // 2 + 2 * packed)
 
 
 class Sm90BackwardSpace:
@@ -161,8 +159,8 @@ class Sm90BackwardSpace:
         registers, limit = fragment_registers(spec, config), FRAGMENT_LIMIT[groups]
         if registers > limit:
             return (
-                f"accumulators and fragments take {registers} registers a thread > {limit} with {config.warpgroups} math "
-                f"warpgroups"
+                f"accumulators and fragments take {registers} registers a thread > {limit} with {config.warpgroups} "
+                f"math warpgroups"
             )
         return None
 

@@ -9,11 +9,15 @@ import pytest
 import torch
 from emulator import kernels
 from emulator.backward_checks import assert_right, backward
+from emulator.driver import emulated
 
+from jagtile.generator.oracle import errors, reference
+from jagtile.generator.oracle_gradients import Gradients, gradient_tolerance, reference_gradients
 from jagtile.generator.spaces.sm90_backward import Sm90BackwardConfig
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant
-from jagtile.generator.workloads import CausalAlignment, Workload
+from jagtile.generator.workloads import CausalAlignment, JaggedBatch, Workload
+from jagtile.runtime import cuda
 from jagtile.runtime.artifact import Artifact
 
 BULK = Sm90BackwardConfig(64, 128, 2, 1, "bulk", overlap=True)
@@ -89,3 +93,76 @@ def test_in_order_additions_come_out_the_same_whatever_the_schedule(deterministi
 
 def test_gradients_in_order_match_the_oracle(deterministic: None) -> None:
     assert_right(built(*CASES[2]), workload("bwd_fp16_d64_causal", QUERIES, KEYS, (1, 1)))
+
+
+# --- the launcher
+
+
+def call(
+    machine_seed: int, w: Workload, b: JaggedBatch, dout: torch.Tensor, calls: int = 1
+) -> tuple[Gradients, list[str]]:
+    """The gradients of the last of some calls, and the kernels that all of them launched."""
+    out, lse = reference(*b[:5], is_causal=w.is_causal)
+    grads = Gradients(*(torch.full_like(x, float("nan")) for x in b[:3]))
+    with emulated(processors=2, seed=machine_seed) as machine:
+        kernel = cuda.load(built(*CASES[0]), torch.device("cuda", 0))
+        assert isinstance(kernel, cuda.CudaBackwardKernel)
+        for _ in range(calls):
+            kernel.backward(*b[:5], out.to(b.q.dtype), lse.float(), dout, None, *grads, w.head_dim**-0.5, False)
+    return grads, [name for name, *_ in machine.launches]
+
+
+def assert_close(found: Gradients, w: Workload, b: JaggedBatch, dout: torch.Tensor) -> None:
+    for name, grad, want in zip(Gradients._fields, found, reference_gradients(*b[:5], dout), strict=True):
+        assert errors(grad, want).rel <= gradient_tolerance(grad.dtype), name
+
+
+SMALL = workload("bwd_bf16_d64", (3, 20), (3, 20), (2, 2))
+
+
+def test_one_call_is_three_launches_and_a_list_for_the_batch() -> None:
+    b = SMALL.make("cpu", "bf16")
+    _, names = call(1, SMALL, b, torch.randn_like(b.q), calls=2)
+    passes = ["jagtile_backward_prepare", built(*CASES[0]).meta.symbol, "jagtile_backward_finish"]
+    assert names == ["jagtile_build_work_list", *passes, *passes]
+
+
+def test_layouts_that_tma_cannot_address_are_copied() -> None:
+    b = SMALL.make("cpu", "bf16", 2)
+    dout = torch.randn(1, 1, 64).to(b.q.dtype).expand(b.q.shape)  # as the gradient of a sum
+    odd = torch.zeros(b.q.numel() + b.q.shape[0] * 6 + 1, dtype=b.q.dtype)[1:].view(b.q.shape[0], 2, 67)[..., :64]
+    strange = b._replace(q=odd.copy_(b.q), k=b.k[:, :1].expand(b.k.shape))
+    found, _ = call(2, SMALL, strange, dout)
+    assert_close(found, SMALL, strange, dout)
+
+
+def test_int64_and_mixed_offsets() -> None:
+    b = SMALL.make("cpu", "bf16", 3)
+    dout = torch.randn_like(b.q)
+    mixed = b._replace(cu_seqlens_q=b.cu_seqlens_q.long())
+    for seed, batch in enumerate((mixed, mixed._replace(cu_seqlens_k=b.cu_seqlens_k.long()))):
+        found, _ = call(10 + seed, SMALL, batch, dout)
+        assert_close(found, SMALL, batch, dout)
+
+
+def test_without_keys_gradients_are_zeros_and_nothing_is_launched() -> None:
+    w = workload("bwd_bf16_d64", (3, 20), (0, 0), (2, 2))
+    b = w.make("cpu", "bf16")
+    found, names = call(1, w, b, torch.randn_like(b.q))
+    assert not names
+    assert all(not grad.any() for grad in found)
+
+
+def test_tokens_of_no_sequence_have_no_gradient_by_queries_and_touch_nobody() -> None:
+    b = SMALL.make("cpu", "bf16", 4)
+    dout = torch.randn_like(b.q)
+    offsets = torch.tensor([2, 9, 20], dtype=torch.int32)
+    shifted = b._replace(cu_seqlens_q=offsets, cu_seqlens_k=offsets)
+    for x in (shifted.q, shifted.k, shifted.v):
+        x[:2], x[20:] = float("nan"), float("nan")
+    found, _ = call(5, SMALL, shifted, dout)
+    want = reference_gradients(*shifted[:5], dout)
+    assert not found.dq[:2].any()
+    assert not found.dq[20:].any()
+    for grad, truth in zip(found, want, strict=True):
+        assert errors(grad[2:20], truth[2:20]).rel <= gradient_tolerance(grad.dtype)

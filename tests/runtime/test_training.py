@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import jagtile
 from jagtile.generator.oracle import errors
 from jagtile.generator.oracle_gradients import gradient_tolerance, reference_gradients
+from jagtile.generator.spaces.cpu_forward import CpuForwardSpace
 from jagtile.generator.toolchain import find_cxx
 from jagtile.generator.workloads import JaggedBatch, Workload, random_workload
 from jagtile.runtime.routes import forget
@@ -253,8 +254,14 @@ def test_without_a_backward_kernel_it_refuses_where_grad_is_required(oracle_kern
         jagtile.sdpa(x, x, x)
 
 
-def test_the_reason_for_having_no_backward_kernel_names_the_spec():
-    assert why_no_backward(torch.float16, 256, 200, torch.device("cpu")) is None
-    if not torch.cuda.is_available():
-        reason = why_no_backward(torch.bfloat16, 64, 64, torch.device("cuda"))
-        assert reason == "no kernel for bwd_bf16_d64 on GPUs"
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (72, 40), (192, 128), (256, 256), (30, 30)])
+def test_what_has_a_forward_kernel_has_a_backward_kernel(dtype, dims):
+    for device in ("cpu", "cuda"):
+        assert why_no_backward.__wrapped__(dtype, *dims, torch.device(device)) is None
+
+
+def test_the_reason_for_having_no_backward_kernel_names_the_spec(monkeypatch):
+    monkeypatch.setattr("jagtile.generator.tile.spaces", lambda: (CpuForwardSpace(),))
+    reason = why_no_backward.__wrapped__(torch.bfloat16, 64, 64, torch.device("cpu"))
+    assert "bwd_bf16_d64" in reason
