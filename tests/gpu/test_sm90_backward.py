@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from functools import cache
 
-import backward_checks
+import gradient_checks
 import pytest
 import torch
 
@@ -79,7 +79,7 @@ def test_gradients_match_the_oracle(name: str, change: dict[str, int]) -> None:
     kernel = loaded(name, tuple(change.items()))
     for w in workloads(KernelSpec.parse(name), rng):
         if w.total_q and w.total_k:
-            backward_checks.assert_right(kernel, w, seed=rng.randrange(1 << 30), launches=3, device="cuda")
+            gradient_checks.assert_right(kernel, w, seed=rng.randrange(1 << 30), launches=3, device="cuda")
 
 
 @pytest.mark.parametrize("name", ["bwd_bf16_d256_causal", "bwd_bf16_d192_dv128"])
@@ -87,7 +87,7 @@ def test_gradients_match_the_oracle(name: str, change: dict[str, int]) -> None:
 def test_any_scale(name: str, scale: float) -> None:
     spec = KernelSpec.parse(name)
     w = Workload("edges", EDGES, EDGES, 4, 2, spec.head_dim, spec.head_dim_v, spec.causal)
-    backward_checks.assert_right(loaded(name), w, scale=scale, with_dlse=False, device="cuda")
+    gradient_checks.assert_right(loaded(name), w, scale=scale, with_dlse=False, device="cuda")
 
 
 @pytest.mark.parametrize("name", ["bwd_bf16_d256", "bwd_bf16_d256_causal", "bwd_bf16_d192_dv128_causal"])
@@ -95,13 +95,13 @@ def test_deterministic_gradients_are_right_and_bitwise_equal_over_runs(name: str
     spec = KernelSpec.parse(name)
     lengths = ((3000, 70, 900, 0, 2000), (3000, 500, 100, 60, 2500))
     w = Workload("many key blocks", *lengths, 4, 2, spec.head_dim, spec.head_dim_v, spec.causal)
-    b, dout = backward_checks.batch(loaded(name), w, 9, "cuda")
+    b, dout = gradient_checks.batch(loaded(name), w, 9, "cuda")
     torch.use_deterministic_algorithms(True)
     try:
-        backward_checks.assert_right(loaded(name), w, device="cuda")
-        first = backward_checks.gradients(loaded(name), w, b, dout)
+        gradient_checks.assert_right(loaded(name), w, device="cuda")
+        first = gradient_checks.gradients(loaded(name), w, b, dout)
         for _ in range(10):
-            for one, other in zip(first, backward_checks.gradients(loaded(name), w, b, dout), strict=True):
+            for one, other in zip(first, gradient_checks.gradients(loaded(name), w, b, dout), strict=True):
                 assert torch.equal(one, other)
     finally:
         torch.use_deterministic_algorithms(False)

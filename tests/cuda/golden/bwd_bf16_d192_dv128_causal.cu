@@ -464,7 +464,7 @@ jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2(const __grid_constant__ Backw
         at.advance();
       });
     } else if (warp == 1 && elect_one()) {
-      claim_key_tiles(control, p);
+      claim_key_tiles(control);
     } else if (warp == 2 && elect_one()) {
       load_query_blocks<kPanels>(p, control, control.q, smem.q, p.map_q);
     } else if (warp == 3 && elect_one()) {

@@ -1,0 +1,58 @@
+"""Backward kernels on the emulator: the checks of tests/gradient_checks.py, each under a schedule of its own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import gradient_checks
+import torch
+
+from emulator.driver import emulated
+from jagtile.generator.oracle_gradients import Gradients
+from jagtile.generator.workloads import JaggedBatch, Workload
+from jagtile.runtime import cuda
+from jagtile.runtime.artifact import Artifact
+from jagtile.runtime.cuda import CudaBackwardKernel
+
+_seeds = itertools.count(1)  # no two runs share a schedule
+
+
+@contextmanager
+def loaded(artifact: Artifact, processors: int = 2) -> Iterator[CudaBackwardKernel]:
+    """The kernel, on an emulated device of so many processors."""
+    with emulated(processors=processors, seed=1000 * next(_seeds)):
+        kernel = cuda.load(artifact, torch.device("cuda", 0))
+        assert isinstance(kernel, CudaBackwardKernel)
+        yield kernel
+
+
+def backward(
+    artifact: Artifact,
+    w: Workload,
+    b: JaggedBatch,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None = None,
+    *,
+    scale: float = gradient_checks.SCALE,
+    launches: int = 1,
+    processors: int = 2,
+) -> Gradients:
+    """See ``gradient_checks.gradients``."""
+    with loaded(artifact, processors) as kernel:
+        return gradient_checks.gradients(kernel, w, b, dout, dlse, scale=scale, launches=launches)
+
+
+def assert_right(
+    artifact: Artifact,
+    w: Workload,
+    seed: int = 5,
+    *,
+    scale: float = gradient_checks.SCALE,
+    with_dlse: bool = True,
+    launches: int = 1,
+) -> None:
+    """See ``gradient_checks.assert_right``."""
+    with loaded(artifact) as kernel:
+        gradient_checks.assert_right(kernel, w, seed, scale=scale, with_dlse=with_dlse, launches=launches)
