@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from functools import cache
 
+import gradient_checks
 import pytest
 import torch
 from emulator import kernels
 from emulator.backward_checks import assert_right, backward
 
+from jagtile.generator.oracle import errors
+from jagtile.generator.oracle_gradients import gradient_tolerance, reference_gradients
 from jagtile.generator.spaces.sm90_backward_wide import Sm90BackwardWideConfig, Sm90BackwardWideSpace
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant
@@ -66,3 +69,16 @@ def test_deterministic_gradients_are_bitwise_equal_under_any_schedule(name: str)
         torch.use_deterministic_algorithms(False)
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
+
+
+def test_keys_past_the_end_weigh_nothing_where_all_scores_are_far_below_zero() -> None:
+    """The score of a key past the end is 0, which against a log-sum-exp of -100 is a probability beyond float32."""
+    name = "bwd_fp16_d192_dv128_causal"
+    w = Workload("last blocks", (200, 5), (70, 30), 1, 1, 192, 128, True)
+    b = w.make("cpu", "fp16", 4)
+    b.q[..., 0], b.k[..., 0] = 16.0, -64.0
+    dout = torch.randn((w.total_q, 1, 128), generator=torch.Generator().manual_seed(4)).half()
+    found = backward(built(name), w, b, dout)
+    expected = reference_gradients(*b[:5], dout, is_causal=True, scale=gradient_checks.SCALE)
+    for grad, truth in zip(found, expected, strict=True):  # the column of the offset is all cancellation
+        assert errors(grad[..., 1:], truth[..., 1:]).rel <= gradient_tolerance("fp16")
