@@ -19,8 +19,9 @@ from jagtile.generator.spec import Direction, KernelSpec
 from jagtile.generator.tile import Knob, TileConfig
 
 MAX_HEAD_DIM = 128  # dK and dV of a block of keys are accumulators
-# Registers for accumulators and fragments that ptxas 13.0 schedules without serialising wgmma (C7512) or spilling.
-FRAGMENT_LIMIT = {(1, 1): 240, (1, 2): 208, (2, 1): 208, (3, 1): 144}
+# Registers for accumulators and fragments that ptxas 13.0 schedules without serialising wgmma (C7512) or spilling, by
+# (math warpgroups, CTAs an SM): eleven pairs of head dims compiled at and around these limits.
+FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 160, (2, 1): 208, (3, 1): 128}
 Split = Literal["rows", "columns", "alternate"]
 
 
@@ -105,11 +106,14 @@ def dq_columns(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
 
 def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     """Registers a thread for accumulators and A fragments, where the most of them are alive: beside dK and dV, S and dP
-    with P packed, or dQ with P and dS packed. With ``overlap`` dS stays packed while S and dP are multiplied.
+    with P packed, or dQ with P and dS packed. dQ that warpgroups make by turns has registers of its own; with
+    ``overlap`` so has the packed dS of the step before.
     """
     kept = spec.head_dim // 2 + spec.head_dim_v // 2
-    scores, packed = config.block_m // 2, config.block_m // 4
-    return kept + max(2 * scores + packed * (2 if config.overlap else 1), dq_columns(spec, config) // 2 + 2 * packed)
+    scores, packed, dq = config.block_m // 2, config.block_m // 4, dq_columns(spec, config) // 2
+    with_p = 2 * scores + packed
+    most = with_p + dq if dq_split(spec, config) == "alternate" else max(with_p, dq + 2 * packed)
+    return kept + most + (packed if config.overlap else 0)
 
 
 class Sm90BackwardSpace:

@@ -1,0 +1,478 @@
+// jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0
+//
+// Backward of attention over a jagged batch, one kernel for one case:
+//   target      sm_90a
+//   dtype       bf16
+//   head_dim    128 (queries and keys), 128 (values)
+//   mask        causal, top-left or bottom-right at run time
+// Template: templates/cuda/sm90/backward.cu.j2, algorithm keyblocks, with
+//   block_m             64
+//   block_n             128
+//   num_stages          2
+//   ctas_per_sm         1
+//   dq                  bulk
+//   overlap             false
+// Generated; edit the template, not this text. To see it again:
+//   jagtile generate sm_90a/bwd_bf16_d128_causal/keyblocks_m64_n128_s2_c1_dbulk_o0
+//
+// One persistent CTA an SM: 2 math warpgroups of 64 keys each, one warpgroup that feeds them. K and V of a tile
+// stay; the queries that see its keys go by, those of every head that shares the kv head.
+//   warp 0      copies K and V, then Q and dO block by block (TMA, clipped at the sequence's end)
+//   warp 1      claims tiles from the work list
+//   warp 2      copies lse and delta of every block
+//   warp 3      adds dQ to its sums in global memory (bulk reductions)
+//   warps 4...  S^T = K Q^T, dP^T = V dO^T, P and dS in registers, dV += P^T dO, dK += dS^T Q, dQ = dS K (wgmma);
+//               dK and dV leave through K's and V's buffers (TMA)
+//
+// Shared memory          bytes
+//   K                      32768   2 panels of 128 rows x 128 B; dK on its way out
+//   V                      32768   2 panels of 128 rows x 128 B; dV on its way out
+//   Q [2]                  32768   2 panels of 64 rows x 128 B
+//   dO [2]                 32768   2 panels of 64 rows x 128 B
+//   dS^T [2]               32768   1 panel of 128 rows x 128 B
+//   dQ                     32768   float32, as in its sums
+//   lse, delta [2]          1024   2 x 64 float32
+//   tiles, barriers         1024
+#include "cuda/include/backward_params.cuh"
+#include "cuda/include/backward_rows.cuh"
+#include "cuda/include/dq_sums.cuh"
+#include "cuda/include/fragments.cuh"
+#include "cuda/include/gradients.cuh"
+#include "cuda/include/key_blocks.cuh"
+#include "cuda/include/key_tiles.cuh"
+#include "cuda/include/pipeline.cuh"
+#include "cuda/include/ptx.cuh"
+#include "cuda/include/work_list.cuh"
+
+namespace {
+
+constexpr int kHeadDim = 128;
+constexpr int kHeadDimV = 128;
+constexpr int kBlockM = 64;  // queries a step
+constexpr int kBlockN = 128;  // keys a tile
+constexpr int kWarpgroups = 2;
+constexpr int kStages = 2;
+constexpr int kTileSlots = 2;
+constexpr int kPanels = 2;   // 64-column panels of Q and K
+constexpr int kPanelsV = 2;  // of V and dO
+constexpr int kStepsM = kBlockM / 16;
+
+constexpr int kQPanelBytes = kBlockM * 128;
+constexpr int kKVPanelBytes = kBlockN * 128;
+constexpr int kQBytes = kPanels * kQPanelBytes;
+constexpr int kDoutBytes = kPanelsV * kQPanelBytes;
+constexpr int kKBytes = kPanels * kKVPanelBytes;
+constexpr int kVBytes = kPanelsV * kKVPanelBytes;
+constexpr int kDsBytes = 1 * kKVPanelBytes;
+constexpr int kRowsBytes = 64 * 128;  // a warpgroup's rows of a panel
+constexpr int kMathBarrier = kWarpgroups + 1;
+
+// dQ of a block is made in parts, each by one warpgroup: 64 columns.
+constexpr int kParts = 2;
+constexpr int kPartBytes = 16384;
+constexpr int kAdders = 1;  // of a block's dQ, each with a turn of its own
+using Sums = DqSums<kHeadDim>;
+using KeyTile = KeyTiles</*kCausal=*/true, kBlockM, kBlockN, kAdders>;
+
+struct Control {
+  Tile tiles[kTileSlots];
+  Claims claims;
+  RingBarriers<kTileSlots> tile;
+  RingBarriers<1> k, v;
+  RingBarriers<kStages> q, dout, stats;
+  RingBarriers<1> dq[kParts];
+};
+static_assert(sizeof(Control) <= 1024);
+
+// d (64 x 64) {+}= A (64 x 16) B^T (64 x 16), both K-major in shared memory.
+__device__ __forceinline__ void multiply_rows(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "%32, %33, p, 1, 1, 0, 0;\n"
+      "}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+      : "l"(a), "l"(b), "r"(accumulate));
+}
+
+// d (64 x 128) += A (64 x 16, registers) B (16 x 128, shared memory, its columns contiguous).
+__device__ __forceinline__ void multiply_dv(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// d (64 x 64) {+}= A^T (16 x 64) B (16 x 64), in shared memory, their columns contiguous.
+__device__ __forceinline__ void multiply_dq(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "%32, %33, p, 1, 1, 1, 1;\n"
+      "}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+      : "l"(a), "l"(b), "r"(accumulate));
+}
+
+// d (64 x 64) = A B^T, asynchronously; 64 rows of A and 64 rows of B, 128 columns each.
+__device__ __forceinline__ void issue_scores(float (&d)[32], uint32_t a, uint32_t b) {
+  const uint64_t a_descriptor = wgmma_descriptor(a, 16, 1024);
+  const uint64_t b_descriptor = wgmma_descriptor(b, 16, 1024);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 8; ++step) {
+    const int inside = step % 4 * 32;
+    multiply_rows(d, a_descriptor + ((step / 4 * kKVPanelBytes + inside) >> 4),
+                b_descriptor + ((step / 4 * kQPanelBytes + inside) >> 4), step > 0);
+  }
+  wgmma_commit();
+}
+
+// d (64 x 64) = A B^T, asynchronously; 64 rows of A and 64 rows of B, 128 columns each.
+__device__ __forceinline__ void issue_dp(float (&d)[32], uint32_t a, uint32_t b) {
+  const uint64_t a_descriptor = wgmma_descriptor(a, 16, 1024);
+  const uint64_t b_descriptor = wgmma_descriptor(b, 16, 1024);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 8; ++step) {
+    const int inside = step % 4 * 32;
+    multiply_rows(d, a_descriptor + ((step / 4 * kKVPanelBytes + inside) >> 4),
+                b_descriptor + ((step / 4 * kQPanelBytes + inside) >> 4), step > 0);
+  }
+  wgmma_commit();
+}
+
+// d (64 x 128) += A B, asynchronously; A's fragments in registers, 64 rows of B.
+__device__ __forceinline__ void issue_dv(float (&d)[64], const uint32_t (&a)[4][4], uint32_t b) {
+  const uint64_t b_descriptor = wgmma_descriptor(b, kQPanelBytes, 1024);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    multiply_dv(d, a[step], b_descriptor + (step * 16 * 128 >> 4));
+  }
+  wgmma_commit();
+}
+
+// d (64 x 128) += A B, asynchronously; A's fragments in registers, 64 rows of B.
+__device__ __forceinline__ void issue_dk(float (&d)[64], const uint32_t (&a)[4][4], uint32_t b) {
+  const uint64_t b_descriptor = wgmma_descriptor(b, kQPanelBytes, 1024);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    multiply_dv(d, a[step], b_descriptor + (step * 16 * 128 >> 4));
+  }
+  wgmma_commit();
+}
+
+// d (64 x 64) = A^T B, asynchronously; 128 rows of A, 64 columns wide, and of B.
+__device__ __forceinline__ void issue_dq(float (&d)[32], uint32_t a, uint32_t b) {
+  const uint64_t a_descriptor = wgmma_descriptor(a, 16, 1024);
+  const uint64_t b_descriptor = wgmma_descriptor(b, kKVPanelBytes, 1024);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 8; ++step) {
+    multiply_dq(d, a_descriptor + (step * 16 * 128 >> 4), b_descriptor + (step * 16 * 128 >> 4), step > 0);
+  }
+  wgmma_commit();
+}
+
+// A thread's accumulators of one row, written to the row.
+struct StorePieces {
+  float* row;
+  __device__ __forceinline__ void operator()(int lane_place, int place, float a, float b, float c, float d) const {
+    *reinterpret_cast<float4*>(row + lane_place + place) = {a, b, c, d};
+  }
+  __device__ __forceinline__ void operator()(int lane_place, int place, float a, float b) const {
+    *reinterpret_cast<float2*>(row + lane_place + place) = {a, b};
+  }
+};
+
+// A panel of a warpgroup's dQ into shared memory; `row` is the thread's upper row among the 64, `token` that row's token.
+template <int kPanel, int kFirst, int kRegisters>
+__device__ __forceinline__ void stage_panel(const float (&dq)[kRegisters], float* panel, int row, int quad, int token) {
+  constexpr int kColumns = Sums::columns(kPanel);
+  const int swap = Sums::group_swap(kPanel, token);
+  for_each_piece<kColumns, kFirst>(dq, 0, quad, swap, StorePieces{panel + row * kColumns});
+  for_each_piece<kColumns, kFirst>(dq, 1, quad, swap, StorePieces{panel + (row + 8) * kColumns});
+}
+
+// A part from its buffer to its sums, in one thread; committed.
+__device__ __forceinline__ void add_part(const BackwardParams& p, const WorkItem& item, int head, int row, int part,
+                                         uint32_t buffer) {
+  bulk_add(Sums::row(p.dq_sums, p.total_q, head, part, item.q_begin + row), buffer,
+           min(item.q_length - row, 64) * Sums::columns(part) * 4);
+  tma_store_commit();
+}
+
+// This warpgroup's part of dQ into its buffer.
+template <int kRegisters>
+__device__ __forceinline__ void stage_part(const float (&dq)[kRegisters], float* part, int warpgroup, int row, int quad,
+                                           int token) {
+  if (warpgroup == 0) {
+    stage_panel<0, 0>(dq, part, row, quad, token);
+  } else {
+    stage_panel<1, 0>(dq, part, row, quad, token);
+  }
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(256) jagtile_backward_prepare(const __grid_constant__ BackwardParams p) {
+  prepare_rows<kHeadDim, kHeadDimV, unpack_bf16>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(256) jagtile_backward_finish(const __grid_constant__ BackwardParams p) {
+  finish_rows<Sums, pack_bf16>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0(const __grid_constant__ BackwardParams p) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const uint32_t k_tile = smem_address(shared);
+  const uint32_t v_tile = k_tile + 32768;
+  const uint32_t q_tiles = v_tile + 32768;
+  const uint32_t dout_tiles = q_tiles + 32768;
+  const uint32_t ds_tiles = dout_tiles + 32768;
+  float* const dq_parts = reinterpret_cast<float*>(shared + 163840);
+  float* const stats = reinterpret_cast<float*>(shared + 196608);  // [stage][lse, delta][query]
+  Control& control = *reinterpret_cast<Control*>(shared + 197632);
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform, and known to be
+
+  if (threadIdx.x == 0) {
+    // Freed by the loader, every lane of the warp of lse and delta, the adder of dQ and every math warp.
+    control.tile.init(1, 34 + 4 * kWarpgroups);
+    control.k.init(1, kWarpgroups);
+    control.v.init(1, kWarpgroups);
+    control.q.init(1, kWarpgroups);
+    control.dout.init(1, kWarpgroups);
+    control.stats.init(32, 4 * kWarpgroups);
+    for (int part = 0; part < kParts; ++part) control.dq[part].init(4, 1);
+    mbarrier_init_fence();
+    set_claims(control.claims, p);
+  }
+  __syncthreads();
+
+  if (warp < 4) {
+    shrink_registers<24>();
+    if (warp == 0 && elect_one()) {
+      tma_prefetch_map(&p.map_k);
+      tma_prefetch_map(&p.map_q);
+      tma_prefetch_map(&p.map_v);
+      tma_prefetch_map(&p.map_dout);
+      RingPosition<1> tile_at;
+      RingPosition<kStages> at;
+      for_each_tile(control, [&](const WorkItem& item, int kv_head) {
+        const int keys = KeyTile::keys_seen(item, KeyTile::causal_shift(p, item));
+        control.k.wait_empty(tile_at);
+        load_tile<kPanels, kKVPanelBytes>(k_tile, p.map_k, control.k.full[0], item.row, kv_head, item.k_begin, keys,
+                                          kEvictFirst);
+        control.v.wait_empty(tile_at);
+        load_tile<kPanelsV, kKVPanelBytes>(v_tile, p.map_v, control.v.full[0], item.row, kv_head, item.k_begin, keys,
+                                           kEvictFirst);
+        KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
+          control.q.wait_empty(at);
+          load_tile<kPanels, kQPanelBytes>(q_tiles + at.slot * kQBytes, p.map_q, control.q.full[at.slot], row, head,
+                                           item.q_begin, item.q_length, kEvictLast);
+          control.dout.wait_empty(at);
+          load_tile<kPanelsV, kQPanelBytes>(dout_tiles + at.slot * kDoutBytes, p.map_dout, control.dout.full[at.slot], row,
+                                            head, item.q_begin, item.q_length, kEvictLast);
+          at.advance();
+        });
+        tile_at.advance();
+      });
+    } else if (warp == 1 && elect_one()) {
+      claim_key_tiles(control);
+    } else if (warp == 2) {
+      const int lane = threadIdx.x % 32;
+      RingPosition<kStages> at;
+      for_each_tile(control, [&](const WorkItem& item, int kv_head) {
+        KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
+          const int rows = item.q_length - row - lane;  // the lane's first one included
+          const long long first = static_cast<long long>(head) * p.total_q + item.q_begin + row + lane;
+          float lse[kBlockM / 32], delta[kBlockM / 32];
+#pragma unroll
+          for (int i = 0; i < kBlockM / 32; ++i) {
+            const float natural = 32 * i < rows ? p.lse[first + 32 * i] : -INFINITY;
+            const bool sees_keys = natural != -INFINITY;  // else P = exp2(S - inf) = 0
+            lse[i] = sees_keys ? natural * 1.44269504088896f : INFINITY;
+            delta[i] = sees_keys ? p.delta[first + 32 * i] : 0.0f;
+          }
+          control.stats.wait_empty(at);
+          float* slot = stats + at.slot * 2 * kBlockM + lane;
+#pragma unroll
+          for (int i = 0; i < kBlockM / 32; ++i) {
+            slot[32 * i] = lse[i];
+            slot[kBlockM + 32 * i] = delta[i];
+          }
+          control.stats.arrive_full(at);
+          at.advance();
+        });
+      });
+    } else if (warp == 3 && elect_one()) {
+      RingPosition<1> at;
+      for_each_tile(control, [&](const WorkItem& item, int kv_head) {
+        KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
+          if (p.turns != nullptr) KeyTile::await_turn(p, item, head, row);
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) {
+            control.dq[part].wait_full(at);
+            add_part(p, item, head, row, part, smem_address(dq_parts) + part * kPartBytes);
+          }
+          if (p.turns != nullptr) {
+            tma_store_wait();
+            KeyTile::pass_turn(p, item, head, row);
+          }
+          tma_store_wait_read<1>();
+          control.dq[0].arrive_empty(at);
+          tma_store_wait_read<0>();
+          control.dq[1].arrive_empty(at);
+          at.advance();
+        });
+      });
+      tma_store_wait();
+    }
+    return;
+  }
+
+  grow_registers<240>();
+  const int warpgroup = warp / 4 - 1;
+  const int lane = threadIdx.x % 32, quad = lane % 4;
+  const bool leader = threadIdx.x % 128 == 0;
+  const int thread_row = 16 * (warp % 4) + lane / 4;  // the upper of two, 8 apart, among the warpgroup's 64
+  const uint32_t k_rows = k_tile + warpgroup * kRowsBytes;
+  const uint32_t v_rows = v_tile + warpgroup * kRowsBytes;
+  RingPosition<kStages> at;  // in the rings of Q, of dO, and of lse and delta
+  RingPosition<1> dq_at;
+  const int part = warpgroup;  // of dQ, this warpgroup's
+
+  for (uint32_t tile = 0;; ++tile) {
+    const RingPosition<kTileSlots> tile_at = {static_cast<int>(tile % kTileSlots), tile / kTileSlots % 2};
+    const RingPosition<1> kv_at = {0, tile % 2};
+    control.tile.wait_full(tile_at);
+    const int kv_head = control.tiles[tile_at.slot].head;
+    if (kv_head < 0) break;
+    const WorkItem& item = control.tiles[tile_at.slot].item;
+    float dk[kHeadDim / 2] = {}, dv[kHeadDimV / 2] = {};
+
+    // Blocks of queries from mask_end on are seen whole by the warpgroup's keys, all of which are seen.
+    const int first_key = item.row + 64 * warpgroup;
+    const int shift = KeyTile::causal_shift(p, item);
+    const int mask_end = first_key + 64 > KeyTile::keys_seen(item, shift) ? kNoQuery : first_key + 63 - shift;
+
+    control.k.wait_full(kv_at);
+    control.v.wait_full(kv_at);
+    int row = item.first_row;  // of the block's queries, within the sequence
+#pragma unroll 1
+    for (int left = item.q_blocks * p.gqa_ratio; left > 0; --left) {
+      const uint32_t q_tile = q_tiles + at.slot * kQBytes;
+      float scores[kBlockM / 2];
+      control.q.wait_full(at);
+      issue_scores(scores, k_rows, q_tile);
+      const uint32_t dout_tile = dout_tiles + at.slot * kDoutBytes;
+      const uint32_t ds_tile = ds_tiles + left % 2 * kDsBytes;
+      const float2* lse = reinterpret_cast<const float2*>(stats + at.slot * 2 * kBlockM) + quad;
+      float dp[kBlockM / 2];
+      control.dout.wait_full(at);
+      issue_dp(dp, v_rows, dout_tile);
+      control.stats.wait_full(at);
+      wgmma_wait<1>();
+      pin_registers(scores);
+      probabilities_of_scores(scores, lse, p.scale_log2);
+      if (row < mask_end) {
+        const int key = item.row + 64 * warpgroup + thread_row;
+        mask_queries(scores, KeyTile::first_query(p, item, key) - row - 2 * quad,
+                     KeyTile::first_query(p, item, key + 8) - row - 2 * quad);
+      }
+      uint32_t probabilities[kStepsM][4], ds[kStepsM][4];
+      pack_fragments<pack_bf16>(probabilities, scores);
+      issue_dv(dv, probabilities, dout_tile);
+      wgmma_wait<1>();
+      pin_registers(dp);
+      gradients_of_scores(dp, scores, lse + kBlockM / 2);
+      __syncwarp();
+      if (lane == 0) control.stats.arrive_empty(at);
+      pack_fragments<pack_bf16>(ds, dp);
+      stage_fragments<kKVPanelBytes>(ds, ds_tile + warpgroup * kRowsBytes, warp, lane);
+      fence_async_proxy();
+      named_barrier_sync(kMathBarrier, 128 * kWarpgroups);  // all of dS^T is there, and the other dS^T has been read
+
+      float dq[32];
+      issue_dq(dq, ds_tile, k_tile + warpgroup * kKVPanelBytes);
+      issue_dk(dk, ds, q_tile);
+      wgmma_wait<1>();
+      pin_registers(dv);
+      pin_registers(probabilities);
+      pin_registers(dq);
+      if (leader) control.dout.arrive_empty(at);
+
+      control.dq[part].wait_empty(dq_at);
+      stage_part(dq, dq_parts + part * (kPartBytes / 4), warpgroup, thread_row, quad, item.q_begin + row + thread_row);
+      fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) control.dq[part].arrive_full(dq_at);
+      dq_at.advance();
+      row += kBlockM;
+      if (row >= item.q_length) row = item.first_row;
+      wgmma_wait<0>();
+      pin_registers(dk);
+      pin_registers(ds);
+      if (leader) control.q.arrive_empty(at);
+      at.advance();
+    }
+
+    // dV leaves through this warpgroup's rows of V, dK through those of K, when every warpgroup has read them.
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) dk[i] *= p.scale;
+    stage_rows<pack_bf16, kHeadDimV, kKVPanelBytes>(dv, v_rows, warp, lane);
+    named_barrier_sync(kMathBarrier, 128 * kWarpgroups);
+    stage_rows<pack_bf16, kHeadDim, kKVPanelBytes>(dk, k_rows, warp, lane);
+    fence_async_proxy();
+    named_barrier_sync(1 + warpgroup, 128);
+    if (leader) {
+      if (first_key < item.k_length) {
+#pragma unroll
+        for (int panel = 0; panel < kPanelsV; ++panel) {
+          tma_store_ragged(&p.map_dv, v_rows + panel * kKVPanelBytes, 64 * panel, first_key, kv_head, item.k_begin,
+                           item.k_length);
+        }
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel) {
+          tma_store_ragged(&p.map_dk, k_rows + panel * kKVPanelBytes, 64 * panel, first_key, kv_head, item.k_begin,
+                           item.k_length);
+        }
+        tma_store_commit();
+        tma_store_wait_read();
+      }
+      control.k.arrive_empty(kv_at);
+      control.v.arrive_empty(kv_at);
+    }
+    __syncwarp();
+    if (lane == 0) control.tile.arrive_empty(tile_at);
+  }
+}

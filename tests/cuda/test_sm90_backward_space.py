@@ -1,0 +1,157 @@
+"""Legality of the Hopper backward's tiles: the arithmetic, its reasons, and what ptxas says to it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jagtile.generator.build import build
+from jagtile.generator.render import render, render_unchecked
+from jagtile.generator.spaces.sm90_backward import (
+    Sm90BackwardConfig,
+    Sm90BackwardSpace,
+    dq_split,
+    fragment_registers,
+    smem_layout,
+)
+from jagtile.generator.spec import KernelSpec
+from jagtile.generator.tile import Variant, config_from_dict, legal_configs
+from jagtile.runtime.errors import IllegalConfigError
+
+SPACE = Sm90BackwardSpace()
+D128 = KernelSpec.parse("bwd_bf16_d128")
+BASE = Sm90BackwardConfig(block_m=64, block_n=128, num_stages=2, ctas_per_sm=1, dq="bulk", overlap=False)
+SPECS = [
+    KernelSpec.parse(name)
+    for name in (
+        "bwd_bf16_d8",
+        "bwd_fp16_d32_causal",
+        "bwd_bf16_d64",
+        "bwd_bf16_d72_dv40_causal",
+        "bwd_bf16_d96_causal",
+        "bwd_bf16_d64_dv128",
+        "bwd_bf16_d128",
+        "bwd_fp16_d128_causal",
+    )
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_every_spec_has_a_legal_default_of_128_keys(spec: KernelSpec) -> None:
+    config = SPACE.default(spec)
+    assert SPACE.rejection(spec, config) is None
+    assert config == replace(
+        BASE, overlap=spec.name not in ("bwd_bf16_d64_dv128", "bwd_bf16_d128", "bwd_fp16_d128_causal")
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"block_m": 128}, "block_m must be 64"),
+        ({"block_n": 96}, "block_n is 64 a math warpgroup"),
+        ({"num_stages": 1}, "num_stages must be at least 2"),
+        ({"dq": "atomic"}, "dq must be bulk or red"),
+        ({"ctas_per_sm": 2}, "64K registers"),
+        ({"num_stages": 4}, "shared memory 265216 B > 232448 B"),
+        ({"overlap": True}, "224 registers a thread > 208 with 2 math warpgroups"),
+        ({"block_n": 64, "ctas_per_sm": 2}, "shared memory"),
+        ({"block_n": 192, "dq": "red"}, "math warpgroups"),
+    ],
+)
+def test_an_illegal_tile_is_refused_with_its_arithmetic(change: dict[str, int], reason: str) -> None:
+    config = replace(BASE, **change)
+    rejection = SPACE.rejection(D128, config)
+    assert rejection is not None
+    assert reason in rejection
+    with pytest.raises(IllegalConfigError, match="d128"):
+        render(Variant("sm_90a", D128, config))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("bwd_fp32_d128", "bf16 or fp16"),
+        ("bwd_bf16_d100", "multiple of 8"),
+        ("bwd_bf16_d64_dv20", "head_dim_v"),
+        ("bwd_bf16_d136", "at most 128"),
+    ],
+)
+def test_what_the_template_cannot_compute_is_said(name: str, reason: str) -> None:
+    assert reason in str(SPACE.serves(KernelSpec.parse(name)))
+
+
+def test_shared_memory_is_the_sum_of_its_regions() -> None:
+    layout = smem_layout(D128, BASE)
+    assert (layout.k_bytes, layout.v_bytes, layout.q_bytes, layout.dout_bytes) == (32768,) * 4
+    assert (layout.ds_bytes, layout.dq_bytes, layout.stats_bytes) == (32768, 32768, 1024)
+    assert SPACE.launch(D128, BASE)["smem_bytes"] == layout.total == 6 * 32768 + 2048
+    assert smem_layout(D128, replace(BASE, dq="red")).total == layout.total - layout.dq_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "block_n", "split"),
+    [
+        ("d128", 128, "columns"),
+        ("d72", 128, "columns"),
+        ("d64", 128, "alternate"),
+        ("d64", 192, "alternate"),
+        ("d96", 64, "rows"),
+    ],
+)
+def test_how_warpgroups_share_dq(name: str, block_n: int, split: str) -> None:
+    assert dq_split(KernelSpec.parse(f"bwd_bf16_{name}"), replace(BASE, block_n=block_n)) == split
+
+
+def test_registers_where_the_most_are_alive() -> None:
+    assert fragment_registers(D128, BASE) == 64 + 64 + 32 + 32 + 16  # dK, dV, S, dP, P packed
+    assert fragment_registers(D128, replace(BASE, block_n=64)) == 64 + 64 + 64 + 16 + 16  # dK, dV, dQ, P and dS packed
+
+
+def test_names_parse_back() -> None:
+    for config in legal_configs(SPACE, D128):
+        variant = Variant("sm_90a", D128, config)
+        assert Variant.parse(variant.name) == variant
+        assert config_from_dict("sm_90a", config.to_dict()) == config
+
+
+def test_rendering_is_reproducible_and_as_reviewed() -> None:
+    spec = KernelSpec.parse("bwd_bf16_d128_causal")
+    variant = Variant("sm_90a", spec, SPACE.default(spec))
+    text = render(variant).text
+    render_unchecked.cache_clear()
+    assert render(variant).text == text
+    golden = Path(__file__).parent / "golden" / f"{spec.name}.cu"
+    assert text == golden.read_text(), f"the rendered source changed: review it, then write it to {golden}"
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("change", [{}, {"dq": "red"}, {"block_n": 64, "num_stages": 3}])
+def test_rendered_lines_are_tidy(spec: KernelSpec, change: dict[str, int]) -> None:
+    config = replace(SPACE.default(spec), **change)
+    text = render_unchecked(Variant("sm_90a", spec, config)).text
+    for line in text.splitlines():
+        assert line == line.rstrip()
+        assert len(line) <= 140
+    assert "\n\n\n" not in text
+
+
+def _matrix() -> list[Variant]:
+    """The defaults, and other legal tiles at random."""
+    rng = random.Random(7)
+    variants = [Variant("sm_90a", spec, SPACE.default(spec)) for spec in SPECS]
+    return variants + [Variant("sm_90a", spec, rng.choice(legal_configs(SPACE, spec))) for spec in SPECS]
+
+
+@pytest.mark.nvcc
+def test_a_matrix_of_legal_variants_compiles_clean() -> None:
+    results = build(_matrix())
+    assert {result.variant.name: result.reason for result in results if result.state != "ok"} == {}
+    for result in results:
+        assert result.report is not None
+        assert result.report.spill_bytes == 0
+        predicted = SPACE.predicted_registers(result.variant.spec, result.variant.config)
+        assert result.report.registers == predicted
