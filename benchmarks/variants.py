@@ -15,7 +15,7 @@ import argparse
 import json
 import random
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="write the medians as JSON")
     options = parser.parse_args()
     device = torch.device("cuda", torch.cuda.current_device())
-    plan = [_parse(line, options.dtype) for line in _lines(options.lines)]
+    plan = [_parse(line, options.dtype) for line in lines(options.lines)]
     kernels = _load({variant for _, variants in plan for variant in variants}, device)
     medians = {}
     for workload, variants in plan:
@@ -53,12 +53,6 @@ def main() -> None:
         medians[workload.name] = _time(workload, chosen, options, device)
     if options.output:
         options.output.write_text(json.dumps(medians, indent=1))
-
-
-def _lines(arguments: list[str]) -> Iterator[str]:
-    for argument in arguments:
-        text = argument if ":" in argument else Path(argument).read_text()
-        yield from filter(None, (line.partition("#")[0].strip() for line in text.splitlines()))
 
 
 def _parse(line: str, dtype: str) -> tuple[Workload, list[Variant]]:
@@ -128,11 +122,18 @@ def _time(
         else:
             peers[name] = peer.prepare(w, batch).call
     calls |= peers
+    medians = race(calls, options.samples, device)
+    print_ranking(w.name, medians, set(peers), w.flops)
+    return medians
+
+
+def race(calls: Mapping[str, Call], samples: int, device: torch.device) -> dict[str, float]:
+    """Median milliseconds of each, taking turns in shuffled order with a cold L2."""
     for call in calls.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     cold = torch.empty(_COLD_BYTES, dtype=torch.uint8, device=device)
-    for turn in range(options.samples):
+    for turn in range(samples):
         for name in random.sample(list(calls), len(calls)):
             torch.cuda._sleep(_BUSY_CYCLES)  # type: ignore[no-untyped-call]
             cold.fill_(turn % 256)
@@ -142,12 +143,22 @@ def _time(
             end.record()
             end.synchronize()
             times[name].append(begin.elapsed_time(end))
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def print_ranking(title: str, medians: Mapping[str, float], peers: Collection[str], flops: int) -> None:
+    """Fastest first, with the ratio of the fastest peer's time to each."""
     best_peer = min((medians[name] for name in peers), default=float("nan"))
-    print(f"{w.name}")
+    print(title)
     for name, ms in sorted(medians.items(), key=lambda pair: pair[1]):
-        print(f"  {name:36} {ms:8.4f} ms {w.flops / ms / 1e9:6.0f} TFLOP/s  {best_peer / ms:6.3f}x", flush=True)
-    return medians
+        print(f"  {name:40} {ms:8.4f} ms {flops / ms / 1e9:6.0f} TFLOP/s  {best_peer / ms:6.3f}x", flush=True)
+
+
+def lines(arguments: Iterable[str]) -> Iterator[str]:
+    """Lines of the form ``WORKLOAD: CONFIG...``, and those of files of them."""
+    for argument in arguments:
+        text = argument if ":" in argument else Path(argument).read_text()
+        yield from filter(None, (line.partition("#")[0].strip() for line in text.splitlines()))
 
 
 if __name__ == "__main__":
