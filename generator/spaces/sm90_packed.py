@@ -24,7 +24,7 @@ PANEL = 64  # columns of V that are multiplied at a time
 REGISTERS = {1: 255, 2: 168, 3: 128, 4: 96}
 # Fragments' registers that ptxas 13.0 fits into these without spilling: nine head dims compiled around each limit.
 # First those that must be there at a time, then S, P and O together: a wide S is not used up before P is made.
-FRAGMENT_LIMIT = {1: 180, 2: 120, 3: 88, 4: 52}
+FRAGMENT_LIMIT = {1: 180, 2: 112, 3: 88, 4: 52}
 TOGETHER_LIMIT = {1: 192, 2: 152, 3: 112, 4: 88}
 
 
