@@ -37,12 +37,12 @@ MISTAKES: dict[str, tuple[str, str, str | None]] = {
     ),
     "probabilities are overwritten while a product reads them": (
         "hold_until_computed(sum[0] + sum[1], smem_address(&control.never_written));",
-        "pack_probabilities(probabilities, scores);",
+        "pack_fragments<pack_bf16>(probabilities, scores);",
         WRONG,
     ),
     "no wgmma.fence": (
-        "  wgmma_fence();\n#pragma unroll\n  for (int step = 0; step < kStepsPV",
-        "#pragma unroll\n  for (int step = 0; step < kStepsPV",
+        "wgmma_descriptor(b, 16, 1024);\n  wgmma_fence();\n",
+        "wgmma_descriptor(b, 16, 1024);\n",
         "since the last wgmma.fence",
     ),
     "a descriptor's step inside of a row is wrong": ("step % 4 * 32;", "step % 4 * 16;", WRONG),
@@ -79,7 +79,7 @@ MISTAKES: dict[str, tuple[str, str, str | None]] = {
         "      mbarrier_arrive(stored_q);",
         "not ordered after the read by a bulk store",
     ),
-    "O is staged without the swizzle": ("(columns % 8 ^ lane % 8) * 16", "columns % 8 * 16", WRONG),
+    "O is staged without the swizzle": ("(columns % 8 ^ lane % 8) * 16,\n", "columns % 8 * 16,\n", WRONG),
     "warps run ahead of the one that waits for them": (
         "      named_barrier_sync(1 + warpgroup, 128);  // a parity",
         "      // a parity",
