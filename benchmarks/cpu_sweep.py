@@ -23,6 +23,7 @@ from jagtile.generator.build import build
 from jagtile.generator.passes import pass_of
 from jagtile.generator.replay import Sweep, write_sweep
 from jagtile.generator.spec import KernelSpec
+from jagtile.generator.sweep import values_of
 from jagtile.generator.tile import TileConfig, Variant, legal_configs, spaces_of
 from jagtile.generator.workloads import Workload, representative
 from jagtile.runtime.device import device_id
@@ -70,20 +71,16 @@ def main() -> None:
     least = {config: min(each) for config, each in samples.items()}
     halves = [abs(min(each[::2]) / min(each[1::2]) - 1) for each in samples.values()]
     reference = least[configs[0]]
-    rows = tuple(
-        (tuple(v for k, v in c.to_dict().items() if k != "algorithm"), round(least[c] / reference, 5), None)
-        for c in configs
-        if c in least
-    )
+    rows = tuple((space.algorithm, values_of(c), round(least[c] / reference, 5), None) for c in configs if c in least)
     sweep = Sweep(
         device=device_id(CPU).slug,
         target="cpu",
         spec=spec.name,
         regime=options.regime,
-        workload=f"the first {options.sequences} sequences of {whole.name}, on one thread, by CPU time",
-        algorithm=space.algorithm,
+        workload=whole.name,
+        how=f"its first {options.sequences} sequences, by the CPU time of one thread",
         noise=round(statistics.median(halves), 5),
-        knobs={k: (host_isa(),) if k == "isa" else domain for k, domain in space.knobs(spec).items()},
+        algorithms={space.algorithm: {**space.knobs(spec), "isa": (host_isa(),)}},
         configs=rows,
     )
     fast = sorted(least.values())

@@ -19,8 +19,8 @@ import msgspec
 from jagtile.generator.replay import Sweep, write_sweep
 from jagtile.generator.roofline import predictor
 from jagtile.generator.spec import KernelSpec
-from jagtile.generator.sweep import sweeps
-from jagtile.generator.tile import TileConfig, config_from_dict, legal_configs, space_for
+from jagtile.generator.sweep import legal_of, sweeps, values_of
+from jagtile.generator.tile import TileConfig, config_from_dict
 from jagtile.generator.workloads import representative
 from jagtile.tuning_db.schema import DeviceFacts
 from jagtile.tuning_db.store import ORIGINS, Database
@@ -28,9 +28,9 @@ from jagtile.tuning_db.store import ORIGINS, Database
 
 def completed(part: Sweep, facts: DeviceFacts) -> Sweep:
     """The sweep over all legal configs of its space."""
-    spec, space = KernelSpec.parse(part.spec), space_for(part.target, part.algorithm)
+    spec = KernelSpec.parse(part.spec)
     predict = predictor(facts, spec, representative(spec, part.regime, part.target))
-    measured = {_config(part, values): time for values, time, _ in part.configs}
+    measured = {_config(part, name, values): time for name, values, time, _ in part.configs}
     ratios = {config: math.log(time / (predict(config) or 1.0)) for config, time in measured.items() if time}
 
     def modelled(config: TileConfig) -> float:
@@ -38,22 +38,18 @@ def completed(part: Sweep, facts: DeviceFacts) -> Sweep:
         shift = sum(weights[other] * ratios[other] for other in ratios) / sum(weights.values())
         return round((predict(config) or 1.0) * math.exp(shift), 5)
 
-    configs = legal_configs(space, spec)
-    rows = [(_values(c), measured[c] if c in measured else modelled(c), None) for c in configs]
-    return msgspec.structs.replace(part, knobs=dict(space.knobs(spec)), configs=tuple(rows))
+    configs = [config for config in legal_of(part.target, spec) if config.algorithm in part.algorithms]
+    rows = [(c.algorithm, values_of(c), measured[c] if c in measured else modelled(c), None) for c in configs]
+    return msgspec.structs.replace(part, configs=tuple(rows))
 
 
-def _config(sweep: Sweep, values: tuple[object, ...]) -> TileConfig:
-    known = dict(zip(sweep.knobs, values, strict=True))
-    return config_from_dict(sweep.target, {"algorithm": sweep.algorithm, **known})
-
-
-def _values(config: TileConfig) -> tuple[int | str | bool, ...]:
-    return tuple(value for name, value in config.to_dict().items() if name != "algorithm")
+def _config(sweep: Sweep, algorithm: str, values: tuple[object, ...]) -> TileConfig:
+    known = dict(zip(sweep.algorithms[algorithm], values, strict=True))
+    return config_from_dict(sweep.target, {"algorithm": algorithm, **known})
 
 
 def _alike(one: TileConfig, other: TileConfig) -> int:
-    return sum(a == b for a, b in zip(_values(one), _values(other), strict=True))
+    return sum(a == b for a, b in zip(values_of(one), values_of(other), strict=False))
 
 
 @click.command()

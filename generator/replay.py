@@ -34,31 +34,34 @@ class Sweep(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     spec: str
     regime: str
     workload: str
-    algorithm: str
+    how: str = ""  # it was timed, where not by ``tune``
     noise: float  # A/A spread of the control, the median of the sessions
-    knobs: dict[str, tuple[Knob, ...]]  # domains, in the space's order
-    # Knobs' values; time over the control's, None: it failed; what the roofline model predicted, None: there is none.
-    configs: tuple[tuple[tuple[Knob, ...], float | None, float | None], ...]
+    algorithms: dict[str, dict[str, tuple[Knob, ...]]]  # the knobs' domains, in the spaces' order
+    # Algorithm and its knobs' values; time over the control's, None: it failed; what the model predicted, if it did.
+    configs: tuple[tuple[str, tuple[Knob, ...], float | None, float | None], ...]
 
     @cached_property
     def name(self) -> str:
         """Of the sweep and its file."""
-        return f"{self.device}-{self.spec}-{self.regime}"
+        return f"{self.device}-{self.spec}-{self.workload.replace(':', '-')}"
 
     @cached_property
-    def space(self) -> RecordedSpace:
-        """The space as it was."""
-        return RecordedSpace(self)
+    def spaces(self) -> dict[str, RecordedSpace]:
+        """The spaces as they were, by algorithm."""
+        return {algorithm: RecordedSpace(self, algorithm) for algorithm in self.algorithms}
 
     @cached_property
     def times(self) -> dict[TileConfig, float | None]:
         """Time over the control's by config; None: it failed."""
-        return {self.space.config_type(*values): time for values, time, _ in self.configs}
+        return {self._config(algorithm, values): time for algorithm, values, time, _ in self.configs}
 
     @cached_property
     def predictions(self) -> dict[TileConfig, float | None]:
         """What the model said, in microseconds."""
-        return {self.space.config_type(*values): guess for values, _, guess in self.configs}
+        return {self._config(algorithm, values): guess for algorithm, values, _, guess in self.configs}
+
+    def _config(self, algorithm: str, values: tuple[Knob, ...]) -> TileConfig:
+        return self.spaces[algorithm].config_type(*values)
 
     @cached_property
     def best(self) -> float:
@@ -71,25 +74,25 @@ class RecordedSpace:
 
     template = ""
 
-    def __init__(self, sweep: Sweep) -> None:
-        self.target, self.algorithm, self._sweep = sweep.target, sweep.algorithm, sweep
-        fields = [(name, type(domain[0]), field(metadata={"short": name})) for name, domain in sweep.knobs.items()]
+    def __init__(self, sweep: Sweep, algorithm: str) -> None:
+        self.target, self.algorithm, self._sweep = sweep.target, algorithm, sweep
+        knobs = sweep.algorithms[algorithm]
+        fields = [(name, type(domain[0]), field(metadata={"short": name})) for name, domain in knobs.items()]
         made = make_dataclass("RecordedConfig", fields, bases=(TileConfig,), frozen=True)
-        made.algorithm = sweep.algorithm  # type: ignore[attr-defined]
+        made.algorithm = algorithm  # type: ignore[attr-defined]
         self.config_type: type[TileConfig] = made
-        self._default: TileConfig | None = None
 
     def serves(self, spec: KernelSpec) -> str | None:
         return None if spec.name == self._sweep.spec else f"the sweep is of {self._sweep.spec}"
 
     def knobs(self, spec: KernelSpec) -> Mapping[str, tuple[Knob, ...]]:
-        return self._sweep.knobs
+        return self._sweep.algorithms[self.algorithm]
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
         return None if config in self._sweep.times else "it was not legal when the sweep was recorded"
 
     def default(self, spec: KernelSpec) -> TileConfig:
-        return next(iter(self._sweep.times))
+        return next(config for config in self._sweep.times if config.algorithm == self.algorithm)
 
     def context(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, object]:
         raise NotImplementedError("a recorded space has no template")
@@ -123,7 +126,7 @@ def replay(sweep: Sweep, trials: int, *, seed: int = 0, method: Method = DEFAULT
         trials=trials,
         seed=seed,
         predict=sweep.predictions.__getitem__,
-        spaces=(sweep.space,),
+        spaces=tuple(sweep.spaces.values()),
         method=method,
     )
 

@@ -19,7 +19,7 @@ from jagtile.generator.replay import Sweep, write_sweep
 from jagtile.generator.resume import variant_of
 from jagtile.generator.roofline import predictor
 from jagtile.generator.spec import KernelSpec
-from jagtile.generator.tile import Knob, TileConfig, legal_configs, space_for
+from jagtile.generator.tile import Knob, TileConfig, legal_configs, spaces_of
 from jagtile.generator.workloads import representative
 from jagtile.tuning_db.schema import DeviceFacts, TuningRecord
 from jagtile.tuning_db.store import ORIGINS, Database
@@ -28,9 +28,9 @@ from jagtile.tuning_db.store import ORIGINS, Database
 def sweeps(
     records: Sequence[TuningRecord], devices: Mapping[str, DeviceFacts], coverage: float = 1.0
 ) -> Iterator[Sweep]:
-    """A sweep of each device, spec, regime, workload and algorithm of which at least ``coverage`` of today's legal
-    configs are on record. Where a config was searched more than once its latest record counts; finals do not, being
-    timed among the best only. What failed in any regime failed in all.
+    """A sweep of each device, spec, regime and workload of which at least ``coverage`` of today's legal configs are on
+    record. Where a config was searched more than once its latest record counts; finals do not, being timed among the
+    best only. What failed in any regime failed in all.
     """
     searched: dict[tuple[str, str, str], dict[TileConfig, TuningRecord]] = defaultdict(dict)
     failed: dict[str, set[TileConfig]] = defaultdict(set)
@@ -38,47 +38,62 @@ def sweeps(
         variant = variant_of(record)
         if variant is None:
             continue
-        study = "/".join((record.device, record.target, record.spec, variant.config.algorithm))
+        study = "/".join((record.device, record.target, record.spec))
         if record.state != "ok":
             failed[study].add(variant.config)
         elif record.phase == "search":
             searched[study, record.regime, record.workload][variant.config] = record
     for (study, regime, workload), found in sorted(searched.items()):
-        made = _sweep(found, failed[study], regime, workload, devices[study.partition("/")[0]])
-        legal = legal_configs(space_for(made.target, made.algorithm), KernelSpec.parse(made.spec))
+        device, target, spec = study.split("/")
+        legal = legal_of(target, KernelSpec.parse(spec))
+        made = _sweep(found, failed[study], regime, workload, devices[device], legal)
         if len(made.configs) >= coverage * len(legal):
             yield made
 
 
+def legal_of(target: str, spec: KernelSpec) -> list[TileConfig]:
+    """All legal configs of a spec, of every algorithm."""
+    return [config for space in spaces_of(target, spec) for config in legal_configs(space, spec)]
+
+
 def _sweep(
-    found: Mapping[TileConfig, TuningRecord], failed: set[TileConfig], regime: str, workload: str, facts: DeviceFacts
+    found: Mapping[TileConfig, TuningRecord],
+    failed: set[TileConfig],
+    regime: str,
+    workload: str,
+    facts: DeviceFacts,
+    legal: Sequence[TileConfig],
 ) -> Sweep:
     some = next(iter(found.values()))
-    spec, algorithm = KernelSpec.parse(some.spec), str(some.config["algorithm"])
-    space = space_for(some.target, algorithm)
+    spec = KernelSpec.parse(some.spec)
     control = Counter(record.control for record in found.values()).most_common(1)[0][0]
     reference = statistics.median(r.time_us / r.ratio for r in found.values() if r.time_us and r.ratio)
     guess = predictor(facts, spec, representative(spec, regime, some.target))
-    rows: list[tuple[tuple[Knob, ...], float | None, float | None]] = []
-    for config in legal_configs(space, spec):
-        values = tuple(value for name, value in config.to_dict().items() if name != "algorithm")
+    rows: list[tuple[str, tuple[Knob, ...], float | None, float | None]] = []
+    for config in legal:
         record = found.get(config)
-        if config in failed:
-            rows.append((values, None, guess(config)))
-        elif record is not None:
-            rows.append((values, _time(record, control, reference), guess(config)))
-    kept = {name: {values[place] for values, *_ in rows} for place, name in enumerate(space.knobs(spec))}
+        if config in failed or record is not None:
+            time = None if config in failed or record is None else _time(record, control, reference)
+            rows.append((config.algorithm, values_of(config), time, guess(config)))
     return Sweep(
         device=some.device,
         target=some.target,
         spec=some.spec,
         regime=regime,
         workload=workload,
-        algorithm=algorithm,
         noise=round(statistics.median(record.aa_spread or 0.0 for record in found.values()), 5),
-        knobs={name: tuple(v for v in domain if v in kept[name]) for name, domain in space.knobs(spec).items()},
+        algorithms={
+            space.algorithm: dict(space.knobs(spec))
+            for space in spaces_of(some.target, spec)
+            if any(algorithm == space.algorithm for algorithm, *_ in rows)
+        },
         configs=tuple(rows),
     )
+
+
+def values_of(config: TileConfig) -> tuple[Knob, ...]:
+    """The values of a config's knobs, in order."""
+    return tuple(value for name, value in config.to_dict().items() if name != "algorithm")
 
 
 def _time(record: TuningRecord, control: str, reference: float) -> float | None:

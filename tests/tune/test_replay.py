@@ -14,8 +14,8 @@ from fakes import DEVICE, TARGET, FakeBuilder, FakeWorker, landscape
 from jagtile.generator.replay import quarter, read_sweep, read_sweeps, replay, write_sweep
 from jagtile.generator.roofline import predictor
 from jagtile.generator.spec import KernelSpec
-from jagtile.generator.sweep import main, sweeps
-from jagtile.generator.tile import legal_configs, spaces_of
+from jagtile.generator.sweep import legal_of, main, sweeps, values_of
+from jagtile.generator.tile import spaces_of
 from jagtile.generator.tune import Budget, tune
 from jagtile.generator.workloads import representative
 from jagtile.runtime.errors import DatabaseError
@@ -25,7 +25,7 @@ from jagtile.tuning_db.store import Database
 SWEEPS = {sweep.name: sweep for sweep in read_sweeps(Path(__file__).with_name("sweeps"))}
 SEEDS = 4
 SPEC = KernelSpec.parse("fwd_bf16_d256")
-LEGAL = legal_configs(spaces_of(TARGET, SPEC)[0], SPEC)
+LEGAL = legal_of(TARGET, SPEC)
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -39,7 +39,7 @@ def test_with_a_quarter_of_the_trials_the_choice_is_within_two_percent_of_the_be
 
 
 def test_all_trials_find_the_best_and_the_same_seed_does_the_same():
-    sweep = SWEEPS["sm90-132sm-fwd_bf16_d256-medium"]
+    sweep = SWEEPS["sm90-132sm-fwd_bf16_d256-medium-vit-d64"]
     whole = replay(sweep, len(sweep.configs), noise=False)
     assert (whole.trials, whole.regret, whole.course[-1]) == (27, 0.0, 0.0)
     assert list(whole.course) == sorted(whole.course, reverse=True)
@@ -47,10 +47,10 @@ def test_all_trials_find_the_best_and_the_same_seed_does_the_same():
 
 
 def test_without_predictions_and_with_failures_a_replay_still_ends():
-    sweep = SWEEPS["sm90-132sm-fwd_bf16_d256-medium"]
-    rows = tuple((values, None if place % 2 else time, None) for place, (values, time, _) in enumerate(sweep.configs))
+    sweep = SWEEPS["sm90-132sm-fwd_bf16_d256-medium-vit-d64"]
+    rows = tuple((*config[:2], None if place % 2 else config[2], None) for place, config in enumerate(sweep.configs))
     half = msgspec.structs.replace(sweep, configs=rows)
-    assert half.best == min(time for _, time, _ in rows if time)
+    assert half.best == min(time for _, _, time, _ in rows if time)
     assert replay(half, len(rows)).regret == 0.0
 
 
@@ -81,20 +81,21 @@ def test_an_exhaustive_tune_leaves_a_sweep(database):
     _tune(database, None, **{crashes.name: "crash"})
     (sweep,) = _sweeps(database)
     assert (sweep.device, sweep.spec, sweep.regime, sweep.noise) == (DEVICE.slug, SPEC.name, "long", 0.0)
-    by_values = {tuple(config.to_dict().values())[1:]: config for config in LEGAL}
+    by_values = {(config.algorithm, values_of(config)): config for config in LEGAL}
     guess = predictor(DEVICE, SPEC, representative(SPEC, "long", TARGET))
-    assert {by_values[values] for values, _, _ in sweep.configs} == set(LEGAL)
+    assert {by_values[algorithm, values] for algorithm, values, _, _ in sweep.configs} == set(LEGAL)
     control = landscape(spaces_of(TARGET, SPEC)[0].default(SPEC))
-    for values, time, predicted in sweep.configs:
-        config = by_values[values]
+    for algorithm, values, time, predicted in sweep.configs:
+        config = by_values[algorithm, values]
         assert predicted == guess(config)
         assert time == (None if config == crashes else pytest.approx(landscape(config) / control, rel=1e-4))
+    assert replay(sweep, len(LEGAL)).regret == 0.0
 
 
 def test_what_is_on_record_in_part_is_no_sweep_unless_that_is_asked_for(database):
     _tune(database, 20)
     assert _sweeps(database) == []
-    (part,) = _sweeps(database, 0.5)
+    (part,) = _sweeps(database, 20 / len(LEGAL))
     assert len(part.configs) == 20
     assert replay(part, 20, noise=False).regret == 0.0
 
@@ -115,5 +116,5 @@ def test_the_command_writes_a_file_for_each_whole_sweep(database, tmp_path):
         result = CliRunner().invoke(main, [str(tmp_path / "out"), "--spec", SPEC.name, "--device", DEVICE.slug])
     assert result.exit_code == 0, result.output
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert f"{DEVICE.slug}-{SPEC.name}-long.json" in written
+    assert f"{DEVICE.slug}-{SPEC.name}-long-u4k-d128.json" in written
     assert f"{len(LEGAL)} configs" in result.output
