@@ -1,6 +1,6 @@
 """Whole transformers on ragged real text: jagtile, torch's nested tensors, varlen_attn and padding, trained and used.
 
-    PYTHONPATH=.pkg python benchmarks/models.py [--size base] [--device cuda] [--budget 230] [-o results.json]
+    PYTHONPATH=.pkg python benchmarks/models.py [--size base] [--device cuda] [--budget 200] [-o results.json]
 
 An encoder of BERT's kind fills masked words in, a decoder of GPT's kind predicts next words, on functions and classes
 of Python's standard library, eager and compiled. What each computes is compared with float32 and a dense call for each
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--forms", metavar="A,B,...", help=", ".join(FORMS))
     parser.add_argument("--modes", metavar="A,B", help=", ".join(MODES))
     parser.add_argument("--tasks", metavar="A,B", help=", ".join(TASKS))
-    parser.add_argument("--budget", type=float, default=230.0, help="seconds for all; default 230")
+    parser.add_argument("--budget", type=float, default=200.0, help="seconds for all, about; default 200")
     parser.add_argument("--rounds", type=int, default=15, help="most samples of each; default 15")
     parser.add_argument("-o", "--output", type=Path, help="also write the results to FILE as JSON")
     options = parser.parse_args(arguments)
