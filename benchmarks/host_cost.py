@@ -18,6 +18,11 @@ from itertools import accumulate, product
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # an older torch, whose rows then show the error
+    varlen_attn = None
+
 import jagtile
 from jagtile.runtime import checks, ops, routes
 from jagtile.runtime.problem import REGIMES
@@ -93,6 +98,13 @@ class Case:
         out = jagtile.varlen_attention(*self.leaves, self.cu, self.cu)
         return torch.autograd.grad(out, self.leaves, self.dout)
 
+    def torchs_varlen(self) -> object:
+        return varlen_attn(self.q, self.k, self.v, self.cu, self.cu, max(LENGTHS), max(LENGTHS))
+
+    def torchs_varlen_training(self) -> object:
+        out = varlen_attn(*self.leaves, self.cu, self.cu, max(LENGTHS), max(LENGTHS))
+        return torch.autograd.grad(out, self.leaves, self.dout)
+
     def through_torch(self) -> object:
         return scaled_dot_product_attention(*self.nested)
 
@@ -123,7 +135,10 @@ def main(device: str) -> None:
             with torch.set_grad_enabled(grad):
                 try:
                     found = f"{median_us(function, device):8.1f}"
-                except RuntimeError as error:  # torch's CPU kernels serve no such call; a target may have no backward
+                except (
+                    RuntimeError,
+                    TypeError,
+                ) as error:  # torch's CPU kernels serve no such call; a target may have no backward
                     found = f"       - ({type(error).__name__})"
             print(f"{title:10}{name:38}{found}", flush=True)
 
@@ -133,7 +148,9 @@ def main(device: str) -> None:
     if device == "cuda":
         with jagtile.enabled():
             show("launch", calls)
-        show("torch", {name: found for name, found in calls.items() if name.startswith("nested")})
+        packed = {"packed forward": (False, case.torchs_varlen)}
+        packed["packed forward and backward"] = (True, case.torchs_varlen_training)
+        show("torch", {**calls, **packed})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from jagtile.generator.tile import Variant, remark_on
 from jagtile.runtime.checks import check_batch, check_flag
 from jagtile.runtime.device import DeviceId, device_id, resolved
 from jagtile.runtime.dispatch import ChoiceSource, Decision, choose
+from jagtile.runtime.dropout import check_dropout_p, check_dropout_served
 from jagtile.runtime.errors import CompilerNotFoundError, UnsupportedError
 from jagtile.runtime.fallback import no_kernel
 from jagtile.runtime.loader import cached, kernel_table
@@ -67,6 +68,7 @@ def explain(
     max_seqlen_k: int | None = None,
     *,
     is_causal: bool = False,
+    dropout_p: float = 0.0,
     enable_gqa: bool = False,
 ) -> Explanation:
     """Which variant a call would run, from which record or default, and why. It builds and runs no kernel.
@@ -77,6 +79,7 @@ def explain(
     ``print(jagtile.explain(...))`` shows every look-up step.
     """
     check_flag("is_causal", is_causal)
+    drops = check_dropout_p(dropout_p) > 0
     if isinstance(q, torch.Tensor) and q.is_nested:
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = pack(q, k, v, enable_gqa=enable_gqa)
     elif cu_seqlens_q is None or cu_seqlens_k is None:
@@ -86,8 +89,10 @@ def explain(
     reason = no_kernel(q, v, is_causal)
     if reason is not None:
         raise UnsupportedError(f"{reason}: no kernel would run, slow operations of torch would serve this call")
+    if drops:
+        check_dropout_served(dropout_p, q, v, is_causal)
     problem = Problem(
-        spec=KernelSpec("fwd", DTYPE_NAMES[q.dtype], q.shape[2], v.shape[2], is_causal),
+        spec=KernelSpec("fwd", DTYPE_NAMES[q.dtype], q.shape[2], v.shape[2], is_causal, drops),
         batch=cu_seqlens_q.shape[0] - 1,
         total_q=q.shape[0],
         total_k=k.shape[0],

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -16,8 +16,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import jagtile
 from jagtile.generator.oracle import errors, reference, tolerance
+from jagtile.generator.oracle_gradients import gradient_tolerance, reference_gradients
 from jagtile.generator.workloads import JaggedBatch, Workload
 from jagtile.runtime import fallback
+from jagtile.runtime.trainable import why_no_backward
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = [
@@ -74,6 +76,20 @@ def in_threads(works: list[Callable[[], None]]) -> None:
     assert not any(thread.is_alive() for thread in threads)
     if failures:
         raise failures[0]
+
+
+def assert_right_gradients(grads: Sequence[torch.Tensor], b: JaggedBatch, dout: torch.Tensor, **kind: object) -> None:
+    """Of packed operands, whose forward was rounded too."""
+    for grad, wanted in zip(grads, reference_gradients(*b[:5], dout, **kind), strict=True):
+        assert errors(grad, wanted).rel <= 1.5 * gradient_tolerance(grad.dtype)
+
+
+@pytest.fixture
+def training() -> None:
+    """Forward and backward kernels are loaded: nothing is built later."""
+    if reason := why_no_backward(torch.bfloat16, 64, 64, torch.device("cuda")):
+        pytest.skip(reason)
+    jagtile.warmup(64, torch.bfloat16, is_causal=True, device="cuda", training=True)
 
 
 # --- graphs
@@ -134,7 +150,49 @@ def test_eager_calls_after_a_capture_are_right_too():
     assert_right(captured, b)
 
 
+@pytest.mark.usefixtures("training")
+def test_a_captured_training_step_follows_offsets_that_change_between_replays():
+    static, dout = batch(LENGTHS[0]), torch.randn(600, 4, 64, device="cuda", dtype=torch.bfloat16)
+    leaves = [x.requires_grad_() for x in static[:3]]
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = jagtile.varlen_attention(*leaves, *static[3:5], is_causal=True)
+        return torch.autograd.grad(out, leaves, dout)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # autograd's own threads start here, not during the capture
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grads = step()
+    for seed, lengths in enumerate(LENGTHS):
+        fresh = batch(lengths, seed)
+        with torch.no_grad():
+            for into, source in zip(static[:5], fresh[:5], strict=True):
+                into.copy_(source)
+        graph.replay()
+        assert_right_gradients(grads, fresh, dout, is_causal=True)
+
+
 # --- streams
+
+
+@pytest.mark.usefixtures("training")
+def test_the_backward_pass_runs_on_the_stream_of_the_forward():
+    b = batch([2000, 31, 1700])
+    dout = torch.randn_like(b.q)
+    spinning = torch.randn(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):
+            spinning @ spinning
+        leaves = [x.clone().requires_grad_() for x in b[:3]]
+        out = jagtile.varlen_attention(*leaves, *b[3:5], is_causal=True)
+    grads = torch.autograd.grad(out, leaves, dout)
+    torch.cuda.synchronize()
+    assert_right_gradients(grads, b, dout, is_causal=True)
 
 
 def test_calls_on_side_streams_come_after_what_the_stream_holds():
@@ -211,6 +269,28 @@ def test_nested_calls_never_wait(cached):
             calls()
 
 
+@pytest.mark.usefixtures("training")
+@pytest.mark.parametrize("cached", [{}, {"min_seqlen": 31, "max_seqlen": 700}], ids=["bare", "cached lengths"])
+def test_training_never_waits(cached):
+    b = batch()
+    packed = [x.clone().requires_grad_() for x in b[:3]]
+    projected = torch.randn(931, 3 * 4 * 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def step() -> None:
+        offsets = b.cu_seqlens_q.clone()
+        out, lse = jagtile.varlen_attention(*packed, offsets, offsets, is_causal=True, return_lse=True)
+        (out.float().sum() + lse.sum()).backward()
+        x = torch.nested.nested_tensor_from_jagged(projected, offsets.long(), **cached)
+        heads = (part.unflatten(-1, (4, 64)).transpose(1, 2) for part in x.chunk(3, -1))
+        with jagtile.enabled():
+            scaled_dot_product_attention(*heads, is_causal=True).values().sum().backward()
+
+    step()
+    with no_waits():
+        step()
+    assert projected.grad.isfinite().all()
+
+
 @pytest.mark.filterwarnings("ignore::jagtile.JagtileWarning")
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_plain_operations_never_wait(p):
@@ -258,6 +338,23 @@ def test_threads_of_one_device_do_not_disturb_each_other():
     in_threads([work(seed) for seed in range(4)])
 
 
+@pytest.mark.usefixtures("training")
+def test_threads_may_train_at_the_same_time():
+    def work(seed: int) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(5):
+                b = batch([100 + seed, 7, 300], seed)
+                leaves, dout = [x.requires_grad_() for x in b[:3]], torch.randn_like(b.q)
+                out = jagtile.varlen_attention(*leaves, *b[3:5], is_causal=True)
+                grads = torch.autograd.grad(out, leaves, dout)
+                plain = JaggedBatch(*(x.detach() for x in leaves), *b[3:])
+                assert_right_gradients(grads, plain, dout, is_causal=True)
+
+        return run
+
+    in_threads([work(seed) for seed in range(4)])
+
+
 def test_threads_may_share_offsets_and_enable_at_the_same_time():
     b = batch()
     query, key, value = (njt(x, b.cu_seqlens_q.long()) for x in b[:3])
@@ -295,6 +392,17 @@ def test_a_stream_of_another_device_is_that_devices_own():
         out = jagtile.varlen_attention(*b[:5])
         torch.cuda.current_stream(1).synchronize()
     assert_right(out, b)
+
+
+@two_gpus
+@pytest.mark.usefixtures("training")
+def test_gradients_of_another_than_the_current_device_are_made_there():
+    torch.cuda.set_device(0)
+    b = batch(device="cuda:1")
+    leaves, dout = [x.clone().requires_grad_() for x in b[:3]], torch.randn_like(b.q)
+    grads = torch.autograd.grad(jagtile.varlen_attention(*leaves, *b[3:5], is_causal=True), leaves, dout)
+    assert {grad.device for grad in grads} == {b.q.device}
+    assert_right_gradients(grads, b, dout, is_causal=True)
 
 
 class Layer(torch.nn.Module):

@@ -59,6 +59,7 @@ class Calls:
     routes: list[Route] = field(default_factory=list)
     arguments: list[tuple[object, ...]] = field(default_factory=list)
     backward_routes: list[Route] = field(default_factory=list)
+    backward_arguments: list[tuple[object, ...]] = field(default_factory=list)
 
 
 @pytest.fixture
@@ -79,8 +80,16 @@ def oracle_kernels(monkeypatch: pytest.MonkeyPatch) -> Calls:
         return kernel
 
     def resolve_backward(route: Route) -> OracleKernel:
+        kernel = OracleKernel(causal=route[3])
+        compute = kernel.backward
+
+        def backward(*arguments: object) -> None:
+            calls.backward_arguments.append(arguments)
+            compute(*arguments)
+
+        kernel.backward = backward  # type: ignore[method-assign]
         calls.backward_routes.append(route)
-        return OracleKernel(causal=route[3])
+        return kernel
 
     monkeypatch.setattr(ops, "ROUTES", {})
     monkeypatch.setattr(ops, "resolve", resolve)

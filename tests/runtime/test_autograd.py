@@ -95,6 +95,22 @@ def test_other_storage_and_tensors_without_heads_are_one_node_too():
         )
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_backward_gets_the_very_offsets_of_the_forward(oracle_kernels, nested):
+    """GPUs' launchers keep lists of work by the identity of the offsets."""
+    cu = offsets_of((3, 4))
+    values = torch.randn(7, 2, 8, requires_grad=True)
+    if nested:
+        x = torch.nested.nested_tensor_from_jagged(values, cu).transpose(1, 2)
+        jagtile.sdpa(x, x, x).values().sum().backward()
+    else:
+        jagtile.varlen_attention(values, values, values, cu, cu).sum().backward()
+    for arguments in (*oracle_kernels.arguments, *oracle_kernels.backward_arguments):
+        assert arguments[3] is cu
+        assert arguments[4] is cu
+    assert len(oracle_kernels.backward_arguments) == 1
+
+
 def test_autocast_gives_gradients_of_the_leaves_dtypes():
     call = leaves()
     with torch.autocast("cpu", torch.bfloat16):

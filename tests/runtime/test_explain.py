@@ -12,7 +12,8 @@ import torch
 
 import jagtile
 from jagtile.generator.spec import KernelSpec
-from jagtile.runtime import loader
+from jagtile.generator.tile import spaces
+from jagtile.runtime import dropout, loader
 from jagtile.runtime.device import DeviceId
 from jagtile.runtime.errors import CompilerNotFoundError
 from jagtile.runtime.isa import host_isa
@@ -90,6 +91,20 @@ def test_it_takes_nested_tensors_as_sdpa_does():
     x = torch.nested.nested_tensor_from_jagged(torch.ones(5, 4, 64), CU, min_seqlen=2, max_seqlen=3).transpose(1, 2)
     found = jagtile.explain(x, x, x)
     assert found.problem == Problem(KernelSpec("fwd", "fp32", 64, 64, False), 2, 5, 5, 4, 4, 3, 3)
+
+
+def test_it_tells_the_kernel_with_dropout(monkeypatch):
+    monkeypatch.setattr(type(spaces()[0]), "dropout", True, raising=False)
+    monkeypatch.setattr(dropout, "why_no_dropout", lambda *case: None)
+    assert jagtile.explain(**packed(), dropout_p=0.1).variant.name == "cpu/fwd_fp32_d64_drop/plain_b64"
+    assert jagtile.explain(**packed(), dropout_p=0.0).problem.spec.name == "fwd_fp32_d64"
+
+
+def test_dropout_without_kernels_is_refused_as_in_the_call(no_dropout):
+    with pytest.raises(jagtile.UnsupportedError, match=r"dropout_p is 0\.1; served: 0"):
+        jagtile.explain(**packed(), dropout_p=0.1)
+    with pytest.raises(ValueError, match="dropout_p must be from 0 to 1"):
+        jagtile.explain(**packed(), dropout_p=-1)
 
 
 def test_bad_operands_raise_as_in_the_call():
