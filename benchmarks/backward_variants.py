@@ -7,8 +7,8 @@ Each argument names a workload and configs (a template's name in front may be le
 file of such lines. Every variant is compared with the float64 oracle's gradients on small nasty batches and on the
 workload itself, with and without an order of additions. Then forward and backward of all take turns in shuffled order
 with a cold L2: the variants behind the forward that dispatch chooses, the peers through autograd; and so do the
-variants' backwards alone, in a race of their own, in-order ones among them. Prints medians, and the ratio of the fastest
-peer's time to each.
+variants' backwards alone, in a race of their own, in-order ones among them. Prints medians, and the ratio of the
+fastest peer's time to each.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def varlen_attention(
     Raises:
         TypeError, ValueError: a bad argument; the message names it, what it was and what is accepted.
         UnsupportedError: (a NotImplementedError) a dtype that is not served, dropout on a GPU, or grad is required
-            and there is no backward kernel (CUDA).
+            and there is no backward kernel.
         NoKernelError, CompilerNotFoundError, BuildError: no kernel can be had; the message says the ways out.
     """
     check_batch(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)

@@ -78,7 +78,7 @@ def sdpa(
     Raises:
         ValueError, TypeError: a bad argument.
         UnsupportedError: (a NotImplementedError, hence a RuntimeError) a valid request that is not served:
-            dropout on a GPU, grad where there is no backward kernel (CUDA), other dtypes or numbers of dimensions.
+            dropout on a GPU, grad where there is no backward kernel, other dtypes or numbers of dimensions.
         NoKernelError, CompilerNotFoundError, BuildError: no kernel can be had; the message says the ways out.
     """
     if _ragged_batch_like(query, key, value):

@@ -20,8 +20,8 @@ from jagtile.generator.tile import Knob, TileConfig
 
 MAX_HEAD_DIM = 128  # dK and dV of a block of keys are accumulators
 # Registers for accumulators and fragments that ptxas 13.0 schedules without serialising wgmma (C7512) or spilling, by
-# (math warpgroups, CTAs an SM): eleven pairs of head dims compiled at and around these limits.
-FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 160, (2, 1): 208, (3, 1): 128}
+# (math warpgroups, CTAs an SM): fifteen pairs of head dims compiled at and around these limits.
+FRAGMENT_LIMIT = {(1, 1): 208, (1, 2): 160, (2, 1): 208, (3, 1): 128}
 Split = Literal["rows", "columns", "alternate"]
 
 

@@ -45,7 +45,7 @@ CASES = (
     ("bwd_bf16_d128_causal", {}),
     ("bwd_fp16_d128", {"dq": "red"}),
     ("bwd_fp16_d128_causal", {"num_stages": 3}),
-    ("bwd_bf16_d128_causal", {"block_n": 64}),
+    ("bwd_bf16_d96_causal", {"block_n": 64}),
     ("bwd_bf16_d64_dv128", {}),
     ("bwd_bf16_d128_dv64_causal", {}),
     ("bwd_bf16_d256", {}),
