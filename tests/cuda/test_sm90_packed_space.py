@@ -103,9 +103,9 @@ def test_rendered_lines_are_tidy(spec: KernelSpec, change: dict[str, int]) -> No
 
 
 def _widest() -> list[Variant]:
-    """Of every spec the default and, for each number of CTAs an SM, the tile nearest to the limits."""
+    """Of every other spec the default and, for each number of CTAs an SM, the tile nearest to the limits."""
     variants = []
-    for spec in SPECS:
+    for spec in SPECS[::2]:
         by_ctas: dict[int, Sm90PackedConfig] = {}
         for config in legal_configs(SPACE, spec):
             assert isinstance(config, Sm90PackedConfig)
