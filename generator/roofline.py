@@ -109,7 +109,7 @@ def _hopper_packed(variant: Variant, config: Sm90PackedConfig, workload: Workloa
     hides = config.num_stages > 1
     tile = _TILE_CLOCKS * (0.5 if hides else 1.0) + _FILL_CLOCKS * (_HIDDEN_FILL if hides else 1.0)
     clocks, pairs = 0.0, 0
-    for keys, tiles in _packed_tiles(workload).items():
+    for keys, tiles in packed_tiles(workload).items():
         clocks += tiles * (-(-keys // config.block_n) * max(busy, alone) + tile)
         pairs += tiles
     slots = device.units * ctas
@@ -157,7 +157,7 @@ def _tiles(workload: Workload, block_m: int) -> Counter[int]:
 
 
 @lru_cache(maxsize=64)
-def _packed_tiles(workload: Workload) -> Counter[int]:
+def packed_tiles(workload: Workload) -> Counter[int]:
     """How many tiles of packed rows see how many keys, over all heads."""
     ends_q = list(accumulate(workload.seqlens_q))
     begins_k = list(accumulate(workload.seqlens_k, initial=0))

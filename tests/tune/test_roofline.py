@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import statistics
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 from fakes import DEVICE, SPEC, TARGET
 
-from jagtile.generator.roofline import CLOCK_GHZ, MMA_FLOPS, roofline
+from jagtile.generator.roofline import CLOCK_GHZ, MMA_FLOPS, packed_tiles, roofline
 from jagtile.generator.roofline_check import agreements, rank_correlation
 from jagtile.generator.spec import KernelSpec
-from jagtile.generator.tile import Variant, parse_config, spaces_of
+from jagtile.generator.tile import Variant, legal_configs, parse_config, spaces_of
 from jagtile.generator.workloads import Workload, representative
 from jagtile.runtime.problem import REGIMES
 from jagtile.tuning_db.store import Database
@@ -57,6 +59,34 @@ def test_a_template_without_a_model_has_no_prediction():
     spec = KernelSpec.parse("fwd_fp32_d64")
     variant = Variant("cpu", spec, spaces_of("cpu", spec)[0].default(spec))
     assert roofline(variant, SQUARE, DEVICE) is None
+
+
+def test_rows_of_many_short_sequences_in_one_tile_pay_and_those_of_long_ones_do_not():
+    def best(algorithm: str, workload: Workload) -> float:
+        (space,) = (space for space in spaces_of(TARGET, SPEC) if space.algorithm == algorithm)
+        return min(roofline(Variant(TARGET, SPEC, c), workload, DEVICE).us for c in legal_configs(space, SPEC))
+
+    tokens = Workload("tokens", (1, 2, 3, 4) * 2000, (1, 2, 3, 4) * 2000, 8, 8, 128, 128)
+    assert best("packed", tokens) < best("persistent", tokens) / 4
+    assert best("packed", SQUARE) > best("persistent", SQUARE)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
+def test_the_keys_of_tiles_of_packed_rows(causal, alignment):
+    rng = random.Random(5)
+    seqlens_q, seqlens_k = ([rng.choice((0, 0, 1, 3, 20, 150)) for _ in range(60)] for _ in range(2))
+    w = Workload("w", tuple(seqlens_q), tuple(seqlens_k), 2, 1, 64, 64, causal, causal_alignment=alignment)
+    seen = []  # of every row, its first key and its last one's successor
+    begin = 0
+    for len_q, len_k in zip(seqlens_q, seqlens_k, strict=True):
+        shift = len_k - len_q if alignment == "bottom_right" else 0
+        for row in range(len_q):
+            seen.append((begin, begin + (min(len_k, max(0, row + 1 + shift)) if causal else len_k)))
+        begin += len_k
+    tiles = [seen[first : first + 64] for first in range(0, len(seen), 64)]
+    expected = Counter(max(end for _, end in rows) - rows[0][0] for rows in tiles)
+    assert packed_tiles(w) == Counter({keys: 2 * count for keys, count in expected.items()})
 
 
 def test_rank_correlation():
