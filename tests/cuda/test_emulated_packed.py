@@ -256,10 +256,12 @@ def test_what_is_empty_needs_no_launch() -> None:
     assert not machine.launches
 
 
+@pytest.mark.parametrize("keys", [(0, 0, 0), (0, 0, 40), (5, 0, 3)])
 @pytest.mark.parametrize("name", [D64, CAUSAL])
-def test_no_keys_at_all_give_zeros(name: str) -> None:
+def test_tiles_without_keys_give_zeros(name: str, keys: tuple[int, ...]) -> None:
+    """Several of them in one CTA, between others: every one must hand its buffer of Q back."""
     of = variant(name)
-    w = workload(of, "no keys", (3, 70), (0, 0))
+    w = workload(of, "no keys", (3, 140, 20), keys, num_heads=8, num_heads_kv=4)
     assert_right(of, w, w.make("cpu", "bf16"))
 
 
