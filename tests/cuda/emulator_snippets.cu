@@ -257,3 +257,33 @@ extern "C" __global__ void __launch_bounds__(64) mistakes(float* out, int times,
   if (mistake == 6 && threadIdx.x != 7) out[lane] = __any_sync(0xffffffff, lane == 3);
   if (mistake == 7) (values + 100 * mistake)[lane] = 0.0f;
 }
+
+// CTA 0 hands 32 floats to CTA 1 by way of global memory, by ordinary stores or a bulk store. mistake 1: no fence
+// before the flag; 2: the flag is raised when the bulk store has read its source; 3: nobody looks at the flag.
+extern "C" __global__ void __launch_bounds__(32)
+    handed_on(float* between, int* flag, float* out, int bulk, int mistake) {
+  __shared__ __align__(128) float values[32];
+  const int lane = threadIdx.x;
+  if (blockIdx.x == 0) {
+    (bulk ? values : between)[lane] = 2.0f * lane;
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) {
+      if (bulk) {
+        asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(between),
+                     "r"(smem_address(values)), "r"(128)
+                     : "memory");
+        tma_store_commit();
+        if (mistake == 2) tma_store_wait_read();
+        if (mistake != 2) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+      }
+      if (mistake != 1) __threadfence();
+      atomicAdd(flag, 1);
+      tma_store_wait_read();
+    }
+  } else {
+    int raised = mistake == 3;
+    while (raised == 0) asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(raised) : "l"(flag) : "memory");
+    out[lane] = between[lane];
+  }
+}

@@ -118,7 +118,7 @@ def test_lanes() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_no_mistake_is_reported_where_there_is_none(seed: int) -> None:
     out = torch.zeros(7, 32)
-    snippets()("mistakes", 2, 64, out, 7, 0, machine=Machine(seed=seed))
+    snippets()("mistakes", 1, 64, out, 7, 0, machine=Machine(seed=seed))
     assert torch.equal(out, torch.arange(7)[:, None] + torch.arange(32.0))
 
 
@@ -139,6 +139,22 @@ def test_mistakes_are_reported(mistake: int, report: str, seed: int) -> None:
     out = torch.zeros(7, 32)
     with pytest.raises(EmulatorError, match=report):
         snippets()("mistakes", 1, 64, out, 7, mistake, machine=Machine(seed=seed))
+
+
+@pytest.mark.parametrize("bulk", [0, 1])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_a_cta_hands_to_another_arrives(bulk: int, seed: int) -> None:
+    between, flag, out = torch.zeros(32), torch.zeros(1, dtype=torch.int32), torch.zeros(32)
+    snippets()("handed_on", 2, 32, between, flag, out, bulk, 0, machine=Machine(seed=seed))
+    assert torch.equal(out, 2 * torch.arange(32.0))
+
+
+@pytest.mark.parametrize(("bulk", "mistake"), [(0, 1), (1, 1), (1, 2), (0, 3), (1, 3)])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_handed_on_without_order_is_a_race(bulk: int, mistake: int, seed: int) -> None:
+    between, flag, out = torch.zeros(32), torch.zeros(1, dtype=torch.int32), torch.zeros(32)
+    with pytest.raises(EmulatorError, match="race on global memory at 0x"):
+        snippets()("handed_on", 2, 32, between, flag, out, bulk, mistake, machine=Machine(seed=seed))
 
 
 @pytest.mark.parametrize(

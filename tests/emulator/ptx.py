@@ -464,10 +464,11 @@ def _ld(i: Instruction, m: re.Match[str]) -> str:
     if len(targets) != int(m[3] or 1):
         raise PtxError(f"{len(targets)} registers for: {i.text}")
     names = [i.name(t) for t in targets]
-    code = f"emu::load<{_TYPES[m[4]]}>({_space(m[2])}, {i.address(1)}, {', '.join(names)});"
-    if m[1] == "acquire" and m[2] not in (None, "global"):
-        code += f" emu::acquire_flag(uint32_t({i.address(1)}));"
-    return ("emu::poll(); " if m[1] in ("volatile", "relaxed", "acquire") else "") + code
+    strong = m[1] in ("volatile", "relaxed", "acquire")
+    code = (
+        f"emu::load{'_strong' if strong else ''}<{_TYPES[m[4]]}>({_space(m[2])}, {i.address(1)}, {', '.join(names)});"
+    )
+    return ("emu::poll(); " if strong else "") + code
 
 
 @instruction(rf"st(?:\.(volatile|relaxed|release|weak))?{_SCOPE}{_SPACE}{_CACHE}(?:\.v([24]))?\.({_ANY})")
@@ -476,20 +477,19 @@ def _st(i: Instruction, m: re.Match[str]) -> str:
     values = [i._value(v, m[4]) for v in i.vector(1)]
     if len(values) != int(m[3] or 1):
         raise PtxError(f"{len(values)} registers for: {i.text}")
-    release = (
-        f"emu::release_flag(uint32_t({i.address(0)})); " if m[1] == "release" and m[2] not in (None, "global") else ""
-    )
-    return f"{release}emu::store<{_TYPES[m[4]]}>({_space(m[2])}, {i.address(0)}, {', '.join(values)});"
+    place = f"{_space(m[2])}, {i.address(0)}"
+    if m[1] in ("volatile", "relaxed", "release"):
+        return f"emu::store_strong<{_TYPES[m[4]]}>({place}, {_flag(m[1] == 'release')}, {', '.join(values)});"
+    return f"emu::store<{_TYPES[m[4]]}>({place}, {', '.join(values)});"
 
 
-@instruction(
-    rf"red(?:\.(?:relaxed|release))?{_SCOPE}{_SPACE}{_SCOPE}\.add(?:\.L2::cache_hint)?(?:\.v([24]))?\.({_ANY})"
-)
+@instruction(rf"red(?:\.(relaxed|release))?{_SCOPE}{_SPACE}{_SCOPE}\.add(?:\.L2::cache_hint)?(?:\.v([24]))?\.({_ANY})")
 def _red_add(i: Instruction, m: re.Match[str]) -> str:
-    values = [i._value(v, m[3]) for v in i.vector(1)]
-    if len(values) != int(m[2] or 1):
+    values = [i._value(v, m[4]) for v in i.vector(1)]
+    if len(values) != int(m[3] or 1):
         raise PtxError(f"{len(values)} registers for: {i.text}")
-    return f"emu::reduce_add<{_TYPES[m[3]]}>({_space(m[1])}, {i.address(0)}, {', '.join(values)});"
+    place = f"{_space(m[2])}, {i.address(0)}, {_flag(m[1] == 'release')}"
+    return f"emu::reduce_add<{_TYPES[m[4]]}>({place}, {', '.join(values)});"
 
 
 _ATOMIC = {
@@ -506,16 +506,16 @@ _ATOMIC = {
 
 
 @instruction(
-    rf"(atom|red)(?:\.(?:relaxed|acquire|release|acq_rel))?{_SCOPE}{_SPACE}{_SCOPE}"
+    rf"(atom|red)(?:\.(relaxed|acquire|release|acq_rel))?{_SCOPE}{_SPACE}{_SCOPE}"
     rf"\.(add|inc|min|max|exch|and|or|xor|cas)\.({_ANY})"
 )
 def _atom(i: Instruction, m: re.Match[str]) -> str:
     first = 1 if m[1] == "atom" else 0
-    kind = _TYPES[m[4]]
-    values = [i.value(k, m[4]) for k in range(first + 1, len(i.operands))]
-    formula = _ATOMIC[m[3]].format(*values)
-    change = f"[&](const {kind} old) {{ return {kind}({formula}); }}"
-    code = f"emu::atomic<{kind}>({_space(m[2])}, {i.address(first)}, {change})"
+    kind = _TYPES[m[5]]
+    values = [i.value(k, m[5]) for k in range(first + 1, len(i.operands))]
+    change = f"[&](const {kind} old) {{ return {kind}({_ATOMIC[m[4]].format(*values)}); }}"
+    release = _flag(m[2] in ("release", "acq_rel"))
+    code = f"emu::atomic<{kind}>({_space(m[3])}, {i.address(first)}, {release}, {change})"
     return i.assign(0, code) if first else f"{code};"
 
 
@@ -531,7 +531,7 @@ def _policy(i: Instruction, m: re.Match[str]) -> str:
 
 @instruction(r"(?:fence|membar)(?:\.(?:sc|acq_rel|acquire|release))?(?:\.(?:cta|cluster|gpu|sys|gl))")
 def _fence(i: Instruction, m: re.Match[str]) -> str:
-    return "emu::preempt();"
+    return "emu::global_fence(); emu::preempt();"
 
 
 @instruction(r"fence\.proxy\.async(?:\.(global|shared::(?:cta|cluster)))?|fence\.proxy\.async::generic[\w.:]*")

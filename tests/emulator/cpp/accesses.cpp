@@ -28,6 +28,7 @@ inline void access(const void* pointer, uint64_t bytes, bool write, void* place)
   if (address >= reinterpret_cast<char*>(&fiber) && address < reinterpret_cast<char*>(&fiber + 1)) return;
   fiber.caller = place;
   check_global(pointer, bytes, write);
+  global_access(*fiber.warp, pointer, bytes, write ? Access::kWrite : Access::kRead, place);
 }
 
 }  // namespace

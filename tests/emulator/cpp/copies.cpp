@@ -155,13 +155,20 @@ void queue_store(uint32_t smem, uint32_t bytes, std::function<std::vector<Piece>
   const std::shared_ptr<CopyGroup> group = opened(fiber->open_bulk);
   ++group->unread;
   ++group->unwritten;
-  group->last_store = store_reads(*fiber->warp, smem, bytes, fiber->caller);
+  const uint32_t number = store_reads(*fiber->warp, smem, bytes, fiber->caller);
+  group->last_store = number;
+  const size_t actor = global_stores_of(*fiber->warp);
+  void* place = fiber->caller;
+  const auto clock = std::make_shared<Clock>(fiber->warp->clock);
   queue(*cta, true, [=] {
     auto pieces = std::make_shared<std::vector<Piece>>(read(*cta));
     --group->unread;
     settle(*group);
     queue(*cta, false, [=] {
-      for (const Piece& piece : *pieces) write_global(piece.to, piece.data, piece.bytes, combine);
+      for (const Piece& piece : *pieces) {
+        write_global(piece.to, piece.data, piece.bytes, combine);
+        stored_globally(actor, *clock, number, piece.to, piece.bytes, combine != Combine::kNone, place);
+      }
       --group->unwritten;
       settle(*group);
     });
@@ -379,7 +386,10 @@ void bulk_wait(int pending, bool read_only) {
       sleep({"cp.async.bulk.wait_group", 0, 0});
     }
   }
-  if (count) stores_done(*fiber.warp, fiber.bulk[count - 1]->last_store);
+  if (count) {
+    stores_done(*fiber.warp, fiber.bulk[count - 1]->last_store);
+    if (!read_only) global_stores_done(*fiber.warp, fiber.bulk[count - 1]->last_store);
+  }
   // A group that was not waited for stays, written or not: the warp does not know of it yet.
   for (size_t i = 0; i < count && fiber.bulk.front()->unwritten == 0; ++i) fiber.bulk.pop_front();
 }

@@ -118,25 +118,26 @@ inline int __syncthreads_or(int value) {
 inline int __syncthreads_and(int value) {
   return emu::barrier(0, emu::kAllThreads, true, true, emu::Reduce::kAnd, value);
 }
-inline void __threadfence() {}
+inline void __threadfence() { emu::global_fence(); }
 inline void __threadfence_block() {}
-inline void __threadfence_system() {}
+inline void __threadfence_system() { emu::global_fence(); }
 inline void __nanosleep(unsigned) { emu::poll(); }
 inline void __trap() { emu::fail("__trap()"); }
 inline size_t __cvta_generic_to_shared(const void* pointer) { return emu::shared_address(pointer); }
 
 // ---- atomics --------------------------------------------------------------------------------------------------------
-#define EMU_ATOMIC(name, expression)                  \
-  template <typename T, typename U>                   \
-  inline T name(T* pointer, U operand) {              \
-    const T value = static_cast<T>(operand);          \
-    T old;                                            \
-    emu::raw_copy(&old, pointer, sizeof old);         \
-    const T changed = (expression);                   \
-    emu::raw_copy(pointer, &changed, sizeof changed); \
-    emu::progress();                                  \
-    emu::preempt();                                   \
-    return old;                                       \
+#define EMU_ATOMIC(name, expression)                                        \
+  template <typename T, typename U>                                         \
+  inline T name(T* pointer, U operand) {                                    \
+    const T value = static_cast<T>(operand);                                \
+    T old;                                                                  \
+    emu::strong_access(pointer, sizeof old, emu::Strong::kExchange, false); \
+    emu::raw_copy(&old, pointer, sizeof old);                               \
+    const T changed = (expression);                                         \
+    emu::raw_copy(pointer, &changed, sizeof changed);                       \
+    emu::progress();                                                        \
+    emu::preempt();                                                         \
+    return old;                                                             \
   }
 EMU_ATOMIC(atomicAdd, old + value)
 EMU_ATOMIC(atomicSub, old - value)
@@ -149,6 +150,7 @@ EMU_ATOMIC(atomicAnd, old& value)
 template <typename T>
 inline T atomicCAS(T* pointer, T expected, T value) {
   T old;
+  emu::strong_access(pointer, sizeof old, emu::Strong::kExchange, false);
   emu::raw_copy(&old, pointer, sizeof old);
   if (old == expected) emu::raw_copy(pointer, &value, sizeof value);
   emu::progress();

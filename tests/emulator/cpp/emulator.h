@@ -25,6 +25,9 @@ void* shared_pointer(uint32_t address, uint32_t bytes);
 void* dynamic_shared();
 void* static_shared(int id, uint32_t bytes, uint32_t alignment);
 void raw_copy(void* to, const void* from, unsigned bytes);  // of an atomic operation: no race, no bounds
+enum class Strong { kLoad, kStore, kAdd, kExchange };       // the last: an atomic that gives back what was there
+void strong_access(const void* pointer, unsigned bytes, Strong kind, bool releases);
+void global_fence();
 void release_flag(uint32_t address);
 void acquire_flag(uint32_t address);
 void check_global(const void* pointer, uint64_t bytes, bool write);

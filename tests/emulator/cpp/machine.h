@@ -114,8 +114,8 @@ struct Warp {
   bool fenced = false, waiting = false;
   uint64_t wait_target = 0;
   int registers = 0, registers_asked = 0;  // a thread; the latter by the last setmaxnreg
-  Clock clock;
-  uint32_t stores = 0;  // bulk stores so far
+  Clock clock, fenced_clock;               // the latter: what was known at the last fence
+  uint32_t stores = 0;                     // bulk stores so far
 };
 
 struct NamedBarrier {
@@ -202,6 +202,18 @@ uint32_t store_reads(Warp& warp, uint32_t address, uint32_t bytes, void* place);
 void stores_done(Warp& warp, uint32_t number);
 void copy_writes(Warp& warp, uint32_t mbarrier, uint64_t phase, uint32_t address, uint32_t bytes, void* place);
 void copies_done(Warp& warp, uint32_t mbarrier, uint64_t phases);
+
+// ---- global_races.cpp
+// `kCopied`: read by an asynchronous copy, not remembered; `kExchange`: an addition that sees those before it.
+enum class Access { kRead, kCopied, kWrite, kAdd, kExchange };
+void start_global_races(size_t ctas, size_t warps);
+void add_shared_clock(Warp& warp);
+void tick(Warp& warp);
+void global_access(Warp& warp, const void* pointer, uint64_t bytes, Access access, void* place);
+size_t global_stores_of(const Warp& warp);  // the actor that its bulk stores are
+void stored_globally(size_t actor, const Clock& clock, uint32_t number, const void* pointer, uint64_t bytes, bool adds,
+                     void* place);
+void global_stores_done(Warp& warp, uint32_t number);
 
 // ---- copies.cpp
 void check_fenced(Cta& cta, uint32_t address, uint32_t bytes, const char* reader);

@@ -175,6 +175,22 @@ inline void load(Space space, uint64_t address, Registers&... registers) {
   const T* from = located<T>(space, address, sizeof...(registers));
   (set(registers, *from++), ...);
 }
+template <typename T, typename... Registers>
+inline void load_strong(Space space, uint64_t address, Registers&... registers) {
+  T values[sizeof...(registers)], *next = values;
+  const T* from = located<T>(space, address, sizeof...(registers));
+  strong_access(from, sizeof values, Strong::kLoad, false);
+  raw_copy(values, from, sizeof values);
+  (set(registers, *next++), ...);
+}
+template <typename T, typename... Values>
+inline void store_strong(Space space, uint64_t address, bool release, Values... values) {
+  const T all[] = {as<T>(values)...};
+  T* to = located<T>(space, address, sizeof...(values));
+  strong_access(to, sizeof all, Strong::kStore, release);
+  raw_copy(to, all, sizeof all);
+  progress();
+}
 template <typename T, typename... Values>
 inline void store(Space space, uint64_t address, Values... values) {
   T* to = located<T>(space, address, sizeof...(values));
@@ -182,8 +198,9 @@ inline void store(Space space, uint64_t address, Values... values) {
   progress();
 }
 template <typename T, typename Operation>
-inline T atomic(Space space, uint64_t address, Operation operation) {
+inline T atomic(Space space, uint64_t address, bool release, Operation operation) {
   T* pointer = located<T>(space, address, 1);
+  strong_access(pointer, sizeof(T), Strong::kExchange, release);
   T old;
   raw_copy(&old, pointer, sizeof old);
   const T changed = operation(old);
@@ -193,9 +210,9 @@ inline T atomic(Space space, uint64_t address, Operation operation) {
   return old;
 }
 template <typename T, typename... Values>
-inline void reduce_add(Space space, uint64_t address, Values... values) {
+inline void reduce_add(Space space, uint64_t address, bool release, Values... values) {
   T* to = located<T>(space, address, sizeof...(values));
-  if (space != Space::kShared) check_global(to, sizeof...(values) * sizeof(T), true);
+  strong_access(to, sizeof...(values) * sizeof(T), Strong::kAdd, release);
   const T terms[] = {as<T>(values)...};
   for (T term : terms) {
     T sum;

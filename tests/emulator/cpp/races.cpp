@@ -114,6 +114,7 @@ void start_races(Cta& cta) {
   for (auto& warp : cta.warps) {
     warp->clock.assign(cta.races->reads.size() + kMostMbarriers, 0);
     warp->clock[self_of(*warp)] = 1;
+    add_shared_clock(*warp);
   }
 }
 
@@ -136,6 +137,7 @@ void release(Warp& warp, Clock& to) {
   if (to.empty()) to.assign(warp.clock.size(), 0);
   join(to, warp.clock);
   ++warp.clock[self_of(warp)];
+  tick(warp);
 }
 
 void acquire(Warp& warp, const Clock& from) { join(warp.clock, from); }

@@ -442,6 +442,8 @@ extern "C" const char* emu_launch(void (*entry)(void**), void** arguments, const
   state.registers = registers;
   error.clear();
   try {
+    const size_t warps = (size_t{block[0]} * block[1] * block[2] + 31) / 32;
+    emu::start_global_races(size_t{grid[0]} * grid[1] * grid[2], warps);
     emu::run_to_end(static_cast<int>(grid[0] * grid[1] * grid[2]), slots);
     error = state.error;
   } catch (const std::exception& problem) {
