@@ -116,7 +116,6 @@ def test_nothing_is_found_in_the_kernel_as_it_is(seed: int) -> None:
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_it_is_found(mistake: str) -> None:
     old, new, report = MISTAKES[mistake]
-    for seed in range(2 if report else 1):
-        found = outcome((old, new), seed)
-        assert found is not None
-        assert re.search(report or "^wrong$", found, re.DOTALL), found
+    found = outcome((old, new), seed=0)
+    assert found is not None
+    assert re.search(report or "^wrong$", found, re.DOTALL), found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,9 @@ def artifact(variant: Variant, change: Callable[[Source], Source] | None = None)
     source = render(variant)
     binary = build(change(source) if change is not None else source)
     image = cache_folder() / f"{binary.stem}.image"  # what the driver is given to load: the name of the shared object
-    if not image.exists():
-        image.write_text(str(binary.absolute()))
+    private = image.with_suffix(f".{os.getpid()}")
+    private.write_text(str(binary.absolute()))
+    private.replace(image)
     meta = ArtifactMeta(
         abi=ABI_VERSION,
         key=binary.stem,

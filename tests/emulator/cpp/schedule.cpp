@@ -6,7 +6,7 @@
 #include <stdexcept>
 
 #include <sys/mman.h>
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) || defined(EMU_UCONTEXT)
 #include <ucontext.h>
 #endif
 
@@ -40,7 +40,7 @@ void* scheduler_stack_pointer = nullptr;
 std::vector<char*> free_stacks;
 std::vector<char*> free_windows;
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(EMU_UCONTEXT)
 asm(R"(
 .text
 .type emu_switch_context, @function
@@ -77,10 +77,12 @@ extern "C" void emu_switch_context(void** save, void* load) {
   swapcontext(static_cast<ucontext_t*>(*save), static_cast<ucontext_t*>(load));
 }
 void* first_context(char* stack, void (*entry)()) {
-  ucontext_t* context = new ucontext_t;
+  constexpr size_t kReserved = 4096;  // the stack's far end holds the context
+  static_assert(sizeof(ucontext_t) <= kReserved);
+  ucontext_t* context = reinterpret_cast<ucontext_t*>(stack);
   getcontext(context);
-  context->uc_stack.ss_sp = stack;
-  context->uc_stack.ss_size = kStackBytes;
+  context->uc_stack.ss_sp = stack + kReserved;
+  context->uc_stack.ss_size = kStackBytes - kReserved;
   context->uc_link = nullptr;
   makecontext(context, entry, 0);
   return context;
