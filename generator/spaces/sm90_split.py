@@ -37,8 +37,13 @@ class Sm90SplitSpace(Sm90ForwardSpace):
         return f"rows of {rows} in a tile, long keys split over CTAs"
 
     def knobs(self, spec: KernelSpec) -> Mapping[str, tuple[Knob, ...]]:
-        """As the persistent forward's, but up to six stages and no tile of four math warpgroups."""
-        return {**super().knobs(spec), "block_m": (64, 128, 192), "num_stages": (2, 3, 4, 6)}
+        """As the persistent forward's, with up to six stages, fewer widths and no tile of four math warpgroups."""
+        return {
+            **super().knobs(spec),
+            "block_m": (128, 64, 192),
+            "block_n": (128, 64, 96, 32, 80, 112, 48, 160, 192),
+            "num_stages": (3, 2, 4, 6),
+        }
 
     def default(self, spec: KernelSpec) -> TileConfig:
         """The first legal one of a few tiles with much memory in flight. Not measured yet."""

@@ -135,8 +135,13 @@ def test_predictions_that_mislead_leave_a_share_to_the_search_and_unpredicted_co
     run(misled, landscape)
     worst = sorted(misled.legal, key=landscape, reverse=True)[:40]
     assert misled.best()[0] not in worst
-    half = Search(TARGET, SPEC, trials=40, seed=1, predict=lambda c: landscape(c) if c.q_stages == 1 else None)
-    assert {config.q_stages for config in run(half, landscape)} == {1, 2}
+    half = Search(TARGET, SPEC, trials=40, seed=1, predict=lambda c: landscape(c) if _q_stages(c) == 1 else None)
+    assert {_q_stages(config) for config in run(half, landscape)} >= {1, 2}
+
+
+def _q_stages(config):
+    """Not every algorithm has this knob."""
+    return getattr(config, "q_stages", None)
 
 
 @pytest.mark.parametrize("trials", [30, None])
