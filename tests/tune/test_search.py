@@ -7,8 +7,13 @@ from fakes import SPEC, TARGET, landscape
 
 from jagtile.generator.search import Method, Search
 from jagtile.generator.spec import KernelSpec
-from jagtile.generator.tile import Variant, spaces_of
+from jagtile.generator.tile import Variant, space_for
 from jagtile.runtime.errors import UnsupportedError
+
+
+def make(*, spec: KernelSpec = SPEC, **more) -> Search:
+    """A search of one algorithm's space, whatever others there are: 128 configs of SPEC."""
+    return Search(TARGET, spec, spaces=(space_for(TARGET, "persistent"),), **more)
 
 
 def run(search: Search, value_of, batch: int = 4) -> list:
@@ -20,16 +25,10 @@ def run(search: Search, value_of, batch: int = 4) -> list:
     return asked
 
 
-@pytest.fixture
-def one_space(monkeypatch):
-    """Of the spec's algorithms the first alone."""
-    monkeypatch.setattr("jagtile.generator.search.spaces_of", lambda *given: spaces_of(*given)[:1])
-
-
-def test_most_searches_of_a_quarter_of_the_space_end_within_two_percent_of_the_best(one_space):
+def test_most_searches_of_a_quarter_of_the_space_end_within_two_percent_of_the_best():
     within = 0
     for seed in range(10):
-        search = Search(TARGET, SPEC, trials=0, seed=seed)
+        search = make(trials=0, seed=seed)
         optimum = min(landscape(config, seed) for config in search.legal)
         search.trials = len(search.legal) // 4
         run(search, lambda config, seed=seed: landscape(config, seed))
@@ -39,14 +38,14 @@ def test_most_searches_of_a_quarter_of_the_space_end_within_two_percent_of_the_b
 
 def test_the_same_seed_asks_the_same_and_another_seed_does_not():
     def order(seed):
-        return run(Search(TARGET, SPEC, trials=30, seed=seed), landscape)
+        return run(make(trials=30, seed=seed), landscape)
 
     assert order(1) == order(1)
     assert order(1) != order(2)
 
 
 def test_every_config_is_legal_and_asked_once_and_the_budget_is_kept():
-    search = Search(TARGET, SPEC, trials=40, seed=3)
+    search = make(trials=40, seed=3)
     asked = run(search, landscape)
     assert len(asked) == len(set(asked)) == 40
     for config in asked:
@@ -54,7 +53,7 @@ def test_every_config_is_legal_and_asked_once_and_the_budget_is_kept():
 
 
 def test_a_budget_beyond_the_space_tries_all_of_it():
-    search = Search(TARGET, SPEC, trials=10**9)
+    search = make(trials=10**9)
     assert set(run(search, landscape)) == set(search.legal)
     assert search.best()[0] == min(search.legal, key=landscape)
 
@@ -62,7 +61,7 @@ def test_a_budget_beyond_the_space_tries_all_of_it():
 def test_a_search_without_a_limit_is_good_whenever_it_is_stopped():
     within = 0
     for seed in range(5):
-        search = Search(TARGET, SPEC, trials=None, seed=seed)
+        search = make(trials=None, seed=seed)
         optimum = min(landscape(config, seed) for config in search.legal)
         for _ in range(len(search.legal) // 16):
             for config in search.ask(4):
@@ -72,15 +71,15 @@ def test_a_search_without_a_limit_is_good_whenever_it_is_stopped():
 
 
 def test_seeds_come_first_and_an_illegal_one_is_left_out():
-    legal = Search(TARGET, SPEC, trials=10).legal
-    foreign = Search(TARGET, KernelSpec.parse("fwd_bf16_d64"), trials=10).legal
+    legal = make(trials=10).legal
+    foreign = make(spec=KernelSpec.parse("fwd_bf16_d64"), trials=10).legal
     illegal = next(config for config in foreign if config not in legal)
-    search = Search(TARGET, SPEC, trials=10, seeds=[legal[7], illegal, legal[3], legal[7]])
+    search = make(trials=10, seeds=[legal[7], illegal, legal[3], legal[7]])
     assert search.ask(2) == [legal[7], legal[3]]
 
 
 def test_what_is_told_beforehand_counts_and_is_not_asked():
-    search = Search(TARGET, SPEC, trials=20, seed=1)
+    search = make(trials=20, seed=1)
     known = search.legal[:12]
     for config in known:
         search.tell(config, landscape(config))
@@ -90,20 +89,20 @@ def test_what_is_told_beforehand_counts_and_is_not_asked():
 
 
 def test_failures_are_no_results():
-    search = Search(TARGET, SPEC, trials=40, seed=1)
+    search = make(trials=40, seed=1)
     run(search, lambda config: None if config.block_n > 64 else landscape(config))
     assert search.best()
     assert all(config.block_n <= 64 for config in search.best())
 
 
 def test_a_space_where_nothing_works_is_searched_to_the_end_of_the_budget():
-    search = Search(TARGET, SPEC, trials=30, seed=1)
+    search = make(trials=30, seed=1)
     assert len(run(search, lambda config: None)) == 30
     assert search.best() == []
 
 
-def test_the_last_trials_are_neighbours_of_the_best(one_space):
-    search = Search(TARGET, SPEC, trials=40, seed=5)
+def test_the_last_trials_are_neighbours_of_the_best():
+    search = make(trials=40, seed=5)
     asked = run(search, landscape, batch=1)
 
     def knobs_apart(config, others):
@@ -118,7 +117,7 @@ def test_the_last_trials_are_neighbours_of_the_best(one_space):
 
 
 def test_what_is_predicted_to_be_fast_comes_first_spread_over_the_space():
-    search = Search(TARGET, SPEC, trials=40, seed=1, predict=landscape)
+    search = make(trials=40, seed=1, predict=landscape)
     ranked = sorted(search.legal, key=landscape)
     asked = run(search, landscape)
     assert asked[0] == ranked[0]
@@ -131,22 +130,17 @@ def test_what_is_predicted_to_be_fast_comes_first_spread_over_the_space():
 
 
 def test_predictions_that_mislead_leave_a_share_to_the_search_and_unpredicted_configs_have_a_chance():
-    misled = Search(TARGET, SPEC, trials=40, seed=1, predict=lambda config: -landscape(config))
+    misled = make(trials=40, seed=1, predict=lambda config: -landscape(config))
     run(misled, landscape)
     worst = sorted(misled.legal, key=landscape, reverse=True)[:40]
     assert misled.best()[0] not in worst
-    half = Search(TARGET, SPEC, trials=40, seed=1, predict=lambda c: landscape(c) if _q_stages(c) == 1 else None)
-    assert {_q_stages(config) for config in run(half, landscape)} >= {1, 2}
-
-
-def _q_stages(config):
-    """Not every algorithm has this knob."""
-    return getattr(config, "q_stages", None)
+    half = make(trials=40, seed=1, predict=lambda c: landscape(c) if c.q_stages == 1 else None)
+    assert {config.q_stages for config in run(half, landscape)} == {1, 2}
 
 
 @pytest.mark.parametrize("trials", [30, None])
 def test_a_sampler_may_see_numbers_in_their_order(trials):
-    search = Search(TARGET, SPEC, trials=trials, seed=1, method=Method(ordered=True))
+    search = make(trials=trials, seed=1, method=Method(ordered=True))
     asked = [config for _ in range(6) for config in search.ask(4) if not search.tell(config, landscape(config))]
     assert len(set(asked)) == len(asked) == 24
     assert set(asked) <= set(search.legal)
