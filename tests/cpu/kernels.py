@@ -51,9 +51,7 @@ _WANTED = (
     _variant("fwd_fp32_d10_dv66", "generic", 16, 12, 2, 6),
     _variant("fwd_bf16_d9_causal", "generic", 12, 20, 3, 4),
     _variant("fwd_fp16_d12_dv5", "generic", 8, 6, 1, 10),
-    _default("fwd_fp32_d64_drop"),
     _variant("fwd_bf16_d40_dv72_causal_drop", "avx512bf16", 48, 26, 3, 9),
-    _variant("fwd_fp16_d17_dv50_drop", "avx512", 64, 14, 4, 6),
     _variant("fwd_fp32_d19_causal_drop", "avx2", 32, 12, 2, 6),
     _variant("fwd_fp16_d18_drop", "neon", 16, 24, 2, 12),
     _variant("fwd_bf16_d9_causal_drop", "generic", 12, 20, 3, 4),
@@ -70,7 +68,6 @@ _WANTED_BACKWARD = (
     _variant("bwd_bf16_d9_causal", "generic", 12, 20, 3, 4),
     _default("bwd_fp32_d64_drop"),
     _variant("bwd_bf16_d40_dv72_causal_drop", "avx512bf16", 64, 26, 4, 6),
-    _variant("bwd_fp16_d17_dv50_causal_drop", "avx2", 32, 10, 2, 5),
     _variant("bwd_fp32_d33_dv20_drop", "neon", 32, 24, 2, 6),
     _variant("bwd_bf16_d9_causal_drop", "generic", 12, 20, 3, 4),
 )

@@ -76,7 +76,7 @@ class Projections(torch.nn.Module):
 @pytest.mark.parametrize(
     "backends", [None, [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], [SDPBackend.MATH]], ids=str
 )
-@pytest.mark.parametrize("lengths", [(11, 13), (11,), (1,)], ids=str)
+@pytest.mark.parametrize("lengths", [(11, 13), (1,)], ids=str)
 def test_sdpa(dtype, backends, lengths):
     """As dense attention of each sequence: the output, and the gradients of input and of all projections."""
     layer = Projections(dtype)
@@ -106,7 +106,7 @@ def test_sdpa(dtype, backends, lengths):
 # --- test_sdpa_compile, test_sdpa_backwards
 
 
-@dtypes
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 def test_sdpa_compile(dtype, oracle_kernels):
     q, k, v = (heads_of(from_jagged(torch.randn(24, 2 * 128, dtype=dtype), offsets), 2) for offsets in [OFFSETS] * 3)
     compiled = torch.compile(scaled_dot_product_attention, backend="aot_eager", fullgraph=True)
@@ -118,7 +118,7 @@ def test_sdpa_compile(dtype, oracle_kernels):
 OFFSETS = torch.tensor([0, 11, 24])
 
 
-@dtypes
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 def test_sdpa_backwards(dtype, oracle_kernels):
     """A graph break and a view replayed after it, D 256, q = k = v: attention is nearly the identity."""
     values = torch.randn(24, 1, 256, dtype=dtype, requires_grad=True)
