@@ -37,6 +37,7 @@ class Sm90BackwardWideConfig(TileConfig):
     block_n: int = field(metadata={"short": "n"})  # keys a CTA
     q_stages: int = field(metadata={"short": "q"})  # Q buffers
     dout_stages: int = field(metadata={"short": "o"})  # dO buffers
+    dq_panels: int = field(metadata={"short": "d"})  # panels of dQ that dV's warpgroup makes; the rest are dK's
 
 
 # (block_n, q_stages, dout_stages), the most keys first: the more, the fewer additions to dQ. The last is always legal.
@@ -86,11 +87,11 @@ class PerWarpgroup(NamedTuple):
 
 
 def accumulators(spec: KernelSpec, config: Sm90BackwardWideConfig) -> PerWarpgroup:
-    """Accumulators a thread: dV and S, or dK and the larger of dP and a panel of dQ."""
-    block = config.block_n // 2
+    """Accumulators a thread: dV or dK, and S or dP or a panel of dQ, whichever is larger."""
+    block, dq = config.block_n // 2, min(64, spec.head_dim) // 2
     return PerWarpgroup(
-        dv=panels(spec.head_dim_v) * block + block,
-        dk=panels(spec.head_dim) * block + max(block, min(64, spec.head_dim) // 2),
+        dv=panels(spec.head_dim_v) * block + max(block, dq if config.dq_panels else 0),
+        dk=panels(spec.head_dim) * block + max(block, dq),
     )
 
 
@@ -106,9 +107,21 @@ def math_registers(needed: PerWarpgroup) -> PerWarpgroup | None:
     return None
 
 
-def _dq_panels(spec: KernelSpec) -> list[int]:
-    """Columns of each panel of dQ."""
-    return [min(64, spec.head_dim - 64 * panel) for panel in range(panels(spec.head_dim))]
+def _dq_with_dk(spec: KernelSpec, config: Sm90BackwardWideConfig) -> list[tuple[int, list[int]]]:
+    """The panels of dQ that dK's warpgroup makes, each with the panels of dK that are multiplied while it is added."""
+    there_are = panels(spec.head_dim)
+    rest = there_are - config.dq_panels
+    ends = [-(-there_are * (place + 1) // rest) for place in range(rest)]
+    return [
+        (config.dq_panels + place, list(range(begin, end)))
+        for place, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
+    ]
+
+
+def _even(spec: KernelSpec) -> int:
+    """Half of the panels of dQ; where there is no half, the larger part goes to the narrower gradient."""
+    there_are = panels(spec.head_dim)
+    return (there_are + (panels(spec.head_dim_v) < there_are)) // 2
 
 
 class Sm90BackwardWideSpace:
@@ -135,6 +148,7 @@ class Sm90BackwardWideSpace:
             "block_n": (112, 96, 80, 64, 48, 32),
             "q_stages": (2, 3),
             "dout_stages": (2, 1, 3),
+            "dq_panels": tuple(sorted(range(panels(spec.head_dim)), key=lambda count: abs(count - _even(spec)))),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
@@ -147,6 +161,8 @@ class Sm90BackwardWideSpace:
                 "q_stages must be at least 2, since one warpgroup is ahead of the other, and dout_stages at least 1, "
                 f"got {config.q_stages} and {config.dout_stages}"
             )
+        if not 0 <= config.dq_panels < panels(spec.head_dim):
+            return f"dq_panels must leave one of {panels(spec.head_dim)} to dK's warpgroup, got {config.dq_panels}"
         smem = smem_layout(spec, config).total
         if smem > SMEM_BYTES:
             return f"shared memory {smem} B > {SMEM_BYTES} B"
@@ -156,12 +172,17 @@ class Sm90BackwardWideSpace:
                 f"dV and S take {needed.dv} accumulators a thread, dK and dP {needed.dk}: with {SPARE_REGISTERS} more "
                 f"registers each they need more than {MAX_REGISTERS}, or more than {MATH_REGISTERS} together"
             )
+        if needed.dk + SPARE_REGISTERS == MAX_REGISTERS and 0 < config.dq_panels < panels(spec.head_dim) - 1:
+            return (
+                f"dK's warpgroup, with {needed.dk} accumulators a thread, spills where it hands over dS and makes more "
+                f"than one panel of dQ: dq_panels must be 0 or {panels(spec.head_dim) - 1}, got {config.dq_panels}"
+            )
         return None
 
     def default(self, spec: KernelSpec) -> TileConfig:
         """The most keys that fit (docs/hopper-backward.md)."""
         for block_n, q_stages, dout_stages in _DEFAULT_TILES:
-            config = Sm90BackwardWideConfig(block_n, q_stages, dout_stages)
+            config = Sm90BackwardWideConfig(block_n, q_stages, dout_stages, _even(spec))
             if self.rejection(spec, config) is None:
                 return config
         raise AssertionError(f"no default tile for {spec.name}")
@@ -169,7 +190,7 @@ class Sm90BackwardWideSpace:
     def context(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, object]:
         """Panels, steps, registers and the shared-memory map."""
         config = cast(Sm90BackwardWideConfig, config)
-        dq_panels = _dq_panels(spec)
+        dq_columns = [min(64, spec.head_dim - 64 * panel) for panel in range(panels(spec.head_dim))]
         registers = math_registers(accumulators(spec, config)) or PerWarpgroup(MATH_REGISTERS // 2, MATH_REGISTERS // 2)
         return {
             "block_m": BLOCK_M,
@@ -179,8 +200,9 @@ class Sm90BackwardWideSpace:
             "key_panels": panels(config.block_n),
             "steps_qk": -(-spec.head_dim // 16),
             "steps_v": -(-spec.head_dim_v // 16),
-            "dq_panels": dq_panels,
-            "dq_columns": sorted(set(dq_panels), reverse=True),
+            "dq_columns": dq_columns,
+            "dq_widths": sorted(set(dq_columns), reverse=True),
+            "dq_with_dk": _dq_with_dk(spec, config),
             "element": ELEMENT[spec.dtype],
             "pack": f"pack_{spec.dtype}",
             "loader_registers": LOADER_REGISTERS,

@@ -24,17 +24,17 @@ from jagtile.runtime.errors import IllegalConfigError
 
 SPACE = Sm90BackwardWideSpace()
 D256 = KernelSpec.parse("bwd_bf16_d256")
-BASE = Sm90BackwardWideConfig(block_n=80, q_stages=2, dout_stages=1)
+BASE = Sm90BackwardWideConfig(block_n=80, q_stages=2, dout_stages=1, dq_panels=2)
 DEFAULTS = {  # the most keys that each has room for
-    "bwd_bf16_d256": (80, 2, 1),
-    "bwd_fp16_d256_causal": (80, 2, 1),
-    "bwd_bf16_d192": (96, 2, 2),
-    "bwd_bf16_d192_dv128_causal": (112, 2, 2),
-    "bwd_fp16_d128_dv192": (112, 2, 2),
-    "bwd_bf16_d136_causal": (96, 2, 2),
-    "bwd_bf16_d224": (80, 2, 1),
-    "bwd_fp16_d64_dv256_causal": (80, 2, 2),
-    "bwd_bf16_d256_dv8": (80, 2, 2),
+    "bwd_bf16_d256": (80, 2, 1, 2),
+    "bwd_fp16_d256_causal": (80, 2, 1, 2),
+    "bwd_bf16_d192": (96, 2, 2, 1),
+    "bwd_bf16_d192_dv128_causal": (112, 2, 2, 2),
+    "bwd_fp16_d128_dv192": (112, 2, 2, 1),
+    "bwd_bf16_d136_causal": (96, 2, 2, 1),
+    "bwd_bf16_d224": (80, 2, 1, 2),
+    "bwd_fp16_d64_dv256_causal": (80, 2, 2, 0),
+    "bwd_bf16_d256_dv8": (80, 2, 2, 2),
 }
 SPECS = [KernelSpec.parse(name) for name in DEFAULTS]
 
@@ -65,6 +65,7 @@ def test_every_wide_head_has_a_legal_default_and_one_backward() -> None:
         ({"q_stages": 1}, "q_stages must be at least 2"),
         ({"dout_stages": 0}, "dout_stages at least 1"),
         ({"dout_stages": 2}, "shared memory 246784 B > 232448 B"),
+        ({"dq_panels": 4}, "dq_panels must leave one of 4"),
         ({"block_n": 96}, "dV and S take 240 accumulators a thread, dK and dP 240"),
     ],
 )
@@ -105,6 +106,7 @@ def test_registers_go_to_the_warpgroup_that_needs_them() -> None:
     assert math_registers(PerWarpgroup(168, 224)) == (208, 256)
     assert math_registers(PerWarpgroup(224, 168)) == (256, 208)
     assert math_registers(PerWarpgroup(224, 184)) is None
+    assert "dq_panels must be 0 or 2" in str(SPACE.rejection(uneven, replace(SPACE.default(uneven), dq_panels=1)))
 
 
 def test_names_parse_back() -> None:
@@ -125,7 +127,7 @@ def test_rendering_is_reproducible_and_as_reviewed() -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-@pytest.mark.parametrize("change", [{}, {"block_n": 32, "q_stages": 3}])
+@pytest.mark.parametrize("change", [{}, {"block_n": 32, "q_stages": 3, "dq_panels": 0}])
 def test_rendered_lines_are_tidy(spec: KernelSpec, change: dict[str, int]) -> None:
     config = replace(SPACE.default(spec), **change)
     text = render_unchecked(Variant("sm_90a", spec, config)).text

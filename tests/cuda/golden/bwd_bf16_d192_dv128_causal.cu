@@ -1,4 +1,4 @@
-// jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2
+// jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2_d2
 //
 // Backward of attention over a jagged batch, one kernel for one case:
 //   target      sm_90a
@@ -9,18 +9,19 @@
 //   block_n             112
 //   q_stages            2
 //   dout_stages         2
+//   dq_panels           2
 // Generated; edit the template, not this text. To see it again:
-//   jagtile generate sm_90a/bwd_bf16_d192_dv128_causal/wide_n112_q2_o2
+//   jagtile generate sm_90a/bwd_bf16_d192_dv128_causal/wide_n112_q2_o2_d2
 //
 // One persistent CTA an SM. K and V of a tile stay; the queries that see its keys go by, 64 at a time, those of every head
-// that shares the kv head. Two math warpgroups split the work by result, and hand each other nothing but P:
+// that shares the kv head. Two math warpgroups split the work by result, and hand each other P and dS:
 //   warp 0      copies K and V (TMA, clipped at the sequence's end)
 //   warp 1      claims tiles from the work list
 //   warp 2      copies Q, block by block
 //   warp 3      copies dO
 //   warps 4-7   S = Q K^T, P = exp(S - lse), dV^T += dO^T P (wgmma); dV leaves through V's buffer (TMA)
-//   warps 8-11  dP = dO V^T, dS = P (dP - delta), dK^T += Q^T dS, dQ = dS K, which is added to its sums from registers;
-//               dK leaves through K's buffer
+//   warps 8-11  dP = dO V^T, dS = P (dP - delta), dK^T += Q^T dS; dK leaves through K's buffer
+// dQ = dS K is added to its sums from registers; warps 4-7 make the first 2 of its 3 panels, warps 8-11 the rest.
 // So both keep as many accumulators as one gradient of 112 keys has, and run out of step: while one computes P or dS the
 // other multiplies.
 //
@@ -61,13 +62,13 @@ constexpr int kQBytes = kPanels * kQPanelBytes;
 constexpr int kDoutBytes = kPanelsV * kQPanelBytes;
 
 using Sums = DqSums<kHeadDim, /*kSwapped=*/false>;
-using KeyTile = KeyTiles</*kCausal=*/true, kBlockM, kBlockN, /*kAdders=*/1>;
+using KeyTile = KeyTiles</*kCausal=*/true, kBlockM, kBlockN, /*kAdders=*/2>;
 
 struct Control {
   Tile tiles[kTileSlots];
   Claims claims;
   RingBarriers<kTileSlots> tile;
-  RingBarriers<1> k, v, p;
+  RingBarriers<1> k, v, p, ds;
   RingBarriers<kQStages> q;
   RingBarriers<kDoutStages> dout;
 };
@@ -213,7 +214,7 @@ __device__ __forceinline__ void load_query_blocks(const BackwardParams& p, Contr
 // A warpgroup's way through its CTA's tiles.
 struct Walk {
   RingPosition<kTileSlots> tile_at;
-  RingPosition<1> kv_at, p_at;
+  RingPosition<1> kv_at, step_at;  // the latter of P and dS
   RingPosition<kQStages> q_at;
   RingPosition<kDoutStages> dout_at;
 };
@@ -251,8 +252,6 @@ __device__ __forceinline__ void make_dv(const BackwardParams& p, Control& contro
     if (kv_head < 0) break;
     const WorkItem& item = control.tiles[at.tile_at.slot].item;
     float dv[kPanelsV][kBlockN / 2] = {};
-    RingPosition<kDoutStages> dout_used;  // the dO that dV is being multiplied with
-    bool multiplying = false;
 
     // Blocks from mask_end on see the tile's keys whole. Limits count from the thread's first key.
     const int shift = KeyTile::causal_shift(p, item);
@@ -266,11 +265,7 @@ __device__ __forceinline__ void make_dv(const BackwardParams& p, Control& contro
       float scores[kBlockN / 2];
       control.q.wait_full(at.q_at);
       issue_scores(scores, smem.q + at.q_at.slot * kQBytes, smem.k);
-      wgmma_wait<1>();
-      if (leader && multiplying) control.dout.arrive_empty(dout_used);
       wgmma_wait<0>();
-#pragma unroll
-      for (int panel = 0; panel < kPanelsV; ++panel) pin_registers(dv[panel]);
       pin_registers(scores);
       if (leader) control.q.arrive_empty(at.q_at);
       at.q_at.advance();
@@ -282,28 +277,53 @@ __device__ __forceinline__ void make_dv(const BackwardParams& p, Control& contro
         const int seen = row + thread_row + shift + 1 - item.row - 2 * quad;  // by the upper row
         mask_keys(scores, min(keys, seen), min(keys, seen + 8));
       }
-      control.p.wait_empty(at.p_at);
+      control.p.wait_empty(at.step_at);
       stage_rows<pack_bf16, kBlockN, kQPanelBytes>(scores, smem.p, warp, lane);
       fence_async_proxy();
       named_barrier_sync(kBarrier, 128);
-      if (leader) control.p.arrive_full(at.p_at);
-      at.p_at.advance();
+      if (leader) control.p.arrive_full(at.step_at);
       control.dout.wait_full(at.dout_at);
 #pragma unroll
       for (int panel = 0; panel < kPanelsV; ++panel) {
         add_product(dv[panel], smem.dout + at.dout_at.slot * kDoutBytes + panel * kQPanelBytes, smem.p);
       }
-      dout_used = at.dout_at;
-      multiplying = true;
-      at.dout_at.advance();
-    });
-    wgmma_wait<0>();
+      const int begin = item.q_begin, length = item.q_length;
+      control.ds.wait_full(at.step_at);
+      if (p.turns != nullptr) {
+        if (leader) KeyTile::await_turn(p, item, head, row);
+        named_barrier_sync(kBarrier, 128);
+      }
+      {
+        float dq[32];
+        issue_dq(dq, smem.ds, smem.k);
+        wgmma_wait<1>();
+        if (leader) control.dout.arrive_empty(at.dout_at);
+        wgmma_wait<0>();
 #pragma unroll
-    for (int panel = 0; panel < kPanelsV; ++panel) pin_registers(dv[panel]);
-    if (leader && multiplying) control.dout.arrive_empty(dout_used);
+        for (int panel = 0; panel < kPanelsV; ++panel) pin_registers(dv[panel]);
+        pin_registers(dq);
+        add_panel<Sums, 0, 0>(dq, p.dq_sums, p.total_q, head, begin, length, row + thread_row, quad);
+      }
+      {
+        float dq[32];
+        issue_dq(dq, smem.ds, smem.k + kKVPanelBytes);
+        wgmma_wait<0>();
+        pin_registers(dq);
+        if (leader) control.ds.arrive_empty(at.step_at);
+        add_panel<Sums, 1, 0>(dq, p.dq_sums, p.total_q, head, begin, length, row + thread_row, quad);
+      }
+      if (p.turns != nullptr) {
+        __threadfence();
+        named_barrier_sync(kBarrier, 128);
+        if (leader) KeyTile::pass_turn(p, item, head, row);
+        __syncwarp();
+      }
+      at.dout_at.advance();
+      at.step_at.advance();
+    });
 
     control.v.wait_full(at.kv_at);
-    control.p.wait_empty(at.p_at);  // the other warpgroup has its last dP, and V has been read
+    control.p.wait_empty(at.step_at);  // the other warpgroup has its last dP, and V has been read
     store_gradient(dv, smem.v, p.map_dv, item, kv_head, kBarrier, warp, lane, leader);
     if (leader) control.v.arrive_empty(at.kv_at);
     __syncwarp();
@@ -323,83 +343,63 @@ __device__ __forceinline__ void make_dk_and_dq(const BackwardParams& p, Control&
     if (kv_head < 0) break;
     const WorkItem& item = control.tiles[at.tile_at.slot].item;
     float dk[kPanels][kBlockN / 2] = {};
-    RingPosition<kQStages> q_used;  // the Q that dK is being multiplied with
-    bool multiplying = false;
-    const int begin = item.q_begin, length = item.q_length;
 
     control.v.wait_full(at.kv_at);
     control.k.wait_full(at.kv_at);
     KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
       float delta[2];
-      read_rows(delta, p.delta, p.total_q, head, begin, length, row + thread_row, 0.0f);
+      read_rows(delta, p.delta, p.total_q, head, item.q_begin, item.q_length, row + thread_row, 0.0f);
       float dp[kBlockN / 2];
       control.dout.wait_full(at.dout_at);
       issue_dp(dp, smem.dout + at.dout_at.slot * kDoutBytes, smem.v);
-      wgmma_wait<1>();
-      if (leader && multiplying) control.q.arrive_empty(q_used);
       wgmma_wait<0>();
-#pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel) pin_registers(dk[panel]);
       pin_registers(dp);
       if (leader) control.dout.arrive_empty(at.dout_at);
       at.dout_at.advance();
 
-      control.p.wait_full(at.p_at);
+      control.p.wait_full(at.step_at);
       gradients_of_rows<unpack_bf16, kQPanelBytes>(dp, smem.p, delta, warp, lane);
       __syncwarp();
-      if (lane == 0) control.p.arrive_empty(at.p_at);
-      at.p_at.advance();
+      if (lane == 0) control.p.arrive_empty(at.step_at);
+      control.ds.wait_empty(at.step_at);
       stage_rows<pack_bf16, kBlockN, kQPanelBytes>(dp, smem.ds, warp, lane);
       fence_async_proxy();
       named_barrier_sync(kBarrier, 128);
+      if (leader) control.ds.arrive_full(at.step_at);
+      at.step_at.advance();
 
+      const int begin = item.q_begin, length = item.q_length;
       control.q.wait_full(at.q_at);
       const uint32_t q_tile = smem.q + at.q_at.slot * kQBytes;
       if (p.turns != nullptr) {
         if (leader) KeyTile::await_turn(p, item, head, row);
         named_barrier_sync(kBarrier, 128);
       }
-      // A panel of dQ is added while the same panel of dK is multiplied.
-      {
-        float dq[32];
-        issue_dq(dq, smem.ds, smem.k);
-        add_product(dk[0], q_tile, smem.ds);
-        wgmma_wait<1>();
-        pin_registers(dq);
-        add_panel<Sums, 0, 0>(dq, p.dq_sums, p.total_q, head, begin, length, row + thread_row, quad);
-      }
-      {
-        float dq[32];
-        issue_dq(dq, smem.ds, smem.k + kKVPanelBytes);
-        add_product(dk[1], q_tile + kQPanelBytes, smem.ds);
-        wgmma_wait<1>();
-        pin_registers(dq);
-        add_panel<Sums, 1, 0>(dq, p.dq_sums, p.total_q, head, begin, length, row + thread_row, quad);
-      }
+      // A panel of dQ is added while panels of dK are multiplied.
       {
         float dq[32];
         issue_dq(dq, smem.ds, smem.k + 2 * kKVPanelBytes);
+        add_product(dk[0], q_tile, smem.ds);
+        add_product(dk[1], q_tile + kQPanelBytes, smem.ds);
         add_product(dk[2], q_tile + 2 * kQPanelBytes, smem.ds);
-        wgmma_wait<1>();
+        wgmma_wait<3>();
         pin_registers(dq);
         add_panel<Sums, 2, 0>(dq, p.dq_sums, p.total_q, head, begin, length, row + thread_row, quad);
       }
+      wgmma_wait<0>();
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) pin_registers(dk[panel]);
+      if (leader) control.q.arrive_empty(at.q_at);
+      at.q_at.advance();
       if (p.turns != nullptr) {
         __threadfence();
         named_barrier_sync(kBarrier, 128);
         if (leader) KeyTile::pass_turn(p, item, head, row);
         __syncwarp();
       }
-      q_used = at.q_at;
-      multiplying = true;
-      at.q_at.advance();
     });
-    wgmma_wait<0>();
-#pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) pin_registers(dk[panel]);
-    if (leader && multiplying) control.q.arrive_empty(q_used);
 
-    // The other warpgroup had its last S before its last P: K has been read.
+    control.ds.wait_empty(at.step_at);  // the other warpgroup has its last dQ, and K has been read
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
 #pragma unroll
@@ -423,7 +423,7 @@ extern "C" __global__ void __launch_bounds__(256) jagtile_backward_finish(const 
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2(const __grid_constant__ BackwardParams p) {
+jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2_d2(const __grid_constant__ BackwardParams p) {
   extern __shared__ __align__(1024) unsigned char shared[];
   Buffers smem;
   smem.k = smem_address(shared);
@@ -441,6 +441,7 @@ jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2(const __grid_constant__ Backw
     control.k.init(1, 1);
     control.v.init(1, 1);
     control.p.init(1, 4);
+    control.ds.init(1, 1);
     control.q.init(1, 2);
     control.dout.init(1, 2);
     mbarrier_init_fence();
