@@ -1,27 +1,30 @@
-"""Runs Hopper forward kernels on small nasty batches, for compute-sanitizer to watch.
+"""Runs Hopper kernels on small nasty batches, for compute-sanitizer to watch.
 
     compute-sanitizer --tool memcheck --report-api-errors no --kernel-name kns=jagtile python benchmarks/sanitize.py
 
 Likewise racecheck, initcheck and synccheck. Arguments name variants; without any, the shipped choices of the GPU at
-hand are run, and the defaults of all regimes for the same specs. Each launch is compared with the float64 oracle, on
-the CPU, so that only our kernels touch the GPU.
+hand are run, the defaults of all regimes for the same specs, and the default backward of each that has none. Each
+launch is compared with the float64 oracle, on the CPU, so that only our kernels touch the GPU.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
 from jagtile.generator.build import build
 from jagtile.generator.oracle import errors, reference, tolerance
+from jagtile.generator.oracle_gradients import gradient_tolerance, reference_gradients
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant, config_from_dict
 from jagtile.generator.workloads import Workload
 from jagtile.runtime import cuda
 from jagtile.runtime.device import device_id
 from jagtile.runtime.dispatch import default_variant
-from jagtile.runtime.kernel import ForwardKernel
+from jagtile.runtime.kernel import BackwardKernel, ForwardKernel
 from jagtile.runtime.problem import REGIMES
 from jagtile.tuning_db.store import Database
 
@@ -56,6 +59,30 @@ def check(variant: Variant, loaded: ForwardKernel, w: Workload, device: torch.de
     return errors(out.cpu(), expected).rel
 
 
+def backwards(variants: Iterable[Variant]) -> list[Variant]:
+    """The default backward of every case that there is a forward for, where none is named."""
+    variants = list(variants)
+    named = {variant.spec for variant in variants}
+    specs = {replace(variant.spec, direction="bwd"): variant.target for variant in variants}
+    return [default_variant(spec, target) for spec, target in specs.items() if spec not in named]
+
+
+def check_backward(variant: Variant, loaded: BackwardKernel, w: Workload, device: torch.device) -> float:
+    """The worst relative error of a gradient, of two launches in a row on one work list."""
+    batch = w.make("cpu", variant.spec.dtype, seed=3)
+    kind = {"is_causal": w.is_causal, "causal_alignment": w.causal_alignment}
+    out, lse = reference(*batch[:5], **kind)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(1)
+    dout, dlse = (torch.randn(x.shape, generator=generator) for x in (out, lse))
+    dout = dout.to(batch.q.dtype)
+    given = [x.to(device) for x in (*batch[:5], out.to(batch.q.dtype), lse.float(), dout, dlse)]
+    grads = [torch.full(x.shape, float("nan"), dtype=x.dtype).to(device) for x in batch[:3]]
+    for _ in range(2):
+        loaded.backward(*given, *grads, w.head_dim**-0.5, w.causal_alignment == "bottom_right")  # type: ignore[arg-type]
+    expected = reference_gradients(*batch[:5], dout, dlse, **kind)  # type: ignore[arg-type]
+    return max(errors(grad.cpu(), want).rel for grad, want in zip(grads, expected, strict=True))
+
+
 def nasty_workloads(spec: KernelSpec) -> tuple[Workload, ...]:
     """Small batches of edge lengths: equal, crossed with both alignments, and many of next to nothing."""
     kind = (spec.head_dim, spec.head_dim_v, spec.causal)
@@ -72,15 +99,20 @@ def nasty_workloads(spec: KernelSpec) -> tuple[Workload, ...]:
 def main() -> None:
     """Print a line a variant; exit 1 where one is wrong."""
     device = torch.device("cuda", torch.cuda.current_device())
-    variants = [Variant.parse(name) for name in sys.argv[1:]] or shipped_variants(device)
+    variants = [Variant.parse(name) for name in sys.argv[1:]]
+    if not variants:
+        variants = shipped_variants(device)
+        variants += backwards(variants)
     wrong = 0
     for result in build(variants):
         if result.artifact is None:
             raise SystemExit(f"{result.variant.name}: {result.reason}")
         loaded = cuda.load(result.artifact, device)
         spec = result.variant.spec
-        worst = max(check(result.variant, loaded, w, device) for w in nasty_workloads(spec))
-        wrong += not worst <= tolerance(spec.dtype)
+        forward = spec.direction == "fwd"
+        one = check if forward else check_backward
+        worst = max(one(result.variant, loaded, w, device) for w in nasty_workloads(spec))  # type: ignore[operator]
+        wrong += not worst <= (tolerance if forward else gradient_tolerance)(spec.dtype)
         print(f"{result.variant.name}: relative error {worst:.2e}", flush=True)
     raise SystemExit(wrong > 0)
 
