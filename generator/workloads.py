@@ -235,6 +235,8 @@ def checks(spec: KernelSpec) -> tuple[Workload, ...]:
     edges = (0, 1, 63, 64, 65, 0, 129, 300, 1)
     alike = Workload("edges", edges, edges, 4, 2, spec.head_dim, spec.head_dim_v, spec.causal)
     cross = replace(alike, name="edges, cross", seqlens_k=edges[::-1], causal_alignment="bottom_right")
+    tokens = (1, 2, 3, 4, 0, 0, 17) * 30
+    short = replace(alike, name="many short", seqlens_q=tokens, seqlens_k=tokens)
     rng = random.Random(20)
     drawn = (
         random_workload(
@@ -248,8 +250,8 @@ def checks(spec: KernelSpec) -> tuple[Workload, ...]:
         for own_keys in (False, True)
     )
     if spec.dtype == "fp32":  # averages over long keys cancel to less than its bar allows sums to err by
-        return (alike, cross, *drawn)
-    return (alike, cross, *drawn, *_few_queries(spec))
+        return (alike, cross, short, *drawn)
+    return (alike, cross, short, *drawn, *_few_queries(spec))
 
 
 def _few_queries(spec: KernelSpec) -> tuple[Workload, ...]:

@@ -184,6 +184,12 @@ jagtile_fwd_bf16_d64_packed_n96_s2_c3(const __grid_constant__ Params p) {
   __syncthreads();
 
   if (warp == 4) {
+    if (elect_one()) {
+      tma_prefetch_map(&p.map_q);
+      tma_prefetch_map(&p.map_k);
+      tma_prefetch_map(&p.map_v);
+      tma_prefetch_map(&p.map_out);
+    }
     TileFinder<kBlockM, false> found;
     for (int pair = pairs.begin; pair < pairs.end; ++pair) {
       if (pair == pairs.begin || head == 0) found.find(p, tile);
