@@ -39,7 +39,7 @@ def test_every_spec_has_a_legal_default_on_every_machine(isa: str, monkeypatch: 
 def test_a_space_serves_its_own_direction_only() -> None:
     for name, space in (("fwd_fp32_d64", SPACE), ("bwd_fp32_d64", BACKWARD)):
         assert [type(found) for found in spaces_of("cpu", KernelSpec.parse(name))] == [type(space)]
-    assert spaces_of("sm_90a", KernelSpec.parse("bwd_bf16_d64")) == ()
+    assert spaces_of("sm_90a", KernelSpec.parse("bwd_fp32_d64")) == ()
     assert refusal(BACKWARD, D64) == "it computes bwd specs only"
     with pytest.raises(IllegalConfigError, match="it computes fwd specs only"):
         render(Variant("cpu", KernelSpec.parse("bwd_bf16_d64"), GENERIC))

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,10 +141,11 @@ class _TensorSpans:
         generations = (0, 1) if collections == self._collections else (0, 1, 2)
         self._collections = collections
         for thing in (thing for generation in generations for thing in gc.get_objects(generation)):
-            if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
-                storage = thing.untyped_storage()
-                if storage.nbytes():
-                    self._spans.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+            if issubclass(type(thing), torch.Tensor):
+                with suppress(RuntimeError):  # what compilers leave behind may have no memory
+                    if thing.device.type == "cpu" and thing.untyped_storage().nbytes():
+                        begin = thing.untyped_storage().data_ptr()
+                        self._spans.add((begin, begin + thing.untyped_storage().nbytes()))
         return sorted(self._spans)
 
 
