@@ -9,9 +9,8 @@ import torch
 from jagtile.generator.oracle import CausalAlignment, torch_dtype
 from jagtile.generator.spec import DType
 
-# ‖grad − ref‖ / ‖ref‖ that a backward kernel may reach. A sixteen-bit kernel rounds P and dS once more each. In a batch
-# of sequences of a few keys dP − delta cancels: float64 arithmetic with a kernel's roundings reaches 5.6e-4 in fp16.
-_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4.5e-3, torch.float16: 6e-4}
+# ‖grad − ref‖ / ‖ref‖ that a backward kernel may reach. A sixteen-bit kernel rounds P and dS once more each.
+_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4.5e-3, torch.float16: 5e-4}
 
 _SCORE_BYTES = 1 << 28  # of one block of float64 scores; several such blocks are alive at a time
 

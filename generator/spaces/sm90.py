@@ -13,7 +13,7 @@ ELEMENT = {"bf16": "bf16", "fp16": "f16"}
 REGISTERS = {(1, 1): (56, 256), (1, 2): (40, 216), (2, 1): (24, 240), (3, 1): (32, 160), (4, 1): (24, 112)}
 
 
-def panels(columns: int) -> int:
+def panel_count(columns: int) -> int:
     """64-column panels of so many columns."""
     return -(-columns // 64)
 

@@ -12,7 +12,7 @@ from jagtile.generator.spaces.sm90 import (
     REGISTERS,
     head_dims_rejection,
     launch_registers,
-    panels,
+    panel_count,
     smem_room,
 )
 from jagtile.generator.spec import Direction, KernelSpec
@@ -79,13 +79,13 @@ class SmemLayout:
 
 def smem_layout(spec: KernelSpec, config: Sm90BackwardConfig) -> SmemLayout:
     """The regions' sizes: panels of 64 columns (128 bytes); two buffers of dS^T."""
-    k_panels, v_panels = panels(spec.head_dim), panels(spec.head_dim_v)
+    k_panels, v_panels = panel_count(spec.head_dim), panel_count(spec.head_dim_v)
     return SmemLayout(
         k_bytes=config.block_n * k_panels * 128,
         v_bytes=config.block_n * v_panels * 128,
         q_bytes=config.num_stages * config.block_m * k_panels * 128,
         dout_bytes=config.num_stages * config.block_m * v_panels * 128,
-        ds_bytes=2 * config.block_n * panels(config.block_m) * 128,
+        ds_bytes=2 * config.block_n * panel_count(config.block_m) * 128,
         dq_bytes=config.block_m * spec.head_dim * 4 if config.dq == "bulk" else 0,
         stats_bytes=config.num_stages * 2 * config.block_m * 4,
         control_bytes=CONTROL_BYTES,
@@ -184,9 +184,9 @@ class Sm90BackwardSpace:
         return {
             "warpgroups": config.warpgroups,
             "num_threads": 128 * (config.warpgroups + 1),
-            "panels": panels(spec.head_dim),
-            "panels_v": panels(spec.head_dim_v),
-            "query_panels": panels(config.block_m),
+            "panels": panel_count(spec.head_dim),
+            "panels_v": panel_count(spec.head_dim_v),
+            "query_panels": panel_count(config.block_m),
             "steps_qk": -(-spec.head_dim // 16),
             "steps_v": -(-spec.head_dim_v // 16),
             "dq_split": split,

@@ -12,7 +12,7 @@ from jagtile.generator.spaces.sm90 import (
     SMEM_BYTES,
     head_dims_rejection,
     launch_registers,
-    panels,
+    panel_count,
 )
 from jagtile.generator.spaces.sm90_backward import MAX_HEAD_DIM
 from jagtile.generator.spec import Direction, KernelSpec
@@ -68,13 +68,13 @@ class SmemLayout:
 
 def smem_layout(spec: KernelSpec, config: Sm90BackwardWideConfig) -> SmemLayout:
     """The regions' sizes: panels of 64 columns (128 bytes)."""
-    k_panels, v_panels = panels(spec.head_dim), panels(spec.head_dim_v)
+    k_panels, v_panels = panel_count(spec.head_dim), panel_count(spec.head_dim_v)
     return SmemLayout(
         k_bytes=config.block_n * k_panels * 128,
         v_bytes=config.block_n * v_panels * 128,
         q_bytes=config.q_stages * BLOCK_M * k_panels * 128,
         dout_bytes=config.dout_stages * BLOCK_M * v_panels * 128,
-        p_bytes=BLOCK_M * panels(config.block_n) * 128,
+        p_bytes=BLOCK_M * panel_count(config.block_n) * 128,
         control_bytes=CONTROL_BYTES,
     )
 
@@ -90,8 +90,8 @@ def accumulators(spec: KernelSpec, config: Sm90BackwardWideConfig) -> PerWarpgro
     """Accumulators a thread: dV or dK, and S or dP or a panel of dQ, whichever is larger."""
     block, dq = config.block_n // 2, min(64, spec.head_dim) // 2
     return PerWarpgroup(
-        dv=panels(spec.head_dim_v) * block + max(block, dq if config.dq_panels else 0),
-        dk=panels(spec.head_dim) * block + max(block, dq),
+        dv=panel_count(spec.head_dim_v) * block + max(block, dq if config.dq_panels else 0),
+        dk=panel_count(spec.head_dim) * block + max(block, dq),
     )
 
 
@@ -109,7 +109,7 @@ def math_registers(needed: PerWarpgroup) -> PerWarpgroup | None:
 
 def _dq_with_dk(spec: KernelSpec, config: Sm90BackwardWideConfig) -> list[tuple[int, list[int]]]:
     """The panels of dQ that dK's warpgroup makes, each with the panels of dK that are multiplied while it is added."""
-    there_are = panels(spec.head_dim)
+    there_are = panel_count(spec.head_dim)
     rest = there_are - config.dq_panels
     ends = [-(-there_are * (place + 1) // rest) for place in range(rest)]
     return [
@@ -120,8 +120,8 @@ def _dq_with_dk(spec: KernelSpec, config: Sm90BackwardWideConfig) -> list[tuple[
 
 def _even(spec: KernelSpec) -> int:
     """Half of the panels of dQ; where there is no half, the larger part goes to the narrower gradient."""
-    there_are = panels(spec.head_dim)
-    return (there_are + (panels(spec.head_dim_v) < there_are)) // 2
+    there_are = panel_count(spec.head_dim)
+    return (there_are + (panel_count(spec.head_dim_v) < there_are)) // 2
 
 
 class Sm90BackwardWideSpace:
@@ -148,7 +148,7 @@ class Sm90BackwardWideSpace:
             "block_n": (112, 96, 80, 64, 48, 32),
             "q_stages": (2, 3),
             "dout_stages": (2, 1, 3),
-            "dq_panels": tuple(sorted(range(panels(spec.head_dim)), key=lambda count: abs(count - _even(spec)))),
+            "dq_panels": tuple(sorted(range(panel_count(spec.head_dim)), key=lambda count: abs(count - _even(spec)))),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
@@ -161,8 +161,8 @@ class Sm90BackwardWideSpace:
                 "q_stages must be at least 2, since one warpgroup is ahead of the other, and dout_stages at least 1, "
                 f"got {config.q_stages} and {config.dout_stages}"
             )
-        if not 0 <= config.dq_panels < panels(spec.head_dim):
-            return f"dq_panels must leave one of {panels(spec.head_dim)} to dK's warpgroup, got {config.dq_panels}"
+        if not 0 <= config.dq_panels < panel_count(spec.head_dim):
+            return f"dq_panels must leave one of {panel_count(spec.head_dim)} to dK's warpgroup, got {config.dq_panels}"
         smem = smem_layout(spec, config).total
         if smem > SMEM_BYTES:
             return f"shared memory {smem} B > {SMEM_BYTES} B"
@@ -172,10 +172,10 @@ class Sm90BackwardWideSpace:
                 f"dV and S take {needed.dv} accumulators a thread, dK and dP {needed.dk}: with {SPARE_REGISTERS} more "
                 f"registers each they need more than {MAX_REGISTERS}, or more than {MATH_REGISTERS} together"
             )
-        if needed.dk + SPARE_REGISTERS == MAX_REGISTERS and 0 < config.dq_panels < panels(spec.head_dim) - 1:
+        if needed.dk + SPARE_REGISTERS == MAX_REGISTERS and 0 < config.dq_panels < panel_count(spec.head_dim) - 1:
             return (
                 f"dK's warpgroup, with {needed.dk} accumulators a thread, spills where it hands over dS and makes more "
-                f"than one panel of dQ: dq_panels must be 0 or {panels(spec.head_dim) - 1}, got {config.dq_panels}"
+                f"than one panel of dQ: dq_panels must be 0 or {panel_count(spec.head_dim) - 1}, got {config.dq_panels}"
             )
         return None
 
@@ -190,14 +190,14 @@ class Sm90BackwardWideSpace:
     def context(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, object]:
         """Panels, steps, registers and the shared-memory map."""
         config = cast(Sm90BackwardWideConfig, config)
-        dq_columns = [min(64, spec.head_dim - 64 * panel) for panel in range(panels(spec.head_dim))]
+        dq_columns = [min(64, spec.head_dim - 64 * panel) for panel in range(panel_count(spec.head_dim))]
         registers = math_registers(accumulators(spec, config)) or PerWarpgroup(MATH_REGISTERS // 2, MATH_REGISTERS // 2)
         return {
             "block_m": BLOCK_M,
             "num_threads": 128 * (WARPGROUPS + 1),
-            "panels": panels(spec.head_dim),
-            "panels_v": panels(spec.head_dim_v),
-            "key_panels": panels(config.block_n),
+            "panels": panel_count(spec.head_dim),
+            "panels_v": panel_count(spec.head_dim_v),
+            "key_panels": panel_count(config.block_n),
             "steps_qk": -(-spec.head_dim // 16),
             "steps_v": -(-spec.head_dim_v // 16),
             "dq_columns": dq_columns,

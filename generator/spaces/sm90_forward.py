@@ -6,19 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
+from jagtile.generator.spaces.sm90 import (
+    CONTROL_BYTES,
+    ELEMENT,
+    REGISTERS,
+    head_dims_rejection,
+    launch_registers,
+    panel_count,
+    smem_room,
+)
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Knob, TileConfig
 
-SMEM_BYTES = 227 * 1024  # what one CTA may have
-SMEM_BYTES_PER_SM = 228 * 1024  # of which each resident CTA takes 1 KB more than it asks for
-CONTROL_BYTES = 1024  # tile slots and barriers
-ELEMENT = {"bf16": "bf16", "fp16": "f16"}
 # Probabilities are scaled by 2^-headroom. In bf16 they may grow 2^17-fold, to 2, before a block is computed again. fp16
 # has no exponents to spare: unscaled, what is 2^-14 of the row's maximum is still normal, and growth ends at 2^14.
 HEADROOM = {"bf16": 16, "fp16": 0}
-# (producer, consumer) registers a thread after reallocation, by (math warpgroups, CTAs an SM): setmaxnreg takes
-# multiples of 8, and the sum over warpgroups must not exceed what the launch allocates.
-REGISTERS = {(1, 1): (56, 256), (1, 2): (40, 216), (2, 1): (24, 240), (3, 1): (32, 160), (4, 1): (24, 112)}
 # Registers for S, P and O that ptxas 13.0 schedules without serialising wgmma (C7512): nine head dims, causal and not,
 # compiled around each limit. At (1, 1) nothing was refused; at (3, 1) D_v 192 spills 8 bytes, which the build rejects.
 FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 176, (2, 1): 212, (3, 1): 132, (4, 1): 84}
@@ -62,11 +64,6 @@ class SmemLayout:
         return self.q_bytes + self.k_bytes + self.v_bytes + self.control_bytes
 
 
-def panel_count(columns: int) -> int:
-    """Panels of 64 columns, 128 bytes a row, that a tile of so many columns takes."""
-    return -(-columns // 64)
-
-
 def smem_layout(spec: KernelSpec, config: Sm90ForwardConfig) -> SmemLayout:
     """The regions' sizes: panels of 64 columns (128 bytes), O shares Q's buffers."""
     q_panels = max(panel_count(spec.head_dim), panel_count(spec.head_dim_v))
@@ -93,12 +90,7 @@ class Sm90ForwardSpace:
 
     def serves(self, spec: KernelSpec) -> str | None:
         """bf16 and fp16, head dims that are multiples of 8."""
-        if spec.dtype not in ELEMENT:
-            return f"dtype must be bf16 or fp16 on sm_90a, got {spec.dtype}"
-        for name, value in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
-            if value % 8:
-                return f"{name} must be a multiple of 8 on sm_90a (TMA strides are multiples of 16 bytes), got {value}"
-        return None
+        return head_dims_rejection(spec)
 
     def knobs(self, spec: KernelSpec) -> Mapping[str, tuple[Knob, ...]]:
         """The grid; most of it is cut by shared memory and registers."""
@@ -123,7 +115,7 @@ class Sm90ForwardSpace:
         if config.num_stages < 2 or config.q_stages not in (1, 2):
             return f"num_stages must be at least 2 and q_stages 1 or 2, got {config.num_stages} and {config.q_stages}"
         smem = smem_layout(spec, config).total
-        room = SMEM_BYTES if config.ctas_per_sm == 1 else SMEM_BYTES_PER_SM // config.ctas_per_sm - 1024
+        room = smem_room(config.ctas_per_sm)
         if smem > room:
             return f"shared memory {smem} B > {room} B a CTA with {config.ctas_per_sm} an SM"
         widest = max(config.block_n, spec.head_dim_v) // 2
@@ -186,5 +178,4 @@ class Sm90ForwardSpace:
     def predicted_registers(self, spec: KernelSpec, config: TileConfig) -> int:
         """What ptxas reports: the launch allocation, 64K registers over the CTAs' threads, in steps of 8."""
         config = cast(Sm90ForwardConfig, config)
-        threads = 128 * (config.warpgroups + 1) * config.ctas_per_sm
-        return min(255, 65536 // threads // 8 * 8)
+        return launch_registers(128 * (config.warpgroups + 1), config.ctas_per_sm)

@@ -6,14 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
-from jagtile.generator.spaces.sm90_forward import (
-    ELEMENT,
-    SMEM_BYTES,
-    SMEM_BYTES_PER_SM,
-    Sm90ForwardSpace,
-    SmemLayout,
-    panel_count,
-)
+from jagtile.generator.spaces.sm90 import ELEMENT, head_dims_rejection, panel_count, smem_room
+from jagtile.generator.spaces.sm90_forward import SmemLayout
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Knob, TileConfig
 
@@ -71,8 +65,8 @@ class Sm90PackedSpace:
     config_type: type[TileConfig] = Sm90PackedConfig
 
     def serves(self, spec: KernelSpec) -> str | None:
-        """What the persistent forward serves."""
-        return Sm90ForwardSpace().serves(spec)
+        """bf16 and fp16, head dims that are multiples of 8."""
+        return head_dims_rejection(spec)
 
     def knobs(self, spec: KernelSpec) -> Mapping[str, tuple[Knob, ...]]:
         """The grid: as many CTAs an SM as registers may allow, and one fewer. Each waits for its own loads."""
@@ -88,7 +82,7 @@ class Sm90PackedSpace:
         if config.num_stages not in (1, 2, 3) or ctas not in REGISTERS:
             return f"num_stages must be 1 to 3 and ctas_per_sm 1 to 4, got {config.num_stages} and {ctas}"
         smem = smem_layout(spec, config).total
-        room = SMEM_BYTES if ctas == 1 else SMEM_BYTES_PER_SM // ctas - 1024
+        room = smem_room(ctas)
         if smem > room:
             return f"shared memory {smem} B > {room} B a CTA with {ctas} an SM"
         registers, limit = fragment_registers(spec, config), FRAGMENT_LIMIT[ctas]

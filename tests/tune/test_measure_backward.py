@@ -124,7 +124,7 @@ def test_it_is_timed_on_inputs_of_its_own(monkeypatch):
 
     monkeypatch.setattr(measure, "load", lambda artifact, device: Timed())
     samples = Trials("cpu").time([("one", made())], SMALL, Plan(rounds=2, sample_ms=0.01), lambda text: None)
-    assert len(samples["one"]) >= 2  # widely spread ones are taken again
+    assert len(samples["one"]) in (2, 4)  # widely spread ones are taken again, once
     q, *_, dq, _, _, scale, bottom_right = seen[0]
     assert dq.shape == q.shape
     assert (scale, bottom_right) == (32**-0.5, False)
