@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import ClassVar, Protocol, cast
 
-from jagtile.generator.spec import KernelSpec
+from jagtile.generator.spec import Direction, KernelSpec
 from jagtile.runtime.errors import IllegalConfigError
 
 Knob = int | str | bool
@@ -143,11 +143,16 @@ def space_for(target: str, algorithm: str) -> Space:
     raise ValueError(f"no algorithm {algorithm!r} for target {target!r}; known: {known}")
 
 
+def direction_of(space: Space) -> Direction:
+    """What a space's template computes: its ``direction``, the forward where it has none."""
+    return getattr(space, "direction", "fwd")
+
+
 def refusal(space: Space, spec: KernelSpec) -> str | None:
-    """None where a space's template computes the spec, else the reason why it can't. Unless it says so by a
-    ``direction``, a space computes the forward, and dropout only where its ``dropout`` is true.
+    """None where a space's template computes the spec, else the reason why it can't. Dropout is computed only where a
+    space's ``dropout`` is true.
     """
-    direction = getattr(space, "direction", "fwd")
+    direction = direction_of(space)
     if spec.direction != direction:
         return f"it computes {direction} specs only"
     if spec.dropout and not getattr(space, "dropout", False):

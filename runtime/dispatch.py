@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from jagtile.generator.spec import DType, KernelSpec
-from jagtile.generator.tile import Variant, config_from_dict, refusal, regimes_of, spaces, spaces_of
+from jagtile.generator.tile import Variant, config_from_dict, direction_of, refusal, regimes_of, spaces, spaces_of
 from jagtile.runtime.device import DeviceId, relatives
 from jagtile.runtime.errors import IllegalConfigError, UnsupportedError
 from jagtile.runtime.problem import Problem, regime
@@ -98,9 +98,13 @@ def default_variant(spec: KernelSpec, target: str, regime: str | None = None) ->
     serving = spaces_of(target, spec)
     for space in (*(space for space in serving if regime in regimes_of(space)), *serving):
         return Variant(target, spec, space.default(spec))
-    reasons = [f"{space.algorithm}: {refusal(space, spec)}" for space in spaces() if space.target == target]
+    reasons: dict[str | None, list[str]] = {}
+    for space in spaces():
+        if space.target == target and direction_of(space) == spec.direction:
+            reasons.setdefault(refusal(space, spec), []).append(space.algorithm)
+    why = "; ".join(f"{', '.join(algorithms)}: {reason}" for reason, algorithms in reasons.items())
     raise UnsupportedError(
-        f"no kernel for {spec.name} on target {target}: {'; '.join(reasons) or 'the target has no templates'}"
+        f"no kernel for {spec.name} on target {target}: {why or f'the target has no {spec.direction} templates'}"
     )
 
 

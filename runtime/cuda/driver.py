@@ -16,6 +16,10 @@ class CudaDriverError(JagtileError):
     """A call of the CUDA driver failed: the message has the call, the error's name and its description."""
 
 
+class NoContextError(CudaDriverError):
+    """The thread has no CUDA context yet: autograd's threads start without one."""
+
+
 @lru_cache(maxsize=1)
 def bindings() -> Any:  # an extension module without type stubs
     """``cuda.bindings.driver``, initialised. CudaDriverError where it or the driver is missing."""
@@ -35,7 +39,8 @@ def _check(driver: Any, code: Any, call: str) -> None:
     if code == driver.CUresult.CUDA_SUCCESS:
         return
     _, text = driver.cuGetErrorString(code)
-    raise CudaDriverError(f"{call} failed: {code.name} ({int(code)}): {(text or b'no description').decode()}")
+    kind = NoContextError if code == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT else CudaDriverError
+    raise kind(f"{call} failed: {code.name} ({int(code)}): {(text or b'no description').decode()}")
 
 
 def call(name: str, *arguments: Any) -> Any:

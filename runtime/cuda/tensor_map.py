@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import torch
 
-from jagtile.runtime.cuda.driver import bindings, call
+from jagtile.runtime.cuda.driver import NoContextError, bind_primary_context, bindings, call
 
 MAP_BYTES = 128
 ALIGNMENT = 16  # of addresses and strides, in bytes
@@ -99,7 +99,12 @@ class MapCache:
         """``any_address`` stands in for that of a tensor without elements."""
         _, heads, dim = tensor.shape
         address = tensor.data_ptr() or any_address
-        return encode(address, self._dtype, dim, heads, *_stepped_strides(tensor), *box)
+        arguments = (address, self._dtype, dim, heads, *_stepped_strides(tensor), *box)
+        try:
+            return encode(*arguments)
+        except NoContextError:
+            bind_primary_context(tensor.device.index)
+            return encode(*arguments)
 
 
 def address_words(maps: int) -> tuple[int, ...]:

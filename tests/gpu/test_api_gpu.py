@@ -144,7 +144,7 @@ def test_autocast_casts_to_half():
 def test_float32_is_served_by_plain_operations_which_is_said_once(monkeypatch):
     monkeypatch.setattr(fallback, "_REASONS", {})
     b = workload([200, 31]).make("cuda", torch.float32)
-    with pytest.warns(jagtile.JagtileWarning, match="fwd_fp32_d64 on target sm_90a.*slow operations"):
+    with pytest.warns(jagtile.JagtileWarning, match="fwd_fp32_d64_causal on target sm_90a.*slow operations"):
         out, lse = jagtile.varlen_attention(*b, is_causal=True, return_lse=True)
     expected, expected_lse = reference(*b[:5], is_causal=True)
     assert errors(out, expected).rel <= 1e-4

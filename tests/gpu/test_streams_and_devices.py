@@ -18,6 +18,7 @@ import jagtile
 from jagtile.generator.oracle import errors, reference, tolerance
 from jagtile.generator.oracle_gradients import gradient_tolerance, reference_gradients
 from jagtile.generator.workloads import JaggedBatch, Workload
+from jagtile.compat import flash_attn_varlen_func
 from jagtile.runtime import fallback
 from jagtile.runtime.trainable import why_no_backward
 
@@ -240,7 +241,7 @@ def test_packed_calls_never_wait_not_even_for_offsets_that_are_new():
         jagtile.varlen_attention(*b[:3], cu_q, cu_k, is_causal=True, return_lse=True)
         jagtile.varlen_attention(*b[:3], cu_q, cu_k, is_causal=True, causal_alignment="bottom_right", scale=-0.3)
         jagtile.varlen_attention(*gqa)
-        jagtile.compat.flash_attn_varlen_func(*b, causal=True)
+        flash_attn_varlen_func(*b, causal=True)
 
     calls(*fresh[0])
     with no_waits():
