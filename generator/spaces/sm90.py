@@ -10,7 +10,15 @@ CONTROL_BYTES = 1024  # tile slots and barriers
 ELEMENT = {"bf16": "bf16", "fp16": "f16"}
 # (producer, consumer) registers a thread after reallocation, by (math warpgroups, CTAs an SM): setmaxnreg takes
 # multiples of 8, and the sum over warpgroups must not exceed what the launch allocates.
-REGISTERS = {(1, 1): (56, 256), (1, 2): (40, 216), (2, 1): (24, 240), (3, 1): (32, 160), (4, 1): (24, 112)}
+REGISTERS = {
+    (1, 1): (56, 256),
+    (1, 2): (40, 216),
+    (1, 3): (24, 136),
+    (1, 4): (24, 104),
+    (2, 1): (24, 240),
+    (3, 1): (32, 160),
+    (4, 1): (24, 112),
+}
 
 
 def panel_count(columns: int) -> int:

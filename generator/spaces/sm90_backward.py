@@ -151,7 +151,7 @@ class Sm90BackwardSpace:
             return f"block_n is 64 a math warpgroup, 1 to 3 of them: 64, 128 or 192, got {config.block_n}"
         if config.block_m != 64:
             return f"block_m must be 64, the rows of one product of dQ, got {config.block_m}"
-        if groups not in REGISTERS:
+        if groups not in FRAGMENT_LIMIT:
             return f"{config.ctas_per_sm} CTAs an SM with block_n {config.block_n} need more than 64K registers"
         if config.num_stages < 2:
             return f"num_stages must be at least 2, got {config.num_stages}"

@@ -23,9 +23,9 @@ from jagtile.generator.tile import Knob, TileConfig
 HEADROOM = {"bf16": 16, "fp16": 0}
 # Registers for S, P and O that ptxas 13.0 schedules without serialising wgmma (C7512): nine head dims, causal and not,
 # compiled around each limit. At (1, 1) nothing was refused; at (3, 1) D_v 192 spills 8 bytes, which the build rejects.
-FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 176, (2, 1): 212, (3, 1): 132, (4, 1): 84}
-# With 128 registers at launch ptxas refuses (C7602) an instruction of more accumulators, whatever setmaxnreg adds.
-INSTRUCTION_LIMIT = {(1, 1): 128, (1, 2): 96, (2, 1): 128, (3, 1): 96, (4, 1): 64}
+FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 176, (1, 3): 104, (1, 4): 68, (2, 1): 212, (3, 1): 132, (4, 1): 84}
+# With few registers at launch ptxas refuses (C7602) an instruction of more accumulators, whatever setmaxnreg adds.
+INSTRUCTION_LIMIT = {(1, 1): 128, (1, 2): 96, (1, 3): 48, (1, 4): 32, (2, 1): 128, (3, 1): 96, (4, 1): 64}
 
 
 @dataclass(frozen=True, order=True)
@@ -99,7 +99,7 @@ class Sm90ForwardSpace:
             "block_n": (128, 112, 96, 80, 64, 48, 32, 144, 160, 176, 192, 208, 224, 240, 256),
             "num_stages": (2, 3, 4),
             "q_stages": (1, 2),
-            "ctas_per_sm": (1, 2),
+            "ctas_per_sm": (1, 2, 3, 4),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:

@@ -50,6 +50,8 @@ MECHANISMS = {
     "four math warpgroups": {"block_m": 256, "block_n": 32},
     "one math warpgroup": {"block_m": 64, "block_n": 32},
     "two CTAs an SM": {"block_m": 64, "block_n": 32, "ctas_per_sm": 2, "q_stages": 2},
+    "three CTAs an SM": {"block_m": 64, "block_n": 48, "num_stages": 2, "ctas_per_sm": 3, "q_stages": 2},
+    "four CTAs an SM": {"block_m": 64, "block_n": 32, "num_stages": 2, "ctas_per_sm": 4, "q_stages": 1},
     SPLIT: {},
     f"{SPLIT}, one math warpgroup": {"block_m": 64, "block_n": 32, "num_stages": 3},
     f"{SPLIT}, two CTAs an SM": {"block_m": 64, "block_n": 32, "num_stages": 2, "ctas_per_sm": 2, "q_stages": 2},

@@ -15,10 +15,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import jagtile
+from jagtile.compat import flash_attn_varlen_func
 from jagtile.generator.oracle import errors, reference, tolerance
 from jagtile.generator.oracle_gradients import gradient_tolerance, reference_gradients
 from jagtile.generator.workloads import JaggedBatch, Workload
-from jagtile.compat import flash_attn_varlen_func
 from jagtile.runtime import fallback
 from jagtile.runtime.trainable import why_no_backward
 
