@@ -25,16 +25,17 @@ from jagtile.runtime.device import device_id, resolved
 from jagtile.runtime.dispatch import choose, choose_for_regime
 from jagtile.runtime.kernel import ForwardKernel
 from jagtile.runtime.loader import kernel_for
-from jagtile.runtime.problem import LONG_MEAN, REGIMES, SHORT_MEAN
+from jagtile.runtime.problem import LONG_MEAN, REGIMES, SHORT_MEAN, TINY_MEAN
 from jagtile.tuning_db.store import Database
 
+_BORDERS = (TINY_MEAN, SHORT_MEAN, LONG_MEAN)
 HIDDEN_US = 300.0  # more than the host takes to enqueue a call
 
 
 def means(longest: int) -> list[int]:
     """Mean lengths: half octaves from 16 on, and 6 % to either side of each border."""
     octaves = {round(16 * 2 ** (step / 2)) for step in range(19)}
-    borders = {round(border * side) for border in (SHORT_MEAN, LONG_MEAN) for side in (0.94, 1.06)}
+    borders = {round(border * side) for border in _BORDERS for side in (0.94, 1.06)}
     return sorted(mean for mean in octaves | borders if mean <= longest)
 
 
@@ -87,7 +88,7 @@ def draw(rows: list[tuple[Workload, Variant, dict[Variant, float]]], title: str,
         axes.plot(places, speeds, marker=".", label=variant.config.name)
     taken = [w.flops / times[variant] / 1e9 for w, variant, times in rows]
     axes.plot(places, taken, "o", fillstyle="none", color="black", label="dispatch")
-    for border in (SHORT_MEAN, LONG_MEAN):
+    for border in _BORDERS:
         axes.axvline(border, color="grey", linewidth=0.5)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("mean length, tokens")

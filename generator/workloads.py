@@ -270,13 +270,14 @@ def _few_queries(spec: KernelSpec) -> tuple[Workload, ...]:
 
 
 _GPU_REPRESENTATIVES = {
-    "short": ("recsys-d64", "one-token-d64"),
+    "tiny": ("one-token-d64",),
+    "short": ("recsys-d64",),
     "medium": ("vit-d64",),
     "long": ("u4k-d128",),
     "cross": ("cross-d64", "mixed-d128-gqa-causal"),
     "decode": ("decode-d128-gqa",),
 }
-_CPU_SIZES = {"short": 96, "medium": 32, "long": 2, "cross": 8, "decode": 16}  # sequences; a CPU has less to fill
+_CPU_SIZES = {"tiny": 512, "short": 96, "medium": 32, "long": 2, "cross": 8, "decode": 16}  # sequences; a CPU has less to fill
 
 
 def representative(spec: KernelSpec, regime: str, target: str) -> tuple[Workload, ...]:

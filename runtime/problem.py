@@ -8,12 +8,13 @@ import torch
 
 from jagtile.generator.spec import DType, KernelSpec
 
-REGIMES: tuple[str, ...] = ("short", "medium", "long", "cross", "decode")
+REGIMES: tuple[str, ...] = ("tiny", "short", "medium", "long", "cross", "decode")
 
 DTYPE_NAMES: dict[torch.dtype, DType] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 # Regime borders, in tokens of mean length; max_seqlen, where the caller gave it, counts an eighth, so that a batch with
 # a few very long sequences is treated by those, which hold most of its work.
+TINY_MEAN = 24
 SHORT_MEAN = 128
 LONG_MEAN = 1024
 MAX_SHARE = 8
@@ -47,15 +48,15 @@ def regime(problem: Problem) -> str:
 def regime_index(batch: int, total_q: int, total_k: int, max_seqlen_q: int = 0, max_seqlen_k: int = 0) -> int:
     """Index into ``REGIMES``; max_seqlen 0 means unknown. Total, and monotone: longer never gives a shorter regime.
 
-    short: both mean lengths up to 128. Then, where queries and keys differ by more than a factor of two, decode (up to
+    tiny: both mean lengths up to 24; short: up to 128. Then, where queries and keys differ by more than a factor of two, decode (up to
     16 queries a sequence against more keys) or cross. Otherwise medium below a mean of 1024, long from there on.
     """
     total = total_q if total_q > total_k else total_k
     longest = max_seqlen_q if max_seqlen_q > max_seqlen_k else max_seqlen_k
     if total <= SHORT_MEAN * batch and longest <= SHORT_MEAN * MAX_SHARE:
-        return 0
+        return 0 if total <= TINY_MEAN * batch and longest <= TINY_MEAN * MAX_SHARE else 1
     if total_k > UNEQUAL_RATIO * total_q:
-        return 4 if total_q <= DECODE_MEAN * batch else 3
+        return 5 if total_q <= DECODE_MEAN * batch else 4
     if total_q > UNEQUAL_RATIO * total_k:
-        return 3
-    return 1 if total < LONG_MEAN * batch and longest < LONG_MEAN * MAX_SHARE else 2
+        return 4
+    return 2 if total < LONG_MEAN * batch and longest < LONG_MEAN * MAX_SHARE else 3

@@ -63,6 +63,7 @@ class Sm90PackedSpace:
     algorithm = Sm90PackedConfig.algorithm
     template = "cuda/sm90/packed.cu.j2"
     config_type: type[TileConfig] = Sm90PackedConfig
+    regimes = ("tiny",)  # in which its default goes before the persistent forward's
 
     def serves(self, spec: KernelSpec) -> str | None:
         """bf16 and fp16, head dims that are multiples of 8."""

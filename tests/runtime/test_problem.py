@@ -34,7 +34,7 @@ def of(workload, hints: bool) -> str:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("one-token-d64", "short"),
+        ("one-token-d64", "tiny"),
         ("recsys-d64", "short"),
         ("vit-d64", "medium"),
         ("sft-d128-gqa-causal", "medium"),
