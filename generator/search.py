@@ -28,6 +28,7 @@ _LONG_STEP = 0.25  # what a step counts beyond the first along one knob
 _FOREIGN = 10.0  # steps to a config of another algorithm
 _SPREAD = 1.5  # steps at least between the first configs that are tried because of their predictions ...
 _SPREAD_OVER = 2  # ... which are the best of so many times those that the budget has room for
+_HOPELESS = 4.0  # times the best prediction: not even tried as a seed; the model is off by less (docs/tuning.md)
 _MAX_ASKS = 64  # of the sampler for one fresh config, before one is drawn at random
 
 
@@ -79,8 +80,13 @@ class Search:
         self._grids = {space.algorithm: space.knobs(spec) for space in self._spaces.values()}
         self.legal = tuple(config for space in self._spaces.values() for config in legal_configs(space, spec))
         self._legal_set = frozenset(self.legal)
-        self._seeds = [config for config in dict.fromkeys(seeds) if config in self._legal_set]
         guesses = {config: guess for config in self.legal if (guess := predict(config)) is not None}
+        hopeless = _HOPELESS * min(guesses.values(), default=math.inf)
+        self._seeds = [
+            config
+            for config in dict.fromkeys(seeds)
+            if config in self._legal_set and not guesses.get(config, 0.0) > hopeless
+        ]
         self._places = {config: place for place, config in enumerate(sorted(guesses, key=guesses.__getitem__))}
         self._predicted = self._spread(list(self._places))  # the most promising first
         self._rng = random.Random(seed)

@@ -277,7 +277,8 @@ _GPU_REPRESENTATIVES = {
     "cross": ("cross-d64", "mixed-d128-gqa-causal"),
     "decode": ("decode-d128-gqa",),
 }
-_CPU_SIZES = {"tiny": 512, "short": 96, "medium": 32, "long": 2, "cross": 8, "decode": 16}  # sequences; a CPU has less to fill
+# Sequences; a CPU has less to fill.
+_CPU_SIZES = {"tiny": 512, "short": 96, "medium": 32, "long": 2, "cross": 8, "decode": 16}
 
 
 def representative(spec: KernelSpec, regime: str, target: str) -> tuple[Workload, ...]:

@@ -48,8 +48,9 @@ def regime(problem: Problem) -> str:
 def regime_index(batch: int, total_q: int, total_k: int, max_seqlen_q: int = 0, max_seqlen_k: int = 0) -> int:
     """Index into ``REGIMES``; max_seqlen 0 means unknown. Total, and monotone: longer never gives a shorter regime.
 
-    tiny: both mean lengths up to 24; short: up to 128. Then, where queries and keys differ by more than a factor of two, decode (up to
-    16 queries a sequence against more keys) or cross. Otherwise medium below a mean of 1024, long from there on.
+    tiny: both mean lengths up to 24; short: up to 128. Then, where queries and keys differ by more than a factor of
+    two, decode (up to 16 queries a sequence against more keys) or cross. Otherwise medium below a mean of 1024, long
+    from there on.
     """
     total = total_q if total_q > total_k else total_k
     longest = max_seqlen_q if max_seqlen_q > max_seqlen_k else max_seqlen_k

@@ -159,7 +159,11 @@ def test_the_shipped_records_make_one_page_that_needs_nothing_else(run, tmp_path
         assert attributes.get("href", "#").startswith("#")
     assert "url(" not in html
     assert "@import" not in html
-    studies = {(r.spec, r.regime) for r in Database().records("shipped", device="sm90-132sm") if r.phase == "search"}
+    studies = {
+        (r.spec, r.regime, r.workload)
+        for r in Database().records("shipped", device="sm90-132sm")
+        if r.phase == "search"
+    }
     assert tags.count("svg") == len(studies)
     assert len(re.findall('class="bar"><div', html)) >= len(studies) // 2
 

@@ -212,7 +212,7 @@ def test_a_dry_run_for_a_gpu_that_is_not_here_predicts_and_gives_the_reasons_of_
         ((SPEC, "--target", "sm_20", "--dry-run"), "no device of target 'sm_20'"),
         ((SPEC, "--target", "sm_90a", "--dry-run"), "dtype must be bf16 or fp16"),
         (("fwd_fp32",), "is not a name like"),
-        ((SPEC, "--regime", "huge"), "no regime huge; there are short"),
+        ((SPEC, "--regime", "huge"), "no regime huge; there are tiny, short"),
         ((SPEC, "--budget", "soon"), "neither a number of trials"),
         ((SPEC, "--budget", "0"), "neither a number of trials"),
         ((SPEC, "--device", "abacus"), "--device 'abacus'"),

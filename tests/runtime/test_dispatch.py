@@ -132,9 +132,9 @@ def test_the_default_of_the_space_serves_where_nothing_is_recorded(plain_spaces)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_few_queries_over_many_keys_have_a_default_of_their_own(regime):
+def test_some_regimes_have_a_default_of_their_own(regime):
     decision = choose_for_regime(SPEC, regime, H200, FakeDatabase())
-    algorithm = "split" if regime in ("cross", "decode") else "persistent"
+    algorithm = {"tiny": "packed", "cross": "split", "decode": "split"}.get(regime, "persistent")
     assert decision.variant.config.algorithm == algorithm
     assert decision.steps[-1].place == f"default of sm_90a/{algorithm}"
     recorded = choices(ChoiceEntry(default=default_variant(SPEC, "sm_90a").config.to_dict()))

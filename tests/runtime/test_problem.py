@@ -83,5 +83,5 @@ def test_more_queries_against_the_same_keys_never_return_to_decode(batch, keys, 
     assert names == sorted(names, key=lambda name: name != "decode")
 
 
-def test_an_empty_batch_is_short():
-    assert regime(Problem(SPEC, 0, 0, 0, 1, 1)) == "short"
+def test_an_empty_batch_is_tiny():
+    assert regime(Problem(SPEC, 0, 0, 0, 1, 1)) == "tiny"

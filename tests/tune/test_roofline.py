@@ -100,6 +100,6 @@ def test_it_ranks_the_shipped_records_as_docs_tuning_says(tmp_path):
     found = agreements(Database(tmp_path))
     dense = [each for each in found if each.regime in ("short", "medium", "long")]
     assert len(dense) >= 30
-    assert statistics.median(each.correlation for each in dense) > 0.75
+    assert statistics.median(each.correlation for each in dense) > 0.7
     assert statistics.median(each.correlation for each in found) > 0.7
     assert statistics.median(each.quarter for each in found) < 1.02
