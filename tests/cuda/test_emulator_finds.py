@@ -70,7 +70,7 @@ MISTAKES: dict[str, tuple[str, str, str | None]] = {
         "a tensor store .* without fence.proxy.async",
     ),
     "O is stored before all warps have staged it": (
-        "fence_async_proxy();\n    named_barrier_sync(1 + warpgroup, 128);\n",
+        "fence_async_proxy();\n    named_barrier_sync(1 + warpgroup, 128);  // O is staged, and every warp has read the tile\n",
         "fence_async_proxy();\n",
         "read by a bulk store of warp .* not ordered after the write by warp",
     ),

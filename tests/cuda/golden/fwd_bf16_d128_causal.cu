@@ -172,7 +172,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform, and known to be
 
   if (threadIdx.x == 0) {
-    control.tile.init(1, 3 + 4 * kWarpgroups);  // freed by three loaders and every math warp
+    control.tile.init(1, 3 + kWarpgroups);  // freed by three loaders and every math warpgroup
     for (int group = 0; group < kWarpgroups; ++group) control.q[group].init(1, 1);
     control.k.init(1, kWarpgroups);
     control.v.init(1, kWarpgroups);
@@ -364,7 +364,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
     scale_rows(output, inverse);
     stage_rows<pack_bf16, kColumnsV, kQPanelBytes>(output, q_tile, warp, lane);
     fence_async_proxy();
-    named_barrier_sync(1 + warpgroup, 128);
+    named_barrier_sync(1 + warpgroup, 128);  // O is staged, and every warp has read the tile
     if (leader) {
       const int row = item.row + 64 * warpgroup;
       if (row < item.q_length) {
@@ -376,10 +376,9 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
         tma_store_commit();
       }
       stored_q = smem_address(&control.q[warpgroup].empty[q_at.slot]);
+      control.tile.arrive_empty(tile_at);
     }
     q_at.advance();
-    __syncwarp();
-    if (lane == 0) control.tile.arrive_empty(tile_at);
   }
   free_stored_q();
 }

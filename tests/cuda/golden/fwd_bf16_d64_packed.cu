@@ -176,7 +176,7 @@ jagtile_fwd_bf16_d64_packed_n96_s2_c3(const __grid_constant__ Params p) {
   RingPosition<kStages> q_at, kv_at;
 
   if (threadIdx.x == 0) {
-    control.q.init(1, 1);
+    control.q.init(32, 1);  // filled by every lane of the loading warp
     control.k.init(1, 4);  // freed by every math warp
     control.v.init(1, 4);
     mbarrier_init_fence();
@@ -195,7 +195,6 @@ jagtile_fwd_bf16_d64_packed_n96_s2_c3(const __grid_constant__ Params p) {
       if (pair == pairs.begin || head == 0) found.find(p, tile);
       control.q.wait_empty(q_at);
       found.write(control.tiles[q_at.slot]);
-      __syncwarp();
       if (elect_one()) {
         const uint32_t full = smem_address(&control.q.full[q_at.slot]);
         const uint32_t buffer = q_tiles + q_at.slot * kQBytes;
@@ -206,6 +205,8 @@ jagtile_fwd_bf16_d64_packed_n96_s2_c3(const __grid_constant__ Params p) {
           tma_load_ragged(buffer + panel * kQPanelBytes, &p.map_q, full, 64 * panel, 0, head, row, p.total_q - row,
                           kEvictFirst);
         }
+      } else {
+        control.q.arrive_full(q_at);
       }
       q_at.advance();
       const int kv_head = head / p.gqa_ratio;
