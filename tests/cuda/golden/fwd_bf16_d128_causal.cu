@@ -15,7 +15,7 @@
 //   jagtile generate sm_90a/fwd_bf16_d128_causal/persistent_m128_n128_s2_q2_c1
 //
 // One persistent CTA an SM: 2 math warpgroups of 64 query rows each, one warpgroup that feeds them.
-//   warp 0      copies K tiles into shared memory (TMA, clipped at the sequence's end), the last block first
+//   warp 0      copies K tiles into shared memory (TMA, clipped at the sequence's end)
 //   warp 1      claims tiles from the work list, longest first
 //   warp 2      copies V tiles
 //   warp 3      copies Q tiles
@@ -137,7 +137,7 @@ __device__ __forceinline__ void issue_output(float (&d)[64], const uint32_t (&a)
   wgmma_commit();
 }
 
-// Streams the key or value blocks of every tile through a ring, last block first.
+// Streams the key or value blocks of every tile through a ring.
 template <int kTilePanels>
 __device__ __forceinline__ void load_blocks(Control& control, RingBarriers<kStages>& ring, uint32_t smem,
                                             const TensorMap& map, int gqa_ratio) {
@@ -145,7 +145,7 @@ __device__ __forceinline__ void load_blocks(Control& control, RingBarriers<kStag
   RingPosition<kStages> at;
   for_each_tile(control, [&](const WorkItem& item, int head) {
     const int kv_head = head / gqa_ratio;
-    for (int row = (item.kv_blocks - 1) * kBlockN; row >= 0; row -= kBlockN) {
+    for (int row = 0; row < item.kv_blocks * kBlockN; row += kBlockN) {
       const uint32_t full = smem_address(&ring.full[at.slot]);
       const uint32_t buffer = smem + at.slot * kTilePanels * kKVPanelBytes;
       ring.wait_empty(at);
@@ -254,34 +254,24 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
 
     control.q[warpgroup].wait_full(q_at);
     const int shift = p.bottom_right ? item.k_length - item.q_length : 0;
-    // The tile's first key blocks, of which this warpgroup's rows see some key; the others are handed back unread.
+    // The tile's first key blocks, of which this warpgroup's rows see some key.
     const int last_row = min(item.row + 64 * warpgroup + 63, item.q_length - 1);
     const int keys = max(min(item.k_length, last_row + shift + 1), 0);
     const bool idle = item.row + 64 * warpgroup >= item.q_length;
     const int blocks = idle ? 0 : (keys + kBlockN - 1) / kBlockN;
-    if (blocks < item.kv_blocks) {
-#pragma unroll 1
-      for (int unread = item.kv_blocks - blocks; unread > 0; --unread) {
-        if (warp % 4 == 0) {
-          control.k.wait_full(k_at);
-          if (leader) control.k.arrive_empty(k_at);
-          control.v.wait_full(v_at);
-          if (leader) control.v.arrive_empty(v_at);
-        }
-        k_at.advance();
-        v_at.advance();
-        __syncwarp();
-      }
-      named_barrier_sync(1 + warpgroup, 128);  // a parity tells two phases apart: no warp may run ahead or lag
-    }
     if (blocks > 0) {
       float scores[kBlockN / 2];
       uint32_t probabilities[kStepsPV][4];
       const int upper_limit = item.row + thread_row + shift + 1;  // keys that the thread's upper row sees
       const int whole_blocks = max(min(item.k_length, item.row + 64 * warpgroup + shift + 1), 0) / kBlockN;  // ... all rows
-      int block = blocks - 1;
+      auto mask = [&](int block) {
+        const int first_column = block * kBlockN + thread_column;
+        mask_scores(scores, min(item.k_length, upper_limit) - first_column,
+                    min(item.k_length, upper_limit + 8) - first_column);
+      };
+      int block = 0;
       while (true) {
-        // With masks and the rows' maxima: the last block, those on the diagonal, and where a row outgrew its reference.
+        // With the rows' maxima: the first block, and where a row outgrew its reference.
         control.k.wait_full(k_at);
         issue_scores(scores, q_tile, k_tiles + k_at.slot * kKBytes);
         free_stored_q();
@@ -289,37 +279,24 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
         pin_registers(scores);
         if (leader) control.k.arrive_empty(k_at);
         k_at.advance();
-        if (block >= whole_blocks) {
-          const int first_column = block * kBlockN + thread_column;
-          mask_scores(scores, min(item.k_length, upper_limit) - first_column,
-                      min(item.k_length, upper_limit + 8) - first_column);
-        }
+        if (block >= whole_blocks) mask(block);
         float rescale[2];
         online_softmax<kHeadroom>(scores, rows, rescale, scale_log2);
         scale_rows(output, rescale);
         pack_fragments<pack_bf16>(probabilities, scores);
-        --block;
-        if (block >= whole_blocks) {
-          control.v.wait_full(v_at);
-          issue_output(output, probabilities, v_tiles + v_at.slot * kVBytes);
-          wgmma_wait<0>();
-          pin_registers(output);
-          pin_registers(probabilities);
-          if (leader) control.v.arrive_empty(v_at);
-          v_at.advance();
-          continue;
-        }
+        ++block;
 
-        // Blocks that every row sees whole. K stays until none of the warpgroup's rows needs the block again.
+        // K stays until none of the warpgroup's rows needs the block again.
         const float offset[2] = {probability_offset<kHeadroom>(rows.reference[0], scale_log2),
                                  probability_offset<kHeadroom>(rows.reference[1], scale_log2)};
-        for (; block >= 0; --block) {
+        for (; block < blocks; ++block) {
           control.k.wait_full(k_at);
           issue_scores(scores, q_tile, k_tiles + k_at.slot * kKBytes);
           control.v.wait_full(v_at);
           issue_output(output, probabilities, v_tiles + v_at.slot * kVBytes);
           wgmma_wait<1>();
           pin_registers(scores);
+          if (block >= whole_blocks) mask(block);
           float sum[2] = {0.0f, 0.0f};
           exponentials<0, kHalf>(scores, offset, sum, scale_log2);
           hold_until_computed(sum[0] + sum[1], smem_address(&control.never_written));
@@ -337,7 +314,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
           if (leader) control.k.arrive_empty(k_at);
           k_at.advance();
         }
-        if (block < 0) break;
+        if (block == blocks) break;
       }
       control.v.wait_full(v_at);
       issue_output(output, probabilities, v_tiles + v_at.slot * kVBytes);
@@ -347,6 +324,21 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
       v_at.advance();
     } else {
       free_stored_q();
+    }
+    if (blocks < item.kv_blocks) {
+      // Blocks that only other warpgroups' rows see are handed back unread.
+#pragma unroll 1
+      for (int unread = item.kv_blocks - blocks; unread > 0; --unread) {
+        if (warp % 4 == 0) {
+          control.k.wait_full(k_at);
+          if (leader) control.k.arrive_empty(k_at);
+          control.v.wait_full(v_at);
+          if (leader) control.v.arrive_empty(v_at);
+        }
+        k_at.advance();
+        v_at.advance();
+        __syncwarp();
+      }
     }
 
     // Normalise, write lse, send O out through the Q buffer.
