@@ -116,6 +116,11 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     return kept + most + (packed if config.overlap else 0)
 
 
+def dq_adders(config: Sm90BackwardConfig) -> int:
+    """How many add to a block's dQ, each to a part of it or in turn."""
+    return 1 if config.dq == "bulk" else config.warpgroups
+
+
 class Sm90BackwardSpace:
     """Legal configs of the persistent Hopper backward."""
 
@@ -193,6 +198,7 @@ class Sm90BackwardSpace:
             "dq_columns": columns,
             "dq_parts": 1 if split == "alternate" else config.warpgroups,
             "dq_part_bytes": 64 * columns * 4,
+            "dq_adders": dq_adders(config),
             "element": ELEMENT[spec.dtype],
             "pack": f"pack_{spec.dtype}",
             "producer_registers": producer,
@@ -211,6 +217,7 @@ class Sm90BackwardSpace:
             "smem_bytes": smem_layout(spec, config).total,
             "ctas_per_sm": config.ctas_per_sm,
             "causal": int(spec.causal),
+            "dq_adders": dq_adders(config),
         }
 
     def compile_flags(self, spec: KernelSpec, config: TileConfig) -> tuple[str, ...]:

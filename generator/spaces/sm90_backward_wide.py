@@ -107,6 +107,11 @@ def math_registers(needed: PerWarpgroup) -> PerWarpgroup | None:
     return None
 
 
+def _dq_adders(config: Sm90BackwardWideConfig) -> int:
+    """Warpgroups that add to a block's dQ."""
+    return 2 if config.dq_panels else 1
+
+
 def _dq_with_dk(spec: KernelSpec, config: Sm90BackwardWideConfig) -> list[tuple[int, list[int]]]:
     """The panels of dQ that dK's warpgroup makes, each with the panels of dK that are multiplied while it is added."""
     there_are = panel_count(spec.head_dim)
@@ -203,6 +208,7 @@ class Sm90BackwardWideSpace:
             "dq_columns": dq_columns,
             "dq_widths": sorted(set(dq_columns), reverse=True),
             "dq_with_dk": _dq_with_dk(spec, config),
+            "dq_adders": _dq_adders(config),
             "element": ELEMENT[spec.dtype],
             "pack": f"pack_{spec.dtype}",
             "loader_registers": LOADER_REGISTERS,
@@ -222,6 +228,7 @@ class Sm90BackwardWideSpace:
             "smem_bytes": smem_layout(spec, config).total,
             "ctas_per_sm": 1,
             "causal": int(spec.causal),
+            "dq_adders": _dq_adders(config),
         }
 
     def compile_flags(self, spec: KernelSpec, config: TileConfig) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ class CudaBackwardKernel:
         self._device = device.index if device.index is not None else torch.cuda.current_device()
         self._block_m, self._block_n = launch["block_m"], launch["block_n"]
         self._threads, self._smem = launch["num_threads"], launch["smem_bytes"]
-        self._causal = launch["causal"]
+        self._causal, self._dq_adders = launch["causal"], launch["dq_adders"]
         rows = (self._block_m, self._block_m, self._block_n, self._block_n, launch["store_rows"], launch["store_rows"])
         self._sms = torch.cuda.get_device_properties(self._device).multi_processor_count
         self._slots = self._sms * launch["ctas_per_sm"]
@@ -107,10 +107,12 @@ class CudaBackwardKernel:
         found = None if work_list.rebuilt_now() else work_list.find(cu_seqlens_q, cu_seqlens_k, key)
         items = found or work_list.allocate(cu_seqlens_q, total_q, total_k, self._block_n, of_keys=True)
         tiles = items.max_items * heads_kv
-        if tiles > work_list.MAX_TILES:
+        turn_count = tiles * self._dq_adders if deterministic else 0
+        if max(tiles, turn_count) > work_list.MAX_TILES:
             raise UnsupportedError(f"up to {tiles} tiles of keys and heads; served: {work_list.MAX_TILES}")
-        slots = backward_params.turn_slots(total_q, items.batch, self._block_m) if deterministic else 0
-        scratch = q.new_empty(backward_params.scratch_bytes(total_q, heads, head_dim, slots) // 4, dtype=torch.float32)
+        scratch = q.new_empty(
+            backward_params.scratch_bytes(total_q, heads, head_dim, turn_count) // 4, dtype=torch.float32
+        )
         dq_sums = scratch.data_ptr()
         delta = dq_sums + 4 * backward_params.sum_floats(total_q, heads, head_dim)
         turns = delta + 4 * backward_params.delta_floats(total_q, heads) if deterministic else 0
@@ -141,7 +143,7 @@ class CudaBackwardKernel:
             self._block_m,
             self._block_n,
             self._causal,
-            slots,
+            turn_count,
             scale,
             scale * _LOG2_E,
         )

@@ -25,7 +25,7 @@ INTEGERS = (
     "block_m",
     "block_n",
     "causal",
-    "turn_slots",
+    "turn_count",
 )
 FLOATS = ("scale", "scale_log2")
 SCALARS = struct.Struct(f"<{len(POINTERS)}Q{len(STRIDES)}q{len(INTEGERS)}i{len(FLOATS)}f")
@@ -43,13 +43,8 @@ def delta_floats(total_q: int, heads: int) -> int:
     return total_q * heads
 
 
-def turn_slots(total_q: int, batch: int, block_m: int) -> int:
-    """Counters a head, int32, one a block of queries, that put the additions to dQ in order."""
-    return total_q // block_m + batch
-
-
 def scratch_bytes(total_q: int, heads: int, head_dim: int, turns: int = 0) -> int:
-    """Device memory of one backward beside its inputs, gradients and work list; ``turns``: counters a head, 0 where
-    additions need no order.
+    """Device memory of one backward beside its inputs, gradients and work list; ``turns``: counters, int32, one a tile
+    for each that adds to dQ, 0 where additions need no order.
     """
-    return 4 * (sum_floats(total_q, heads, head_dim) + delta_floats(total_q, heads) + turns * heads)
+    return 4 * (sum_floats(total_q, heads, head_dim) + delta_floats(total_q, heads) + turns)

@@ -80,9 +80,9 @@ def test_each_launch_makes_the_list_ready_for_the_next() -> None:
     assert_right(built(*CASES[0]), workload("bwd_bf16_d64", (65, 3), (129, 3), (2, 2)), launches=3)
 
 
-@pytest.mark.parametrize("dq", ["bulk", "red"])
-def test_in_order_additions_come_out_the_same_whatever_the_schedule(dq: str) -> None:
-    config = Sm90BackwardConfig(64, 64, 2, 2, dq, overlap=False)
+@pytest.mark.parametrize(("dq", "block_n", "ctas"), [("bulk", 64, 2), ("red", 64, 2), ("red", 128, 1)])
+def test_in_order_additions_come_out_the_same_whatever_the_schedule(dq: str, block_n: int, ctas: int) -> None:
+    config = Sm90BackwardConfig(64, block_n, 2, ctas, dq, overlap=False)
     w = workload("bwd_bf16_d32", (40, 100), (500, 330), (1, 1))
     b = w.make("cpu", "bf16", 3)
     b.k.add_(500.0)  # a softmax does not mind, and what blocks of keys add to dQ nearly cancels: its order shows
@@ -107,8 +107,22 @@ def test_in_order_additions_come_out_the_same_whatever_the_schedule(dq: str) -> 
         torch.use_deterministic_algorithms(False)
 
 
-def test_gradients_in_order_match_the_oracle(deterministic: None) -> None:
-    assert_right(built(*CASES[2]), workload("bwd_fp16_d64_causal", QUERIES, KEYS, (1, 1)))
+@pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
+@pytest.mark.parametrize(("name", "config"), CASES[1:4], ids=lambda x: x if isinstance(x, str) else x.name)
+def test_gradients_in_order_match_the_oracle(
+    deterministic: None, name: str, config: Sm90BackwardConfig, alignment: CausalAlignment
+) -> None:
+    assert_right(built(name, config), workload(name, QUERIES, KEYS, (4, 2), alignment), launches=2)
+
+
+@pytest.mark.parametrize(("in_order", "heads"), [(False, (35, 35)), (True, (528, 33))])
+def test_heads_of_a_sequence_in_groups_that_are_not_alike(in_order: bool, heads: tuple[int, int]) -> None:
+    w = workload("bwd_bf16_d32", (5,), (70,), heads)
+    torch.use_deterministic_algorithms(in_order)
+    try:
+        assert_right(built("bwd_bf16_d32", Sm90BackwardConfig(64, 64, 2, 2, "bulk", overlap=False)), w)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 # --- the launcher

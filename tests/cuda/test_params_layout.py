@@ -100,8 +100,4 @@ def test_work_list_bytes(max_items: int, batch: int, tickets: int, expected: int
 def test_scratch_of_a_backward_is_dq_in_float32_and_delta() -> None:
     total_q, heads, dim = 1000, 4, 96
     assert backward_params.scratch_bytes(total_q, heads, dim) == 4 * total_q * heads * (dim + 1)
-    slots = backward_params.turn_slots(total_q, batch=7, block_m=64)
-    assert slots == 15 + 7
-    assert (
-        backward_params.scratch_bytes(total_q, heads, dim, slots) == 4 * total_q * heads * (dim + 1) + 4 * heads * slots
-    )
+    assert backward_params.scratch_bytes(total_q, heads, dim, turns=60) == 4 * total_q * heads * (dim + 1) + 4 * 60

@@ -18,7 +18,7 @@ struct alignas(64) BackwardParams {
   TensorMap map_dv;    // store_rows rows
   const void* cu_seqlens_q;  // (batch + 1) int32 or int64
   const void* cu_seqlens_k;
-  void* work_list;           // WorkListHeader, items in two orders, (batch + 1) scratch ints
+  void* work_list;           // WorkListHeader, items, room for as many, (batch + 1) scratch ints
   const float* lse;          // (heads, total_q), natural log
   const float* dlse;         // (heads, total_q) or null
   const void* out;           // (total_q, heads, head_dim_v), rows of 16-byte pieces
@@ -26,7 +26,7 @@ struct alignas(64) BackwardParams {
   void* dq;                  // (total_q, heads, head_dim), rows of 16-byte pieces
   float* delta;              // (heads, total_q)
   float* dq_sums;            // heads * total_q * head_dim
-  int* turns;                // deterministic: (heads, turn_slots), whose turn it is to add to a query block's sums; or null
+  int* turns;                // deterministic: (heads_kv, max_items, adders), steps that a tile has added to the sums; or null
   long long out_token;       // strides, in elements
   long long out_head;
   long long dout_token;
@@ -43,7 +43,7 @@ struct alignas(64) BackwardParams {
   int block_m;               // for the work list builder only; constants in the attention kernels
   int block_n;
   int causal;
-  int turn_slots;            // total_q / block_m + batch
+  int turn_count;            // ints of turns
   float scale;               // of any sign
   float scale_log2;          // times log2(e)
 };

@@ -57,8 +57,7 @@ __device__ __forceinline__ void prepare_rows(const BackwardParams& p) {
   const long long pieces = static_cast<long long>(p.heads) * p.total_q * (kHeadDim / 4);
   for (long long i = thread; i < pieces; i += threads) reinterpret_cast<float4*>(p.dq_sums)[i] = {0.0f, 0.0f, 0.0f, 0.0f};
   if (p.turns != nullptr) {
-    const long long turns = static_cast<long long>(p.heads) * p.turn_slots;
-    for (long long i = thread; i < turns; i += threads) p.turns[i] = 0;
+    for (long long i = thread; i < p.turn_count; i += threads) p.turns[i] = 0;
   }
 }
 

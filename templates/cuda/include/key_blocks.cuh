@@ -1,4 +1,9 @@
 // The backward's work list: blocks of keys, with the query blocks that see them.
+//
+// Sequences with the longest tiles come first, so that none of them is left to end alone. Some pairs of a sequence and a kv
+// head go side by side, key block by key block: a few heads of a long sequence, or all heads of a few short ones. The fewer
+// they are, the sooner a pair's next key block reads what this one read, from L2. Where additions to dQ have an order, a
+// tile that starts too soon after the key block before waits for it: the more pairs there are, the later it starts.
 #pragma once
 
 #include "cuda/include/backward_params.cuh"
@@ -21,7 +26,8 @@ struct KeyBlocks {
     item.k_begin = offset_at(p.cu_seqlens_k, seq, p.wide_offsets & 2);
     item.k_length = offset_at(p.cu_seqlens_k, seq + 1, p.wide_offsets & 2) - item.k_begin;
     item.row = block * p.block_n;
-    item.turn = item.q_begin / p.block_m + seq;
+    item.turn = item.k_begin / p.block_n + seq + block;
+    int first_row = 0;
     if (p.causal) {
       if (p.bottom_right && item.q_length > item.k_length) {
         item.q_begin += item.q_length - item.k_length;
@@ -29,19 +35,87 @@ struct KeyBlocks {
       }
       const int shift = p.bottom_right ? item.k_length - item.q_length : 0;
       const bool seen = item.row < item.q_length + shift;
-      item.first_row = seen ? max(item.row - shift, 0) / p.block_m * p.block_m : item.q_length;
+      first_row = seen ? max(item.row - shift, 0) / p.block_m * p.block_m : item.q_length;
     }
-    item.q_blocks = (item.q_length - item.first_row + p.block_m - 1) / p.block_m;
+    item.q_blocks = (item.q_length - first_row + p.block_m - 1) / p.block_m;
     return item;
   }
 
-  __device__ __forceinline__ int cost(const WorkItem& item) const { return item.q_blocks; }
+  // Steps of a sequence's longest tile, its first.
+  __device__ __forceinline__ int longest(int seq) const { return item(seq, 0).q_blocks * p.gqa_ratio; }
 
-  // The first keys are seen by the most queries. Where additions to dQ have an order, key blocks add in the order of the
-  // list, and the last is the first to be done with a query block that all of them see.
-  __device__ __forceinline__ bool last_first() const { return p.causal && p.turns != nullptr; }
+  // Pairs side by side, of tiles of `steps` steps: all SMs together make pairs x steps of them from a key block of a pair to
+  // its next. Each pair gets on by pairs x steps / SMs meanwhile, so what all of them read anew goes by the square of pairs:
+  // 8 blocks of queries on 132 SMs, or 124 where additions have an order (8 MB of Q, dO and sums at D 128). Then tiles of
+  // less than 16 steps come by so soon after each other that they would wait, and have more pairs.
+  __device__ __forceinline__ float pairs(int steps) const {
+    const float per_step = 1.0f / max(steps, 1);
+    return p.turns == nullptr ? sqrtf(1024.0f * per_step) : fmaxf(sqrtf(16384.0f * per_step), 512.0f * per_step);
+  }
 };
 
+// The sequences in the order of work.
+struct SortedKeyBlocks {
+  const BackwardParams& p;
+  const int* sequences;
+
+  __device__ __forceinline__ int count(int place) const { return KeyBlocks{p}.count(sequences[place]); }
+};
+
+// One CTA of 1024 threads, any batch size: counting sort of sequences by their longest tile, then the place of each item.
 extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(const __grid_constant__ BackwardParams p) {
-  build_work_list(KeyBlocks{p});
+  __shared__ int warp_sums[32];
+  __shared__ int bucket_begin[kWorkBuckets];
+  __shared__ int bucket_end[kWorkBuckets];
+  const KeyBlocks blocks = {p};
+  WorkListHeader* header = static_cast<WorkListHeader*>(p.work_list);
+  WorkItem* items = work_items(p.work_list);
+  int* sequences = reinterpret_cast<int*>(items + p.max_items);  // in place of a second order of items
+  int* first_item = reinterpret_cast<int*>(items + 2 * p.max_items);
+
+  if (threadIdx.x < kWorkBuckets) bucket_end[threadIdx.x] = 0;
+  __syncthreads();
+  for (int seq = threadIdx.x; seq < p.batch; seq += 1024) atomicAdd(&bucket_end[work_bucket(blocks.longest(seq))], 1);
+  __syncthreads();
+  int begin;
+  block_exclusive_scan(threadIdx.x < kWorkBuckets ? bucket_end[threadIdx.x] : 0, begin, warp_sums);
+  if (threadIdx.x < kWorkBuckets) bucket_begin[threadIdx.x] = bucket_end[threadIdx.x] = begin;
+  __syncthreads();
+  for (int base = 0; base < p.batch; base += 1024) {
+    const int seq = base + threadIdx.x;
+    const unsigned lanes = __ballot_sync(0xffffffff, seq < p.batch);
+    if (seq < p.batch) sequences[place_in_bucket(bucket_end, work_bucket(blocks.longest(seq)), lanes)] = seq;
+  }
+  __syncthreads();
+
+  const int count = min(count_tiles(SortedKeyBlocks{p, sequences}, first_item, warp_sums), p.max_items);
+  if (threadIdx.x == 0) first_item[p.batch] = count;
+  __syncthreads();
+  const int heads = p.heads / p.gqa_ratio;
+  for (int index = threadIdx.x; index < count; index += 1024) {
+    const int rank = sequence_of(first_item, p.batch, index), block = index - first_item[rank];
+    const int steps = blocks.longest(sequences[rank]), bucket = work_bucket(steps);
+    WorkItem item = blocks.item(sequences[rank], block);
+    const float pairs = blocks.pairs(steps);
+    int place = index;
+    if (pairs < heads) {
+      const int groups = static_cast<int>(ceilf(heads / pairs));
+      item.heads = (heads + groups - 1) / groups;
+    } else {
+      // All heads, and the key blocks of a few sequences in turn.
+      item.heads = heads;
+      const int members = static_cast<int>(pairs / heads + 0.5f);
+      const int first = rank - (rank - bucket_begin[bucket]) % members, end = min(first + members, bucket_end[bucket]);
+      place = first_item[first];
+      for (int other = first; other < end; ++other) {
+        place += min(first_item[other + 1] - first_item[other], other < rank ? block + 1 : block);
+      }
+    }
+    items[place] = item;
+  }
+  if (threadIdx.x == 0) {
+    header->items = count;
+    header->next_tile = 0;
+    header->finished_ctas = 0;
+  }
 }

@@ -12,26 +12,47 @@
 // What claims of tiles go by; in shared memory because the warps that feed have few registers.
 struct Claims {
   WorkListHeader* list;
-  int heads;      // of keys
-  int gqa_ratio;  // of those: 1
-  int max_items;
-  int balancing;
+  int heads;  // of keys
   int tiles;
-  int first;      // tiles that are taken without the counter: one a CTA, or none where additions have an order
+  int first;  // tiles that are taken without the counter: one a CTA, or none where additions have an order
 };
 
 __device__ __forceinline__ void set_claims(Claims& claims, const BackwardParams& p) {
-  claims = {static_cast<WorkListHeader*>(p.work_list), p.heads / p.gqa_ratio, 1, p.max_items};
+  claims = {static_cast<WorkListHeader*>(p.work_list), p.heads / p.gqa_ratio};
   claims.tiles = claims.list->items * claims.heads;
-  claims.balancing = p.turns == nullptr ? balancing_heads(*claims.list, claims) : 0;
   claims.first = p.turns == nullptr ? gridDim.x : 0;
 }
 
-// Fills the ring of `control` with this CTA's tiles, in one lane of a warp.
-template <typename Control>
+// Tile number `index` in the order of work: a sequence's heads go in groups of item.heads. A last group may have fewer.
+template <int kBlockN>
+__device__ __forceinline__ void claim_key_tile(Tile& tile, const Claims& claims, int index) {
+  const WorkItem* item = work_items(claims.list) + index / claims.heads;
+  tile.head = index % claims.heads;
+  const int together = item->heads;
+  if (together < claims.heads) {  // the sequence's items lie side by side
+    const int blocks = (item->k_length + kBlockN - 1) / kBlockN;
+    item -= item->row / kBlockN;
+    index -= (item - work_items(claims.list)) * claims.heads;
+    const int head = index / (blocks * together) * together;
+    const int heads = min(together, claims.heads - head);
+    index -= head * blocks;
+    tile.head = head + index % heads;
+    item += index / heads;
+  }
+  const int4* from = reinterpret_cast<const int4*>(item);
+  reinterpret_cast<int4*>(&tile.item)[0] = from[0];
+  asm volatile("" ::: "memory");  // one after the other: whoever claims has few registers
+  reinterpret_cast<int4*>(&tile.item)[1] = from[1];
+}
+
+// Fills the ring of `control` with this CTA's tiles, in one lane of a warp. Each is claimed when the last queries of the one
+// before are on their way, no sooner: tiles that are neighbours in the order of work read the same from L2 only if they start
+// together, and where additions have an order others would wait for a tile that nobody works on.
+template <int kBlockN, typename Control>
 __device__ __forceinline__ void claim_key_tiles(Control& control) {
   const Claims& claims = control.claims;
   RingPosition<sizeof(control.tiles) / sizeof(Tile)> at;
+  RingPosition<1> loaded_at;
   for (int tile = claims.first ? blockIdx.x : atomicAdd(&claims.list->next_tile, 1);;
        tile = claims.first + atomicAdd(&claims.list->next_tile, 1), at.advance()) {
     Tile& claimed = control.tiles[at.slot];
@@ -41,8 +62,10 @@ __device__ __forceinline__ void claim_key_tiles(Control& control) {
       control.tile.arrive_full(at);
       break;
     }
-    claim_tile(claimed, claims.list, claims, claims.balancing, tile);
+    claim_key_tile<kBlockN>(claimed, claims, tile);
     control.tile.arrive_full(at);
+    control.loaded.wait_full(loaded_at);
+    loaded_at.advance();
   }
   rewind_work_list(claims.list);
 }
@@ -57,7 +80,7 @@ __device__ __forceinline__ void load_tile(uint32_t buffer, const TensorMap& map,
   }
 }
 
-// A tile's mask, its blocks of queries, and its turns to add to their dQ, which `kAdders` do, each to a part of it.
+// A tile's mask, its blocks of queries, and the order of additions to their dQ, which `kAdders` make, each to a part of it.
 template <bool kCausal, int kBlockM, int kBlockN, int kAdders>
 struct KeyTiles {
   // How many keys more than queries there are before a query's last one.
@@ -76,45 +99,81 @@ struct KeyTiles {
     return key >= keys_seen(item, shift) ? kNoQuery : kCausal ? key - shift : 0;
   }
 
-  // Calls work(head, first row) for the blocks of queries that a tile visits, head by head.
+  // A tile's first block of queries is its sequence's last, which every tile visits that visits any; then one after the
+  // other down to the first that sees its keys, each of them for all heads that share the kv head. So tiles that start
+  // together read the same, and step k is the same block and head in all tiles of a sequence and kv head.
+  __device__ __forceinline__ static int last_row(const WorkItem& item) { return (item.q_length - 1) / kBlockM * kBlockM; }
+
+  // Calls work(head, first row) for each step.
   template <typename Work>
   __device__ __forceinline__ static void for_each_block(const BackwardParams& p, const WorkItem& item, int kv_head, Work work) {
-    int head = kv_head * p.gqa_ratio, row = item.first_row;
+    const int end = (kv_head + 1) * p.gqa_ratio;
+    int head = end - p.gqa_ratio, row = last_row(item);
 #pragma unroll 1
     for (int left = item.q_blocks * p.gqa_ratio; left > 0; --left) {
       work(head, row);
-      row += kBlockM;
-      if (row >= item.q_length) {
-        row = item.first_row;
-        ++head;
+      if (++head == end) {
+        head -= p.gqa_ratio;
+        row -= kBlockM;
       }
     }
   }
 
-  // Where additions have an order, those to a block's dQ happen in the order in which the sequence's key blocks are in the
-  // work list: the k-th waits until k have been made. It does not wait for ever. Tiles are claimed from a counter, in the order
-  // of the list; each CTA works off its claims in that order; and what a tile waits for comes before it in the list. So
-  // everything that the first of the tiles that are not done waits for is done.
-  __device__ __forceinline__ static int turn_of(const BackwardParams& p, const WorkItem& item, int row) {
-    if (!kCausal) return item.row / kBlockN;
-    const int shift = causal_shift(p, item);
-    const int last_key = min(keys_seen(item, shift), row + kBlockM + shift) - 1;
-    return last_key / kBlockN - item.row / kBlockN;
+  // Where additions have an order, the key blocks of a sequence add to a block's dQ one after the other. A tile says how many
+  // steps it has added, each of its adders for itself, and goes no further than the tile of the key block before has come.
+  // It does not wait for ever: tiles are claimed from a counter, in the order of the list; each CTA works off its claims in
+  // that order; and the key block before comes before in the list. So what the first of the tiles that are not done waits
+  // for is done, or will be said to be: nobody keeps what it has added to itself while it waits.
+  __device__ __forceinline__ static int* turn(const BackwardParams& p, const WorkItem& item, int kv_head, int adder) {
+    return p.turns + (static_cast<long long>(kv_head) * p.max_items + item.turn) * kAdders + adder;
   }
 
-  __device__ __forceinline__ static int* turn_counter(const BackwardParams& p, const WorkItem& item, int head, int row) {
-    return p.turns + static_cast<long long>(head) * p.turn_slots + item.turn + row / kBlockM;
+  __device__ __forceinline__ static void await_turn(const BackwardParams& p, const WorkItem& item, int head, int row,
+                                                    int adder) {
+    if (item.row == 0) return;
+    const int kv_head = head / p.gqa_ratio;
+    const int step = (last_row(item) - row) / kBlockM * p.gqa_ratio + head - kv_head * p.gqa_ratio;
+    const int* before = turn(p, item, kv_head, adder) - kAdders;
+    while (load_acquire(before) <= step) {}
   }
 
-  __device__ __forceinline__ static void await_turn(const BackwardParams& p, const WorkItem& item, int head, int row) {
-    const int* counter = turn_counter(p, item, head, row);
-    const int before = turn_of(p, item, row) * kAdders;
-    while (load_acquire(counter) < before) {}
+  // What the warpgroup of this thread added before its last barrier is there before the step counts. `steps`: how far it is
+  // from this adder's step to its next one.
+  __device__ __forceinline__ static void pass_turn(const BackwardParams& p, const WorkItem& item, int head, int adder,
+                                                   int steps = 1) {
+    add_release(turn(p, item, head / p.gqa_ratio, adder), steps);
+  }
+};
+
+// The turns of one thread that adds all of a tile's dQ by bulk copies. To say that an addition is complete takes about as long
+// as a step: it is said of several at once when there is nothing to add, or before waiting. In shared memory, as claims.
+struct BulkTurns {
+  static constexpr int kMostUnknown = 4;
+
+  int* turn;
+  int before;  // steps that the key block before is known to have added
+  int added;   // steps that this one has ...
+  int passed;  // ... and those of them that others know of
+
+  template <typename KeyTile>
+  __device__ __forceinline__ void begin(const BackwardParams& p, const WorkItem& item, int kv_head) {
+    turn = KeyTile::turn(p, item, kv_head, 0);
+    before = item.row == 0 ? 0x7fffffff : 0;
+    added = passed = 0;
   }
 
-  // What this thread has added, or knows to have been added, is there before the next one's turn.
-  __device__ __forceinline__ static void pass_turn(const BackwardParams& p, const WorkItem& item, int head, int row) {
-    __threadfence();
-    add_release(turn_counter(p, item, head, row), 1);
+  // `ready`: the next addition could be made at once.
+  __device__ __forceinline__ void await(bool ready) {
+    if (before <= added) before = load_acquire(turn - 1);
+    if (before <= added || !ready || added - passed == kMostUnknown) pass();
+    while (before <= added) before = load_acquire(turn - 1);
+    ++added;
+  }
+
+  __device__ __forceinline__ void pass() {
+    if (passed == added) return;
+    tma_store_wait();
+    add_release(turn, added - passed);
+    passed = added;
   }
 };

@@ -1,6 +1,7 @@
 // The device-built work list: an item is a block of rows of a sequence (queries in a forward, keys in a backward), a tile is
-// an item and a head. Most heads are worked off one after the other, sequence by sequence: what runs at a time shares what
-// it visits, which stays in L2. The last heads go together, dearest items first, so that no long tile is left to end alone.
+// an item and a head. In a forward most heads are worked off one after the other, sequence by sequence: what runs at a time
+// shares what it visits, which stays in L2. The last heads go together, dearest items first, so that no long tile is left to
+// end alone. key_blocks.cuh has the backward's order.
 #pragma once
 #include <cstdint>
 
@@ -18,11 +19,11 @@ struct alignas(16) WorkItem {  // 32 bytes, read as two int4
     int q_blocks;   // of keys: query blocks in which some row sees one of them
   };
   union {
-    int first_row;    // of keys: the first row of the first of those; q_length where there is none
+    int heads;        // of keys: kv heads of the sequence whose tiles go side by side (key_blocks.cuh)
     int first_block;  // of queries, where keys are split (split_work_list.cuh): the item's piece of them begins here
   };
   union {
-    int turn;   // of keys: where the counters of the sequence's query blocks begin, in query blocks
+    int turn;   // of keys: a number below max_items; key blocks of a sequence have consecutive ones
     int piece;  // of queries, where keys are split: which piece it is, packed
   };
 };

@@ -16,7 +16,7 @@
 //   jagtile generate sm_90a/bwd_bf16_d128_causal/keyblocks_m64_n128_s2_c1_dbulk_o0
 //
 // One persistent CTA an SM: 2 math warpgroups of 64 keys each, one warpgroup that feeds them. K and V of a tile
-// stay; the queries that see its keys go by, those of every head that shares the kv head.
+// stay; the queries that see its keys go by from the last, those of every head that shares the kv head.
 //   warp 0      copies K and V, then Q and dO block by block (TMA, clipped at the sequence's end)
 //   warp 1      claims tiles from the work list
 //   warp 2      copies lse and delta of every block
@@ -70,17 +70,18 @@ constexpr int kMathBarrier = kWarpgroups + 1;
 // dQ of a block is made in parts, each by one warpgroup: 64 columns.
 constexpr int kParts = 2;
 constexpr int kPartBytes = 16384;
-constexpr int kAdders = 1;  // of a block's dQ, each with a turn of its own
 using Sums = DqSums<kHeadDim>;
-using KeyTile = KeyTiles</*kCausal=*/true, kBlockM, kBlockN, kAdders>;
+using KeyTile = KeyTiles</*kCausal=*/true, kBlockM, kBlockN, /*kAdders=*/1>;
 
 struct Control {
   Tile tiles[kTileSlots];
   Claims claims;
   RingBarriers<kTileSlots> tile;
+  RingBarriers<1> loaded;  // all of the tile is on its way
   RingBarriers<1> k, v;
   RingBarriers<kStages> q, dout, stats;
   RingBarriers<1> dq[kParts];
+  BulkTurns turns;
 };
 static_assert(sizeof(Control) <= 1024);
 
@@ -267,6 +268,7 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0(const __grid_cons
   if (threadIdx.x == 0) {
     // Freed by the loader, every lane of the warp of lse and delta, the adder of dQ and every math warp.
     control.tile.init(1, 34 + 4 * kWarpgroups);
+    control.loaded.init(1, 1);
     control.k.init(1, kWarpgroups);
     control.v.init(1, kWarpgroups);
     control.q.init(1, kWarpgroups);
@@ -304,10 +306,11 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0(const __grid_cons
                                             head, item.q_begin, item.q_length, kEvictLast);
           at.advance();
         });
+        control.loaded.arrive_full({});
         tile_at.advance();
       });
     } else if (warp == 1 && elect_one()) {
-      claim_key_tiles(control);
+      claim_key_tiles<kBlockN>(control);
     } else if (warp == 2) {
       const int lane = threadIdx.x % 32;
       RingPosition<kStages> at;
@@ -337,16 +340,13 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0(const __grid_cons
     } else if (warp == 3 && elect_one()) {
       RingPosition<1> at;
       for_each_tile(control, [&](const WorkItem& item, int kv_head) {
+        if (p.turns != nullptr) control.turns.begin<KeyTile>(p, item, kv_head);
         KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
-          if (p.turns != nullptr) KeyTile::await_turn(p, item, head, row);
+          if (p.turns != nullptr) control.turns.await(control.dq[0].is_full(at));
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
             control.dq[part].wait_full(at);
             add_part(p, item, head, row, part, smem_address(dq_parts) + part * kPartBytes);
-          }
-          if (p.turns != nullptr) {
-            tma_store_wait();
-            KeyTile::pass_turn(p, item, head, row);
           }
           tma_store_wait_read<1>();
           control.dq[0].arrive_empty(at);
@@ -354,6 +354,7 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0(const __grid_cons
           control.dq[1].arrive_empty(at);
           at.advance();
         });
+        if (p.turns != nullptr) control.turns.pass();
       });
       tma_store_wait();
     }
@@ -387,15 +388,17 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0(const __grid_cons
 
     control.k.wait_full(kv_at);
     control.v.wait_full(kv_at);
-    int row = item.first_row;  // of the block's queries, within the sequence
+    const int steps = item.q_blocks * p.gqa_ratio;
+    int row = KeyTile::last_row(item);  // of the block's queries, within the sequence
+    int head = kv_head * p.gqa_ratio;
 #pragma unroll 1
-    for (int left = item.q_blocks * p.gqa_ratio; left > 0; --left) {
+    for (int step = 0; step < steps; ++step) {
       const uint32_t q_tile = q_tiles + at.slot * kQBytes;
       float scores[kBlockM / 2];
       control.q.wait_full(at);
       issue_scores(scores, k_rows, q_tile);
       const uint32_t dout_tile = dout_tiles + at.slot * kDoutBytes;
-      const uint32_t ds_tile = ds_tiles + left % 2 * kDsBytes;
+      const uint32_t ds_tile = ds_tiles + step % 2 * kDsBytes;
       const float2* lse = reinterpret_cast<const float2*>(stats + at.slot * 2 * kBlockM) + quad;
       float dp[kBlockM / 2];
       control.dout.wait_full(at);
@@ -437,8 +440,10 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0(const __grid_cons
       __syncwarp();
       if (lane == 0) control.dq[part].arrive_full(dq_at);
       dq_at.advance();
-      row += kBlockM;
-      if (row >= item.q_length) row = item.first_row;
+      if (++head == (kv_head + 1) * p.gqa_ratio) {
+        head = kv_head * p.gqa_ratio;
+        row -= kBlockM;
+      }
       wgmma_wait<0>();
       pin_registers(dk);
       pin_registers(ds);

@@ -68,6 +68,7 @@ struct Control {
   Tile tiles[kTileSlots];
   Claims claims;
   RingBarriers<kTileSlots> tile;
+  RingBarriers<1> loaded;  // all of the tile is on its way
   RingBarriers<1> k, v, p, ds;
   RingBarriers<kQStages> q;
   RingBarriers<kDoutStages> dout;
@@ -208,6 +209,7 @@ __device__ __forceinline__ void load_query_blocks(const BackwardParams& p, Contr
                                            item.q_begin, item.q_length, kEvictLast);
       at.advance();
     });
+    control.loaded.arrive_full({});
   });
 }
 
@@ -290,7 +292,7 @@ __device__ __forceinline__ void make_dv(const BackwardParams& p, Control& contro
       const int begin = item.q_begin, length = item.q_length;
       control.ds.wait_full(at.step_at);
       if (p.turns != nullptr) {
-        if (leader) KeyTile::await_turn(p, item, head, row);
+        if (leader) KeyTile::await_turn(p, item, head, row, /*adder=*/0);
         named_barrier_sync(kBarrier, 128);
       }
       {
@@ -313,9 +315,8 @@ __device__ __forceinline__ void make_dv(const BackwardParams& p, Control& contro
         add_panel<Sums, 1, 0>(dq, p.dq_sums, p.total_q, head, begin, length, row + thread_row, quad);
       }
       if (p.turns != nullptr) {
-        __threadfence();
         named_barrier_sync(kBarrier, 128);
-        if (leader) KeyTile::pass_turn(p, item, head, row);
+        if (leader) KeyTile::pass_turn(p, item, head, /*adder=*/0);
         __syncwarp();
       }
       at.dout_at.advance();
@@ -372,7 +373,7 @@ __device__ __forceinline__ void make_dk_and_dq(const BackwardParams& p, Control&
       control.q.wait_full(at.q_at);
       const uint32_t q_tile = smem.q + at.q_at.slot * kQBytes;
       if (p.turns != nullptr) {
-        if (leader) KeyTile::await_turn(p, item, head, row);
+        if (leader) KeyTile::await_turn(p, item, head, row, /*adder=*/1);
         named_barrier_sync(kBarrier, 128);
       }
       // A panel of dQ is added while panels of dK are multiplied.
@@ -392,9 +393,8 @@ __device__ __forceinline__ void make_dk_and_dq(const BackwardParams& p, Control&
       if (leader) control.q.arrive_empty(at.q_at);
       at.q_at.advance();
       if (p.turns != nullptr) {
-        __threadfence();
         named_barrier_sync(kBarrier, 128);
-        if (leader) KeyTile::pass_turn(p, item, head, row);
+        if (leader) KeyTile::pass_turn(p, item, head, /*adder=*/1);
         __syncwarp();
       }
     });
@@ -438,6 +438,7 @@ jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2_d2(const __grid_constant__ Ba
 
   if (threadIdx.x == 0) {
     control.tile.init(1, 3 + 8);  // freed by three loaders and every math warp
+    control.loaded.init(2, 1);
     control.k.init(1, 1);
     control.v.init(1, 1);
     control.p.init(1, 4);
@@ -465,7 +466,7 @@ jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2_d2(const __grid_constant__ Ba
         at.advance();
       });
     } else if (warp == 1 && elect_one()) {
-      claim_key_tiles(control);
+      claim_key_tiles<kBlockN>(control);
     } else if (warp == 2 && elect_one()) {
       load_query_blocks<kPanels>(p, control, control.q, smem.q, p.map_q);
     } else if (warp == 3 && elect_one()) {
