@@ -1,4 +1,4 @@
-"""The order of the backward's work (templates/cuda/include/key_blocks.cuh): the list as the emulated device builds it."""
+"""The order of the backward's work (templates/cuda/include/key_blocks.cuh): the list that an emulated device builds."""
 
 from __future__ import annotations
 
