@@ -123,7 +123,7 @@ struct KeyTiles {
   // steps it has added, each of its adders for itself, and goes no further than the tile of the key block before has come.
   // It does not wait for ever: tiles are claimed from a counter, in the order of the list; each CTA works off its claims in
   // that order; and the key block before comes before in the list. So what the first of the tiles that are not done waits
-  // for is done, or will be said to be: nobody keeps what it has added to itself while it waits.
+  // for is done, and a tile that is done has told of all its steps.
   __device__ __forceinline__ static int* turn(const BackwardParams& p, const WorkItem& item, int kv_head, int adder) {
     return p.turns + (static_cast<long long>(kv_head) * p.max_items + item.turn) * kAdders + adder;
   }
