@@ -36,7 +36,7 @@ class Sm90ForwardConfig(TileConfig):
     block_m: int = field(metadata={"short": "m"})  # query rows a CTA: 64 a math warpgroup
     block_n: int = field(metadata={"short": "n"})  # keys a step
     num_stages: int = field(metadata={"short": "s"})  # K and V buffers each
-    q_stages: int = field(metadata={"short": "q"})  # Q buffers: with 2 a tile's epilogue overlaps the next one's start
+    q_stages: int = field(metadata={"short": "q"})  # Q buffers a warpgroup; with 2 its epilogue overlaps the next tile
     ctas_per_sm: int = field(metadata={"short": "c"})
 
     @property
@@ -64,11 +64,27 @@ class SmemLayout:
         return self.q_bytes + self.k_bytes + self.v_bytes + self.control_bytes
 
 
-def smem_layout(spec: KernelSpec, config: Sm90ForwardConfig) -> SmemLayout:
-    """The regions' sizes: panels of 64 columns (128 bytes), O shares Q's buffers."""
-    q_panels = max(panel_count(spec.head_dim), panel_count(spec.head_dim_v))
+def q_panels(spec: KernelSpec) -> int:
+    """Panels of a Q buffer, through which O leaves."""
+    return max(panel_count(spec.head_dim), panel_count(spec.head_dim_v))
+
+
+def q_buffers(spec: KernelSpec, config: Sm90ForwardConfig) -> int:
+    """Buffers of 64 rows of Q. With one for each of several warpgroups, one more where there is room: they take turns,
+    so that the next tile's Q is there when the first of them is done.
+    """
+    buffers = config.q_stages * config.warpgroups
+    if config.q_stages > 1 or config.warpgroups == 1:
+        return buffers
+    spare = smem_layout(spec, config, buffers + 1).total <= smem_room(config.ctas_per_sm)
+    return buffers + spare
+
+
+def smem_layout(spec: KernelSpec, config: Sm90ForwardConfig, buffers: int | None = None) -> SmemLayout:
+    """The regions' sizes: panels of 64 columns (128 bytes). ``buffers`` of Q; None: as many as the kernel has."""
+    buffers = q_buffers(spec, config) if buffers is None else buffers
     return SmemLayout(
-        q_bytes=config.q_stages * config.block_m * q_panels * 128,
+        q_bytes=buffers * 64 * q_panels(spec) * 128,
         k_bytes=config.num_stages * config.block_n * panel_count(spec.head_dim) * 128,
         v_bytes=config.num_stages * config.block_n * panel_count(spec.head_dim_v) * 128,
         control_bytes=CONTROL_BYTES,
@@ -147,7 +163,8 @@ class Sm90ForwardSpace:
             "num_threads": 128 * (config.warpgroups + 1),
             "panels": panels,
             "panels_v": panels_v,
-            "q_panels": max(panels, panels_v),
+            "q_panels": q_panels(spec),
+            "q_buffers": q_buffers(spec, config),
             "steps_qk": -(-spec.head_dim // 16),
             "out_columns": spec.head_dim_v,
             "headroom": HEADROOM[spec.dtype],

@@ -17,6 +17,15 @@ struct RingPosition {
       parity ^= 1;
     }
   }
+
+  // Up to once round the ring.
+  __device__ __forceinline__ void advance_by(int steps) {
+    slot += steps;
+    if (slot >= kSlots) {
+      slot -= kSlots;
+      parity ^= 1;
+    }
+  }
 };
 
 template <int kSlots>

@@ -25,7 +25,7 @@
 // that too far are computed again.
 //
 // Shared memory          bytes
-//   Q [2][2]               65536   2 panels of 64 rows x 128 B each; O on its way out
+//   Q [4]                  65536   2 panels of 64 rows x 128 B each; O on its way out
 //   K [2]                  65536   2 panels of 128 rows x 128 B
 //   V [2]                  65536   2 panels of 128 rows x 128 B
 //   tiles, barriers         1024
@@ -42,7 +42,7 @@ namespace {
 constexpr int kBlockN = 128;
 constexpr int kWarpgroups = 2;
 constexpr int kStages = 2;
-constexpr int kQStages = 2;
+constexpr int kQBuffers = 4;  // of a warpgroup's 64 rows each; they take turns
 constexpr int kTileSlots = 2;
 constexpr int kPanels = 2;         // 64-column panels of Q and K
 constexpr int kPanelsV = 2;        // of V and O
@@ -62,7 +62,7 @@ constexpr int kHeadroom = 16;  // probabilities are computed 2^-kHeadroom of wha
 struct Control {
   Tile tiles[kTileSlots];
   RingBarriers<kTileSlots> tile;
-  RingBarriers<kQStages> q[kWarpgroups];
+  RingBarriers<kQBuffers> q;
   RingBarriers<kStages> k, v;
   uint32_t never_written;
 };
@@ -173,7 +173,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
 
   if (threadIdx.x == 0) {
     control.tile.init(1, 3 + kWarpgroups);  // freed by three loaders and every math warpgroup
-    for (int group = 0; group < kWarpgroups; ++group) control.q[group].init(1, 1);
+    control.q.init(1, 1);
     control.k.init(1, kWarpgroups);
     control.v.init(1, kWarpgroups);
     mbarrier_init_fence();
@@ -188,20 +188,20 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
       load_blocks<kPanelsV>(control, control.v, v_tiles, p.map_v, p.gqa_ratio);
     } else if (warp == 3 && elect_one()) {
       tma_prefetch_map(&p.map_q);
-      RingPosition<kQStages> at;
+      RingPosition<kQBuffers> at;
       for_each_tile(control, [&](const WorkItem& item, int head) {
         for (int group = 0; group < kWarpgroups; ++group) {
-          const uint32_t full = smem_address(&control.q[group].full[at.slot]);
-          const uint32_t buffer = q_tiles + (at.slot * kWarpgroups + group) * kQBytes;
-          control.q[group].wait_empty(at);
+          const uint32_t full = smem_address(&control.q.full[at.slot]);
+          const uint32_t buffer = q_tiles + at.slot * kQBytes;
+          control.q.wait_empty(at);
           mbarrier_expect_bytes(full, kPanels * kQPanelBytes);
 #pragma unroll
           for (int panel = 0; panel < kPanels; ++panel) {
             tma_load_ragged(buffer + panel * kQPanelBytes, &p.map_q, full, 64 * panel, item.row + 64 * group,
                             head, item.q_begin, item.q_length, kEvictFirst);
           }
+          at.advance();
         }
-        at.advance();
       });
     } else if (warp == 1 && elect_one()) {
       // The first tile goes by CTA number, the rest by a shared counter.
@@ -233,7 +233,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
   const int thread_column = 2 * (lane % 4);
   const float scale_log2 = p.scale_log2;
   RingPosition<kTileSlots> tile_at;
-  RingPosition<kQStages> q_at;
+  RingPosition<kQBuffers> q_at = {warpgroup};
   RingPosition<kStages> k_at, v_at;
   uint32_t stored_q = 0;  // the leader's: empty barrier of the Q buffer that the previous tile's O is leaving through
   auto free_stored_q = [&] {
@@ -248,11 +248,11 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
     const int head = control.tiles[tile_at.slot].head;
     if (head < 0) break;
     const WorkItem& item = control.tiles[tile_at.slot].item;
-    const uint32_t q_tile = q_tiles + (q_at.slot * kWarpgroups + warpgroup) * kQBytes;
+    const uint32_t q_tile = q_tiles + q_at.slot * kQBytes;
     float output[kOutRegisters] = {};
     RowState rows;
 
-    control.q[warpgroup].wait_full(q_at);
+    control.q.wait_full(q_at);
     const int shift = p.bottom_right ? item.k_length - item.q_length : 0;
     // The tile's first key blocks, of which this warpgroup's rows see some key.
     const int last_row = min(item.row + 64 * warpgroup + 63, item.q_length - 1);
@@ -367,10 +367,10 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
         }
         tma_store_commit();
       }
-      stored_q = smem_address(&control.q[warpgroup].empty[q_at.slot]);
+      stored_q = smem_address(&control.q.empty[q_at.slot]);
       control.tile.arrive_empty(tile_at);
     }
-    q_at.advance();
+    q_at.advance_by(kWarpgroups);
   }
   free_stored_q();
 }

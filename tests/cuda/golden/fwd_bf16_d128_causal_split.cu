@@ -27,7 +27,7 @@
 // leaves its result in memory, and the last adds all up.
 //
 // Shared memory          bytes
-//   Q [1][2]               32768   2 panels of 64 rows x 128 B each; O on its way out
+//   Q [2]                  32768   2 panels of 64 rows x 128 B each; O on its way out
 //   K [3]                  98304   2 panels of 128 rows x 128 B
 //   V [3]                  98304   2 panels of 128 rows x 128 B
 //   tiles, barriers         1024
@@ -46,7 +46,7 @@ namespace {
 constexpr int kBlockN = 128;
 constexpr int kWarpgroups = 2;
 constexpr int kStages = 3;
-constexpr int kQStages = 1;
+constexpr int kQBuffers = 2;  // of a warpgroup's 64 rows each; they take turns
 constexpr int kTileSlots = 2;
 constexpr int kPanels = 2;         // 64-column panels of Q and K
 constexpr int kPanelsV = 2;        // of V and O
@@ -67,7 +67,7 @@ constexpr float kShares = 4.0f;  // a CTA's work in the last heads, in longest t
 struct Control {
   Tile tiles[kTileSlots];
   RingBarriers<kTileSlots> tile;
-  RingBarriers<kQStages> q[kWarpgroups];
+  RingBarriers<kQBuffers> q;
   RingBarriers<kStages> k, v;
   uint32_t never_written;
 };
@@ -178,7 +178,7 @@ jagtile_fwd_bf16_d128_causal_split_m128_n128_s3_q1_c1(const __grid_constant__ Pa
 
   if (threadIdx.x == 0) {
     control.tile.init(1, 3 + kWarpgroups);  // freed by three loaders and every math warpgroup
-    for (int group = 0; group < kWarpgroups; ++group) control.q[group].init(1, 1);
+    control.q.init(1, 1);
     control.k.init(1, kWarpgroups);
     control.v.init(1, kWarpgroups);
     mbarrier_init_fence();
@@ -195,20 +195,20 @@ jagtile_fwd_bf16_d128_causal_split_m128_n128_s3_q1_c1(const __grid_constant__ Pa
       load_blocks<kPanelsV>(control, control.v, v_tiles, p.map_v, p.gqa_ratio);
     } else if (warp == 3 && elect_one()) {
       tma_prefetch_map(&p.map_q);
-      RingPosition<kQStages> at;
+      RingPosition<kQBuffers> at;
       for_each_tile(control, [&](const WorkItem& item, int head) {
         for (int group = 0; group < kWarpgroups; ++group) {
-          const uint32_t full = smem_address(&control.q[group].full[at.slot]);
-          const uint32_t buffer = q_tiles + (at.slot * kWarpgroups + group) * kQBytes;
-          control.q[group].wait_empty(at);
+          const uint32_t full = smem_address(&control.q.full[at.slot]);
+          const uint32_t buffer = q_tiles + at.slot * kQBytes;
+          control.q.wait_empty(at);
           mbarrier_expect_bytes(full, kPanels * tokens * p.packed_heads * 128);
 #pragma unroll
           for (int panel = 0; panel < kPanels; ++panel) {
             tma_load_ragged(buffer + panel * kQPanelBytes, &p.map_q, full, 64 * panel, item.row + tokens * group,
                             head * p.packed_heads, item.q_begin, item.q_length, kEvictFirst);
           }
+          at.advance();
         }
-        at.advance();
       });
     } else if (warp == 1 && elect_one()) {
       // The first tile goes by CTA number, the rest by a shared counter.
@@ -242,18 +242,18 @@ jagtile_fwd_bf16_d128_causal_split_m128_n128_s3_q1_c1(const __grid_constant__ Pa
   const int thread_column = 2 * (lane % 4);
   const float scale_log2 = p.scale_log2;
   RingPosition<kTileSlots> tile_at;
-  RingPosition<kQStages> q_at;
+  RingPosition<kQBuffers> q_at = {warpgroup};
   RingPosition<kStages> k_at, v_at;
   for (;; tile_at.advance()) {
     control.tile.wait_full(tile_at);
     const int head = control.tiles[tile_at.slot].head;
     if (head < 0) break;
     const WorkItem& item = control.tiles[tile_at.slot].item;
-    const uint32_t q_tile = q_tiles + (q_at.slot * kWarpgroups + warpgroup) * kQBytes;
+    const uint32_t q_tile = q_tiles + q_at.slot * kQBytes;
     float output[kOutRegisters] = {};
     RowState rows;
 
-    control.q[warpgroup].wait_full(q_at);
+    control.q.wait_full(q_at);
     const int shift = p.bottom_right ? item.k_length - item.q_length : 0;
     const int begin = item.first_block;
     const int first_token = item.row + tokens * warpgroup;
@@ -388,9 +388,9 @@ jagtile_fwd_bf16_d128_causal_split_m128_n128_s3_q1_c1(const __grid_constant__ Pa
         tma_store_commit();
       }
       tma_store_wait_read();
-      control.q[warpgroup].arrive_empty(q_at);
+      control.q.arrive_empty(q_at);
       control.tile.arrive_empty(tile_at);
     }
-    q_at.advance();
+    q_at.advance_by(kWarpgroups);
   }
 }
