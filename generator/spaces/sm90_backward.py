@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import ClassVar, Literal, cast
 
 from jagtile.generator.spaces.sm90 import (
@@ -36,6 +37,9 @@ class Sm90BackwardConfig(TileConfig):
     ctas_per_sm: int = field(metadata={"short": "c"})
     dq: str = field(metadata={"short": "d"})  # how dQ is added up: "bulk" through shared memory, "red" from registers
     overlap: bool = field(metadata={"short": "o"})  # dK is multiplied on while the next step begins
+    kv_stages: int = field(metadata={"short": "k"})  # K and V buffers each: the next tiles' arrive meanwhile
+    held: str = field(metadata={"short": "h"})  # what of K and V registers hold, as A operands: "none", "v" or "kv"
+    late_dq: bool = field(metadata={"short": "l"})  # dQ of a step is multiplied in the next one
 
     @property
     def warpgroups(self) -> int:
@@ -81,12 +85,12 @@ def smem_layout(spec: KernelSpec, config: Sm90BackwardConfig) -> SmemLayout:
     """The regions' sizes: panels of 64 columns (128 bytes); two buffers of dS^T."""
     k_panels, v_panels = panel_count(spec.head_dim), panel_count(spec.head_dim_v)
     return SmemLayout(
-        k_bytes=config.block_n * k_panels * 128,
-        v_bytes=config.block_n * v_panels * 128,
+        k_bytes=config.kv_stages * config.block_n * k_panels * 128,
+        v_bytes=config.kv_stages * config.block_n * v_panels * 128,
         q_bytes=config.num_stages * config.block_m * k_panels * 128,
         dout_bytes=config.num_stages * config.block_m * v_panels * 128,
         ds_bytes=2 * config.block_n * panel_count(config.block_m) * 128,
-        dq_bytes=config.block_m * spec.head_dim * 4 if config.dq == "bulk" else 0,
+        dq_bytes=dq_stages(spec, config) * config.block_m * spec.head_dim * 4 if config.dq == "bulk" else 0,
         stats_bytes=config.num_stages * 2 * config.block_m * 4,
         control_bytes=CONTROL_BYTES,
     )
@@ -99,20 +103,42 @@ def dq_split(spec: KernelSpec, config: Sm90BackwardConfig) -> Split:
     return "columns" if config.warpgroups == 2 and spec.head_dim > 64 else "alternate"
 
 
+def dq_stages(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
+    """Buffers of dQ: warpgroups that take turns, and may be a step apart, have one each."""
+    return config.warpgroups if config.late_dq and dq_split(spec, config) == "alternate" else 1
+
+
 def dq_columns(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     """Columns of the dQ that a warpgroup multiplies at a time, 64 rows of it."""
     return 64 if dq_split(spec, config) == "columns" else spec.head_dim
 
 
+def early_lse(spec: KernelSpec, config: Sm90BackwardConfig) -> bool:
+    """Whether registers have room for lse before S is there."""
+    limit = FRAGMENT_LIMIT[config.warpgroups, config.ctas_per_sm]
+    return not config.late_dq and fragment_registers(spec, config) + config.block_m // 4 <= limit
+
+
+def held_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
+    """Registers a thread for a warpgroup's rows of K and V, four for each 16 columns."""
+    k, v = "k" in config.held, "v" in config.held
+    return 4 * (k * -(-spec.head_dim // 16) + v * -(-spec.head_dim_v // 16))
+
+
 def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
-    """Registers a thread for accumulators and A fragments, where the most of them are alive: beside dK and dV, S and dP
-    with P packed, or dQ with P and dS packed. dQ that warpgroups make by turns has registers of its own; with
-    ``overlap`` so has the packed dS of the step before.
+    """Registers a thread for accumulators and A fragments, where the most of them are alive: beside dK, dV and what is
+    held of K and V, S and dP with P packed, or dQ with P and dS packed. ``late_dq`` has dQ beside S and dP, ``overlap``
+    the packed dS of the step before. Near the limit two more count, as compiling shows: for the row and head of a late
+    dQ that is added from registers, and for the places of K and V where these are the same in every tile.
     """
-    kept = spec.head_dim // 2 + spec.head_dim_v // 2
+    kept = spec.head_dim // 2 + spec.head_dim_v // 2 + held_registers(spec, config)
     scores, packed, dq = config.block_m // 2, config.block_m // 4, dq_columns(spec, config) // 2
     with_p = 2 * scores + packed
-    most = with_p + dq if dq_split(spec, config) == "alternate" else max(with_p, dq + 2 * packed)
+    most = with_p + dq if config.late_dq else max(with_p, dq + 2 * packed)
+    if config.late_dq and config.dq == "red":
+        most += 2
+    if config.kv_stages == 1 and (config.late_dq or config.held == "kv"):
+        most += 2
     return kept + most + (packed if config.overlap else 0)
 
 
@@ -140,12 +166,15 @@ class Sm90BackwardSpace:
     def knobs(self, spec: KernelSpec) -> Mapping[str, tuple[Knob, ...]]:
         """The grid; most of it is cut by registers."""
         return {
-            "block_m": (64,),
+            "block_m": (64, 128),
             "block_n": (128, 64, 192),
-            "num_stages": (2, 3),
+            "num_stages": (3, 2, 4),
             "ctas_per_sm": (1, 2),
             "dq": ("bulk", "red"),
             "overlap": (True, False),
+            "kv_stages": (2, 1, 3),
+            "held": ("kv", "v", "none"),
+            "late_dq": (True, False),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
@@ -154,14 +183,18 @@ class Sm90BackwardSpace:
         groups = (config.warpgroups, config.ctas_per_sm)
         if config.block_n not in (64, 128, 192):
             return f"block_n is 64 a math warpgroup, 1 to 3 of them: 64, 128 or 192, got {config.block_n}"
-        if config.block_m != 64:
-            return f"block_m must be 64, the rows of one product of dQ, got {config.block_m}"
+        if config.block_m not in (64, config.block_n):
+            return f"block_m must be 64, the rows of one product of dQ, or as many as block_n, got {config.block_m}"
         if groups not in FRAGMENT_LIMIT:
             return f"{config.ctas_per_sm} CTAs an SM with block_n {config.block_n} need more than 64K registers"
         if config.num_stages < 2:
             return f"num_stages must be at least 2, got {config.num_stages}"
         if config.dq not in ("bulk", "red"):
             return f"dq must be bulk or red, got {config.dq}"
+        if config.kv_stages not in (1, 2, 3):
+            return f"kv_stages must be 1, 2 or 3, got {config.kv_stages}"
+        if config.held not in ("none", "v", "kv"):
+            return f"held must be none, v or kv, got {config.held}"
         smem, room = smem_layout(spec, config).total, smem_room(config.ctas_per_sm)
         if smem > room:
             return f"shared memory {smem} B > {room} B a CTA with {config.ctas_per_sm} an SM"
@@ -174,9 +207,11 @@ class Sm90BackwardSpace:
         return None
 
     def default(self, spec: KernelSpec) -> TileConfig:
-        """128 keys, and the overlap where registers allow it."""
-        for overlap in (True, False):
-            config = Sm90BackwardConfig(64, 128, 2, 1, "bulk", overlap)
+        """128 keys, and what registers and shared memory have room for: first a late dQ, then K and V in registers,
+        then the overlap, then two buffers of K and V.
+        """
+        for late, held, overlap, kv_stages in product((True, False), ("kv", "v", "none"), (True, False), (2, 1)):
+            config = Sm90BackwardConfig(64, 128, 3 if late else 2, 1, "bulk", overlap, kv_stages, held, late)
             if self.rejection(spec, config) is None:
                 return config
         raise AssertionError(f"no default tile for {spec.name}")
@@ -194,8 +229,14 @@ class Sm90BackwardSpace:
             "query_panels": panel_count(config.block_m),
             "steps_qk": -(-spec.head_dim // 16),
             "steps_v": -(-spec.head_dim_v // 16),
+            "k_tiles": "k_tiles" if config.kv_stages > 1 else "k_tile",
+            "v_tiles": "v_tiles" if config.kv_stages > 1 else "v_tile",
+            "kv_slot": "kv_at.slot" if config.kv_stages > 1 else "0",
             "dq_split": split,
             "dq_columns": columns,
+            "early_lse": early_lse(spec, config),
+            "stats_type": "StatsInRegisters<kBlockM>" if config.late_dq or early_lse(spec, config) else "StatsInMemory",
+            "dq_stages": dq_stages(spec, config),
             "dq_parts": 1 if split == "alternate" else config.warpgroups,
             "dq_part_bytes": 64 * columns * 4,
             "dq_adders": dq_adders(config),

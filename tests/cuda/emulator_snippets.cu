@@ -274,6 +274,7 @@ extern "C" __global__ void __launch_bounds__(32)
                      "r"(smem_address(values)), "r"(128)
                      : "memory");
         tma_store_commit();
+        tma_store_commit();  // a group without stores
         if (mistake == 2) tma_store_wait_read();
         if (mistake != 2) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
       }

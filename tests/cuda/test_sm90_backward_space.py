@@ -14,6 +14,7 @@ from jagtile.generator.spaces.sm90_backward import (
     Sm90BackwardConfig,
     Sm90BackwardSpace,
     dq_split,
+    dq_stages,
     fragment_registers,
     smem_layout,
 )
@@ -23,7 +24,7 @@ from jagtile.runtime.errors import IllegalConfigError
 
 SPACE = Sm90BackwardSpace()
 D128 = KernelSpec.parse("bwd_bf16_d128")
-BASE = Sm90BackwardConfig(block_m=64, block_n=128, num_stages=2, ctas_per_sm=1, dq="bulk", overlap=False)
+BASE = Sm90BackwardConfig(64, 128, 2, 1, "bulk", overlap=False, kv_stages=1, held="none", late_dq=False)
 SPECS = [
     KernelSpec.parse(name)
     for name in (
@@ -42,21 +43,43 @@ SPECS = [
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_every_spec_has_a_legal_default_of_128_keys(spec: KernelSpec) -> None:
     config = SPACE.default(spec)
+    assert isinstance(config, Sm90BackwardConfig)
     assert SPACE.rejection(spec, config) is None
-    assert config == replace(
-        BASE, overlap=spec.name not in ("bwd_bf16_d64_dv128", "bwd_bf16_d128", "bwd_fp16_d128_causal")
-    )
+    assert config.block_n == 128
+    assert config.ctas_per_sm == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "tile"),
+    [
+        ("d32", "m64_n128_s3_c1_dbulk_o1_k2_hkv_l1"),
+        ("d64", "m64_n128_s3_c1_dbulk_o0_k2_hkv_l1"),
+        ("d72_dv40", "m64_n128_s3_c1_dbulk_o0_k2_hkv_l1"),
+        ("d96", "m64_n128_s2_c1_dbulk_o0_k1_hv_l0"),
+        ("d64_dv128", "m64_n128_s2_c1_dbulk_o0_k2_hv_l0"),
+        ("d128", "m64_n128_s2_c1_dbulk_o0_k1_hnone_l0"),
+    ],
+)
+def test_the_default_takes_what_there_is_room_for(name: str, tile: str) -> None:
+    assert SPACE.default(KernelSpec.parse(f"bwd_bf16_{name}")).name == f"keyblocks_{tile}"
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"block_m": 128}, "block_m must be 64"),
+        ({"block_m": 96}, "block_m must be 64"),
+        ({"block_m": 128, "block_n": 64}, "or as many as block_n"),
+        ({"block_m": 128}, "shared memory"),
         ({"block_n": 96}, "block_n is 64 a math warpgroup"),
         ({"num_stages": 1}, "num_stages must be at least 2"),
         ({"dq": "atomic"}, "dq must be bulk or red"),
         ({"ctas_per_sm": 2}, "64K registers"),
         ({"num_stages": 4}, "shared memory 265216 B > 232448 B"),
+        ({"kv_stages": 4}, "kv_stages must be 1, 2 or 3"),
+        ({"kv_stages": 2}, "shared memory 264192 B"),
+        ({"held": "k"}, "held must be none, v or kv"),
+        ({"held": "v"}, "240 registers a thread > 208"),
+        ({"late_dq": True}, "242 registers a thread > 208"),
         ({"overlap": True}, "224 registers a thread > 208 with 2 math warpgroups"),
         ({"block_n": 64, "ctas_per_sm": 2}, "shared memory"),
         ({"block_n": 192, "dq": "red"}, "math warpgroups"),
@@ -93,22 +116,36 @@ def test_shared_memory_is_the_sum_of_its_regions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "block_n", "split"),
+    ("name", "block_m", "block_n", "split"),
     [
-        ("d128", 128, "columns"),
-        ("d72", 128, "columns"),
-        ("d64", 128, "alternate"),
-        ("d64", 192, "alternate"),
-        ("d96", 64, "rows"),
+        ("d128", 64, 128, "columns"),
+        ("d72", 64, 128, "columns"),
+        ("d64", 64, 128, "alternate"),
+        ("d64", 64, 192, "alternate"),
+        ("d96", 64, 64, "rows"),
+        ("d32", 128, 128, "rows"),
     ],
 )
-def test_how_warpgroups_share_dq(name: str, block_n: int, split: str) -> None:
-    assert dq_split(KernelSpec.parse(f"bwd_bf16_{name}"), replace(BASE, block_n=block_n)) == split
+def test_how_warpgroups_share_dq(name: str, block_m: int, block_n: int, split: str) -> None:
+    config = replace(BASE, block_m=block_m, block_n=block_n)
+    assert dq_split(KernelSpec.parse(f"bwd_bf16_{name}"), config) == split
+
+
+def test_warpgroups_that_take_turns_and_may_be_a_step_apart_have_a_buffer_of_dq_each() -> None:
+    d64 = KernelSpec.parse("bwd_bf16_d64")
+    assert dq_stages(d64, BASE) == 1
+    assert dq_stages(d64, replace(BASE, late_dq=True)) == 2
+    assert dq_stages(KernelSpec.parse("bwd_bf16_d72"), replace(BASE, late_dq=True)) == 1
 
 
 def test_registers_where_the_most_are_alive() -> None:
     assert fragment_registers(D128, BASE) == 64 + 64 + 32 + 32 + 16  # dK, dV, S, dP, P packed
     assert fragment_registers(D128, replace(BASE, block_n=64)) == 64 + 64 + 64 + 16 + 16  # dK, dV, dQ, P and dS packed
+    d64 = KernelSpec.parse("bwd_bf16_d64")
+    assert fragment_registers(d64, BASE) == 32 + 32 + 32 + 32 + 16
+    held = replace(BASE, kv_stages=2, held="kv")
+    assert fragment_registers(d64, held) == 32 + 32 + 32 + 32 + 16 + 16 + 16
+    assert fragment_registers(d64, replace(held, late_dq=True)) == fragment_registers(d64, held) + 32  # dQ too
 
 
 def test_names_parse_back() -> None:
@@ -118,8 +155,9 @@ def test_names_parse_back() -> None:
         assert config_from_dict("sm_90a", config.to_dict()) == config
 
 
-def test_rendering_is_reproducible_and_as_reviewed() -> None:
-    spec = KernelSpec.parse("bwd_bf16_d128_causal")
+@pytest.mark.parametrize("name", ["bwd_bf16_d64", "bwd_bf16_d128_causal"])
+def test_rendering_is_reproducible_and_as_reviewed(name: str) -> None:
+    spec = KernelSpec.parse(name)
     variant = Variant("sm_90a", spec, SPACE.default(spec))
     text = render(variant).text
     render_unchecked.cache_clear()
@@ -129,7 +167,9 @@ def test_rendering_is_reproducible_and_as_reviewed() -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-@pytest.mark.parametrize("change", [{}, {"dq": "red"}, {"block_n": 64, "num_stages": 3}])
+@pytest.mark.parametrize(
+    "change", [{}, {"dq": "red"}, {"block_n": 64, "num_stages": 3}, {"kv_stages": 2, "held": "v", "late_dq": True}]
+)
 def test_rendered_lines_are_tidy(spec: KernelSpec, change: dict[str, int]) -> None:
     config = replace(SPACE.default(spec), **change)
     text = render_unchecked(Variant("sm_90a", spec, config)).text
@@ -143,7 +183,9 @@ def _matrix() -> list[Variant]:
     """The defaults, and other legal tiles at random."""
     rng = random.Random(7)
     variants = [Variant("sm_90a", spec, SPACE.default(spec)) for spec in SPECS]
-    return variants + [Variant("sm_90a", spec, rng.choice(legal_configs(SPACE, spec))) for spec in SPECS]
+    others = [Variant("sm_90a", spec, rng.choice(legal_configs(SPACE, spec))) for spec in SPECS]
+    wide_steps = replace(BASE, block_m=128, kv_stages=2, held="kv")
+    return [*variants, *others, Variant("sm_90a", KernelSpec.parse("bwd_fp16_d32_causal"), wide_steps)]
 
 
 @pytest.mark.nvcc

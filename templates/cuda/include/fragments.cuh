@@ -45,6 +45,17 @@ __device__ __forceinline__ void stage_fragments(const uint32_t (&fragments)[kSte
   }
 }
 
+// The way back from there: a warpgroup's 64 rows as A fragments.
+template <int kPanelBytes, int kSteps>
+__device__ __forceinline__ void load_fragments(uint32_t (&fragments)[kSteps][4], uint32_t panels, int warp, int lane) {
+  const uint32_t row = panels + (16 * (warp % 4) + lane % 16) * 128;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const int columns = 2 * step + lane / 16;
+    load_matrix_x4(fragments[step], row + columns / 8 * kPanelBytes + (columns % 8 ^ lane % 8) * 16);
+  }
+}
+
 // The transpose of a warpgroup's 64 x `kColumns` accumulators (a multiple of 16 columns): `kColumns` rows of one panel.
 template <Pack kPack, int kColumns>
 __device__ __forceinline__ void stage_columns(const float (&values)[kColumns / 2], uint32_t panel, int warp, int lane) {

@@ -1,4 +1,4 @@
-// jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0
+// jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l0
 //
 // Backward of attention over a jagged batch, one kernel for one case:
 //   target      sm_90a
@@ -12,8 +12,11 @@
 //   ctas_per_sm         1
 //   dq                  bulk
 //   overlap             false
+//   kv_stages           1
+//   held                none
+//   late_dq             false
 // Generated; edit the template, not this text. To see it again:
-//   jagtile generate sm_90a/bwd_bf16_d128_causal/keyblocks_m64_n128_s2_c1_dbulk_o0
+//   jagtile generate sm_90a/bwd_bf16_d128_causal/keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l0
 //
 // One persistent CTA an SM: 2 math warpgroups of 64 keys each, one warpgroup that feeds them. K and V of a tile
 // stay; the queries that see its keys go by from the last, those of every head that shares the kv head.
@@ -52,6 +55,7 @@ constexpr int kBlockM = 64;  // queries a step
 constexpr int kBlockN = 128;  // keys a tile
 constexpr int kWarpgroups = 2;
 constexpr int kStages = 2;
+constexpr int kKVStages = 1;
 constexpr int kTileSlots = 2;
 constexpr int kPanels = 2;   // 64-column panels of Q and K
 constexpr int kPanelsV = 2;  // of V and dO
@@ -70,6 +74,8 @@ constexpr int kMathBarrier = kWarpgroups + 1;
 // dQ of a block is made in parts, each by one warpgroup: 64 columns.
 constexpr int kParts = 2;
 constexpr int kPartBytes = 16384;
+constexpr int kDqStages = 1;
+using Stats = StatsInMemory;
 using Sums = DqSums<kHeadDim>;
 using KeyTile = KeyTiles</*kCausal=*/true, kBlockM, kBlockN, /*kAdders=*/1>;
 
@@ -78,9 +84,9 @@ struct Control {
   Claims claims;
   RingBarriers<kTileSlots> tile;
   RingBarriers<1> loaded;  // all of the tile is on its way
-  RingBarriers<1> k, v;
+  RingBarriers<kKVStages> k, v;
   RingBarriers<kStages> q, dout, stats;
-  RingBarriers<1> dq[kParts];
+  RingBarriers<kDqStages> dq[kParts];
   BulkTurns turns;
 };
 static_assert(sizeof(Control) <= 1024);
@@ -253,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(256) jagtile_backward_finish(const 
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0(const __grid_constant__ BackwardParams p) {
+jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l0(const __grid_constant__ BackwardParams p) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t k_tile = smem_address(shared);
   const uint32_t v_tile = k_tile + 32768;
@@ -287,16 +293,16 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0(const __grid_cons
       tma_prefetch_map(&p.map_q);
       tma_prefetch_map(&p.map_v);
       tma_prefetch_map(&p.map_dout);
-      RingPosition<1> tile_at;
+      RingPosition<kKVStages> kv_at;
       RingPosition<kStages> at;
       for_each_tile(control, [&](const WorkItem& item, int kv_head) {
         const int keys = KeyTile::keys_seen(item, KeyTile::causal_shift(p, item));
-        control.k.wait_empty(tile_at);
-        load_tile<kPanels, kKVPanelBytes>(k_tile, p.map_k, control.k.full[0], item.row, kv_head, item.k_begin, keys,
-                                          kEvictFirst);
-        control.v.wait_empty(tile_at);
-        load_tile<kPanelsV, kKVPanelBytes>(v_tile, p.map_v, control.v.full[0], item.row, kv_head, item.k_begin, keys,
-                                           kEvictFirst);
+        control.k.wait_empty(kv_at);
+        load_tile<kPanels, kKVPanelBytes>(k_tile, p.map_k, control.k.full[0], item.row, kv_head,
+                                          item.k_begin, keys, kEvictFirst);
+        control.v.wait_empty(kv_at);
+        load_tile<kPanelsV, kKVPanelBytes>(v_tile, p.map_v, control.v.full[0], item.row, kv_head,
+                                           item.k_begin, keys, kEvictFirst);
         KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
           control.q.wait_empty(at);
           load_tile<kPanels, kQPanelBytes>(q_tiles + at.slot * kQBytes, p.map_q, control.q.full[at.slot], row, head,
@@ -307,7 +313,7 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0(const __grid_cons
           at.advance();
         });
         control.loaded.arrive_full({});
-        tile_at.advance();
+        kv_at.advance();
       });
     } else if (warp == 1 && elect_one()) {
       claim_key_tiles<kBlockN>(control);
@@ -327,7 +333,7 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0(const __grid_cons
             delta[i] = sees_keys ? p.delta[first + 32 * i] : 0.0f;
           }
           control.stats.wait_empty(at);
-          float* slot = stats + at.slot * 2 * kBlockM + lane;
+          float* slot = stats + at.slot * 2 * kBlockM + Stats::place(lane);
 #pragma unroll
           for (int i = 0; i < kBlockM / 32; ++i) {
             slot[32 * i] = lse[i];
@@ -338,7 +344,7 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0(const __grid_cons
         });
       });
     } else if (warp == 3 && elect_one()) {
-      RingPosition<1> at;
+      RingPosition<kDqStages> at;
       for_each_tile(control, [&](const WorkItem& item, int kv_head) {
         if (p.turns != nullptr) control.turns.begin<KeyTile>(p, item, kv_head);
         KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
@@ -369,7 +375,7 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0(const __grid_cons
   const uint32_t k_rows = k_tile + warpgroup * kRowsBytes;
   const uint32_t v_rows = v_tile + warpgroup * kRowsBytes;
   RingPosition<kStages> at;  // in the rings of Q, of dO, and of lse and delta
-  RingPosition<1> dq_at;
+  RingPosition<kDqStages> dq_at;
   const int part = warpgroup;  // of dQ, this warpgroup's
 
   for (uint32_t tile = 0;; ++tile) {
@@ -392,20 +398,21 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0(const __grid_cons
     int row = KeyTile::last_row(item);  // of the block's queries, within the sequence
     int head = kv_head * p.gqa_ratio;
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
+    for (int left = steps; left > 0; --left) {
       const uint32_t q_tile = q_tiles + at.slot * kQBytes;
       float scores[kBlockM / 2];
       control.q.wait_full(at);
       issue_scores(scores, k_rows, q_tile);
       const uint32_t dout_tile = dout_tiles + at.slot * kDoutBytes;
-      const uint32_t ds_tile = ds_tiles + step % 2 * kDsBytes;
-      const float2* lse = reinterpret_cast<const float2*>(stats + at.slot * 2 * kBlockM) + quad;
+      const uint32_t ds_tile = ds_tiles + left % 2 * kDsBytes;
+      const float* step_stats = stats + at.slot * 2 * kBlockM;
       float dp[kBlockM / 2];
       control.dout.wait_full(at);
       issue_dp(dp, v_rows, dout_tile);
       control.stats.wait_full(at);
       wgmma_wait<1>();
       pin_registers(scores);
+      const Stats lse(step_stats, quad);
       probabilities_of_scores(scores, lse, p.scale_log2);
       if (row < mask_end) {
         const int key = item.row + 64 * warpgroup + thread_row;
@@ -417,14 +424,13 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0(const __grid_cons
       issue_dv(dv, probabilities, dout_tile);
       wgmma_wait<1>();
       pin_registers(dp);
-      gradients_of_scores(dp, scores, lse + kBlockM / 2);
+      gradients_of_scores(dp, scores, Stats(step_stats + kBlockM, quad));
       __syncwarp();
       if (lane == 0) control.stats.arrive_empty(at);
       pack_fragments<pack_bf16>(ds, dp);
       stage_fragments<kKVPanelBytes>(ds, ds_tile + warpgroup * kRowsBytes, warp, lane);
       fence_async_proxy();
       named_barrier_sync(kMathBarrier, 128 * kWarpgroups);  // all of dS^T is there, and the other dS^T has been read
-
       float dq[32];
       issue_dq(dq, ds_tile, k_tile + warpgroup * kKVPanelBytes);
       issue_dk(dk, ds, q_tile);
@@ -435,7 +441,8 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0(const __grid_cons
       if (leader) control.dout.arrive_empty(at);
 
       control.dq[part].wait_empty(dq_at);
-      stage_part(dq, dq_parts + part * (kPartBytes / 4), warpgroup, thread_row, quad, item.q_begin + row + thread_row);
+      const int token = item.q_begin + thread_row;  // odd or even as in all blocks
+      stage_part(dq, dq_parts + part * (kPartBytes / 4), warpgroup, thread_row, quad, token);
       fence_async_proxy();
       __syncwarp();
       if (lane == 0) control.dq[part].arrive_full(dq_at);

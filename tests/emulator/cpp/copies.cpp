@@ -380,15 +380,17 @@ void bulk_wait(int pending, bool read_only) {
   const auto done = [&](const CopyGroup& group) { return (read_only ? group.unread : group.unwritten) == 0; };
   const size_t count =
       fiber.bulk.size() > static_cast<size_t>(pending) ? fiber.bulk.size() - static_cast<size_t>(pending) : 0;
+  uint32_t last_store = 0;  // an empty group has none
   for (size_t i = 0; i < count; ++i) {
     while (!done(*fiber.bulk[i])) {
       fiber.bulk[i]->waiting = &fiber;
       sleep({"cp.async.bulk.wait_group", 0, 0});
     }
+    last_store = std::max(last_store, fiber.bulk[i]->last_store);
   }
-  if (count) {
-    stores_done(*fiber.warp, fiber.bulk[count - 1]->last_store);
-    if (!read_only) global_stores_done(*fiber.warp, fiber.bulk[count - 1]->last_store);
+  if (last_store) {
+    stores_done(*fiber.warp, last_store);
+    if (!read_only) global_stores_done(*fiber.warp, last_store);
   }
   // A group that was not waited for stays, written or not: the warp does not know of it yet.
   for (size_t i = 0; i < count && fiber.bulk.front()->unwritten == 0; ++i) fiber.bulk.pop_front();

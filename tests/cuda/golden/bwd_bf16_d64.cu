@@ -1,0 +1,531 @@
+// jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1
+//
+// Backward of attention over a jagged batch, one kernel for one case:
+//   target      sm_90a
+//   dtype       bf16
+//   head_dim    64 (queries and keys), 64 (values)
+//   mask        none
+// Template: templates/cuda/sm90/backward.cu.j2, algorithm keyblocks, with
+//   block_m             64
+//   block_n             128
+//   num_stages          3
+//   ctas_per_sm         1
+//   dq                  bulk
+//   overlap             false
+//   kv_stages           2
+//   held                kv
+//   late_dq             true
+// Generated; edit the template, not this text. To see it again:
+//   jagtile generate sm_90a/bwd_bf16_d64/keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1
+//
+// One persistent CTA an SM: 2 math warpgroups of 64 keys each, one warpgroup that feeds them. K and V of a tile
+// stay; the queries that see its keys go by from the last, those of every head that shares the kv head.
+//   warp 0      copies K and V, then Q and dO block by block (TMA, clipped at the sequence's end)
+//   warp 1      claims tiles from the work list
+//   warp 2      copies lse and delta of every block
+//   warp 3      adds dQ to its sums in global memory (bulk reductions)
+//   warps 4...  S^T = K Q^T, dP^T = V dO^T, P and dS in registers, dV += P^T dO, dK += dS^T Q, dQ = dS K (wgmma);
+//               dK and dV leave through K's and V's buffers (TMA)
+// K's and V's rows are A operands of S^T and dP^T in registers, read once a tile.
+// K and V of the next tile arrive while this one is worked on; dK and dV leave while the next one begins.
+// dQ of a block is multiplied while the next block's exponentials are computed: warpgroups need not be at the same block.
+//
+// Shared memory          bytes
+//   K [2]                  32768   1 panel of 128 rows x 128 B; dK on its way out
+//   V [2]                  32768   1 panel of 128 rows x 128 B; dV on its way out
+//   Q [3]                  24576   1 panel of 64 rows x 128 B
+//   dO [3]                 24576   1 panel of 64 rows x 128 B
+//   dS^T [2]               32768   1 panel of 128 rows x 128 B
+//   dQ [2]                 32768   float32, as in its sums
+//   lse, delta [3]          1536   2 x 64 float32
+//   tiles, barriers         1024
+#include "cuda/include/backward_params.cuh"
+#include "cuda/include/backward_rows.cuh"
+#include "cuda/include/dq_sums.cuh"
+#include "cuda/include/fragments.cuh"
+#include "cuda/include/gradients.cuh"
+#include "cuda/include/key_blocks.cuh"
+#include "cuda/include/key_tiles.cuh"
+#include "cuda/include/pipeline.cuh"
+#include "cuda/include/ptx.cuh"
+#include "cuda/include/work_list.cuh"
+
+namespace {
+
+constexpr int kHeadDim = 64;
+constexpr int kHeadDimV = 64;
+constexpr int kBlockM = 64;  // queries a step
+constexpr int kBlockN = 128;  // keys a tile
+constexpr int kWarpgroups = 2;
+constexpr int kStages = 3;
+constexpr int kKVStages = 2;
+constexpr int kTileSlots = 2;
+constexpr int kPanels = 1;   // 64-column panels of Q and K
+constexpr int kPanelsV = 1;  // of V and dO
+constexpr int kStepsM = kBlockM / 16;
+
+constexpr int kQPanelBytes = kBlockM * 128;
+constexpr int kKVPanelBytes = kBlockN * 128;
+constexpr int kQBytes = kPanels * kQPanelBytes;
+constexpr int kDoutBytes = kPanelsV * kQPanelBytes;
+constexpr int kKBytes = kPanels * kKVPanelBytes;
+constexpr int kVBytes = kPanelsV * kKVPanelBytes;
+constexpr int kDsBytes = 1 * kKVPanelBytes;
+constexpr int kRowsBytes = 64 * 128;  // a warpgroup's rows of a panel
+constexpr int kMathBarrier = kWarpgroups + 1;
+
+// dQ of a block is made in parts, each by one warpgroup, which take turns.
+constexpr int kParts = 1;
+constexpr int kPartBytes = 16384;
+constexpr int kDqStages = 2;  // each warpgroup has a buffer
+using Stats = StatsInRegisters<kBlockM>;
+using Sums = DqSums<kHeadDim>;
+using KeyTile = KeyTiles</*kCausal=*/false, kBlockM, kBlockN, /*kAdders=*/1>;
+
+struct Control {
+  Tile tiles[kTileSlots];
+  Claims claims;
+  RingBarriers<kTileSlots> tile;
+  RingBarriers<1> loaded;  // all of the tile is on its way
+  RingBarriers<kKVStages> k, v;
+  RingBarriers<kStages> q, dout, stats;
+  RingBarriers<2> ds;
+  RingBarriers<kDqStages> dq[kParts];
+  BulkTurns turns;
+};
+static_assert(sizeof(Control) <= 1024);
+
+// d (64 x 64) {+}= A (64 x 16, registers) B^T (64 x 16, K-major in shared memory).
+__device__ __forceinline__ void multiply_held(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n"
+      "}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+
+// d (64 x 64) += A (64 x 16, registers) B (16 x 64, shared memory, its columns contiguous).
+__device__ __forceinline__ void multiply_dv(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// d (64 x 64) {+}= A^T (16 x 64) B (16 x 64), in shared memory, their columns contiguous.
+__device__ __forceinline__ void multiply_dq(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "%32, %33, p, 1, 1, 1, 1;\n"
+      "}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+      : "l"(a), "l"(b), "r"(accumulate));
+}
+
+// d (64 x 64) = A B^T, asynchronously; A's fragments in registers, 64 rows of B, 64 columns.
+__device__ __forceinline__ void issue_scores(float (&d)[32], const uint32_t (&a)[4][4], uint32_t b) {
+  const uint64_t b_descriptor = wgmma_descriptor(b, 16, 1024);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    multiply_held(d, a[step], b_descriptor + ((step / 4 * kQPanelBytes + step % 4 * 32) >> 4), step > 0);
+  }
+  wgmma_commit();
+}
+
+// d (64 x 64) = A B^T, asynchronously; A's fragments in registers, 64 rows of B, 64 columns.
+__device__ __forceinline__ void issue_dp(float (&d)[32], const uint32_t (&a)[4][4], uint32_t b) {
+  const uint64_t b_descriptor = wgmma_descriptor(b, 16, 1024);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    multiply_held(d, a[step], b_descriptor + ((step / 4 * kQPanelBytes + step % 4 * 32) >> 4), step > 0);
+  }
+  wgmma_commit();
+}
+
+// d (64 x 64) += A B, asynchronously; A's fragments in registers, 64 rows of B.
+__device__ __forceinline__ void issue_dv(float (&d)[32], const uint32_t (&a)[4][4], uint32_t b) {
+  const uint64_t b_descriptor = wgmma_descriptor(b, kQPanelBytes, 1024);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    multiply_dv(d, a[step], b_descriptor + (step * 16 * 128 >> 4));
+  }
+  wgmma_commit();
+}
+
+// d (64 x 64) += A B, asynchronously; A's fragments in registers, 64 rows of B.
+__device__ __forceinline__ void issue_dk(float (&d)[32], const uint32_t (&a)[4][4], uint32_t b) {
+  const uint64_t b_descriptor = wgmma_descriptor(b, kQPanelBytes, 1024);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    multiply_dv(d, a[step], b_descriptor + (step * 16 * 128 >> 4));
+  }
+  wgmma_commit();
+}
+
+// d (64 x 64) = A^T B, asynchronously; 128 rows of A, 64 columns wide, and of B.
+__device__ __forceinline__ void issue_dq(float (&d)[32], uint32_t a, uint32_t b) {
+  const uint64_t a_descriptor = wgmma_descriptor(a, 16, 1024);
+  const uint64_t b_descriptor = wgmma_descriptor(b, kKVPanelBytes, 1024);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 8; ++step) {
+    multiply_dq(d, a_descriptor + (step * 16 * 128 >> 4), b_descriptor + (step * 16 * 128 >> 4), step > 0);
+  }
+  wgmma_commit();
+}
+
+// A thread's accumulators of one row, written to the row.
+struct StorePieces {
+  float* row;
+  __device__ __forceinline__ void operator()(int lane_place, int place, float a, float b, float c, float d) const {
+    *reinterpret_cast<float4*>(row + lane_place + place) = {a, b, c, d};
+  }
+  __device__ __forceinline__ void operator()(int lane_place, int place, float a, float b) const {
+    *reinterpret_cast<float2*>(row + lane_place + place) = {a, b};
+  }
+};
+
+// A panel of a warpgroup's dQ into shared memory; `row` is the thread's upper row among the 64, `token` that row's token.
+template <int kPanel, int kFirst, int kRegisters>
+__device__ __forceinline__ void stage_panel(const float (&dq)[kRegisters], float* panel, int row, int quad, int token) {
+  constexpr int kColumns = Sums::columns(kPanel);
+  const int swap = Sums::group_swap(kPanel, token);
+  for_each_piece<kColumns, kFirst>(dq, 0, quad, swap, StorePieces{panel + row * kColumns});
+  for_each_piece<kColumns, kFirst>(dq, 1, quad, swap, StorePieces{panel + (row + 8) * kColumns});
+}
+
+// A part from its buffer to its sums, in one thread; committed.
+__device__ __forceinline__ void add_part(const BackwardParams& p, const WorkItem& item, int head, int row, int part,
+                                         uint32_t buffer) {
+  const int first = row;
+  const int rows = min(item.q_length - first, 64);
+  if (rows > 0) {
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+      bulk_add(Sums::row(p.dq_sums, p.total_q, head, panel, item.q_begin + first), buffer + panel * 64 * 64 * 4,
+               rows * Sums::columns(panel) * 4);
+    }
+  }
+  tma_store_commit();
+}
+
+// This warpgroup's part of dQ into its buffer.
+template <int kRegisters>
+__device__ __forceinline__ void stage_part(const float (&dq)[kRegisters], float* part, int warpgroup, int row, int quad,
+                                           int token) {
+  stage_panel<0, 0>(dq, part, row, quad, token);
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(256) jagtile_backward_prepare(const __grid_constant__ BackwardParams p) {
+  prepare_rows<kHeadDim, kHeadDimV, unpack_bf16>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(256) jagtile_backward_finish(const __grid_constant__ BackwardParams p) {
+  finish_rows<Sums, pack_bf16>(p);
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1(const __grid_constant__ BackwardParams p) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const uint32_t k_tiles = smem_address(shared);
+  const uint32_t v_tiles = k_tiles + 32768;
+  const uint32_t q_tiles = v_tiles + 32768;
+  const uint32_t dout_tiles = q_tiles + 24576;
+  const uint32_t ds_tiles = dout_tiles + 24576;
+  float* const dq_parts = reinterpret_cast<float*>(shared + 147456);
+  float* const stats = reinterpret_cast<float*>(shared + 180224);  // [stage][lse, delta][query]
+  Control& control = *reinterpret_cast<Control*>(shared + 181760);
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform, and known to be
+
+  if (threadIdx.x == 0) {
+    // Freed by the loader, every lane of the warp of lse and delta, the adder of dQ and every math warp.
+    control.tile.init(1, 34 + 4 * kWarpgroups);
+    control.loaded.init(1, 1);
+    control.k.init(1, kWarpgroups);
+    control.v.init(1, kWarpgroups);
+    control.q.init(1, kWarpgroups);
+    control.dout.init(1, kWarpgroups);
+    control.stats.init(32, 4 * kWarpgroups);
+    control.ds.init(4 * kWarpgroups, 1);
+    for (int part = 0; part < kParts; ++part) control.dq[part].init(4, 1);
+    mbarrier_init_fence();
+    set_claims(control.claims, p);
+  }
+  __syncthreads();
+
+  if (warp < 4) {
+    shrink_registers<24>();
+    if (warp == 0 && elect_one()) {
+      tma_prefetch_map(&p.map_k);
+      tma_prefetch_map(&p.map_q);
+      tma_prefetch_map(&p.map_v);
+      tma_prefetch_map(&p.map_dout);
+      RingPosition<kKVStages> kv_at;
+      RingPosition<kStages> at;
+      for_each_tile(control, [&](const WorkItem& item, int kv_head) {
+        const int keys = KeyTile::keys_seen(item, KeyTile::causal_shift(p, item));
+        control.k.wait_empty(kv_at);
+        load_tile<kPanels, kKVPanelBytes>(k_tiles + kv_at.slot * kKBytes, p.map_k, control.k.full[kv_at.slot], item.row, kv_head,
+                                          item.k_begin, keys, kEvictFirst);
+        control.v.wait_empty(kv_at);
+        load_tile<kPanelsV, kKVPanelBytes>(v_tiles + kv_at.slot * kVBytes, p.map_v, control.v.full[kv_at.slot], item.row, kv_head,
+                                           item.k_begin, keys, kEvictFirst);
+        KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
+          control.q.wait_empty(at);
+          load_tile<kPanels, kQPanelBytes>(q_tiles + at.slot * kQBytes, p.map_q, control.q.full[at.slot], row, head,
+                                           item.q_begin, item.q_length, kEvictLast);
+          control.dout.wait_empty(at);
+          load_tile<kPanelsV, kQPanelBytes>(dout_tiles + at.slot * kDoutBytes, p.map_dout, control.dout.full[at.slot], row,
+                                            head, item.q_begin, item.q_length, kEvictLast);
+          at.advance();
+        });
+        control.loaded.arrive_full({});
+        kv_at.advance();
+      });
+    } else if (warp == 1 && elect_one()) {
+      claim_key_tiles<kBlockN>(control);
+    } else if (warp == 2) {
+      const int lane = threadIdx.x % 32;
+      RingPosition<kStages> at;
+      for_each_tile(control, [&](const WorkItem& item, int kv_head) {
+        KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
+          const int rows = item.q_length - row - lane;  // the lane's first one included
+          const long long first = static_cast<long long>(head) * p.total_q + item.q_begin + row + lane;
+          float lse[kBlockM / 32], delta[kBlockM / 32];
+#pragma unroll
+          for (int i = 0; i < kBlockM / 32; ++i) {
+            const float natural = 32 * i < rows ? p.lse[first + 32 * i] : -INFINITY;
+            const bool sees_keys = natural != -INFINITY;  // else P = exp2(S - inf) = 0
+            lse[i] = sees_keys ? natural * 1.44269504088896f : INFINITY;
+            delta[i] = sees_keys ? p.delta[first + 32 * i] : 0.0f;
+          }
+          control.stats.wait_empty(at);
+          float* slot = stats + at.slot * 2 * kBlockM + Stats::place(lane);
+#pragma unroll
+          for (int i = 0; i < kBlockM / 32; ++i) {
+            slot[32 * i] = lse[i];
+            slot[kBlockM + 32 * i] = delta[i];
+          }
+          control.stats.arrive_full(at);
+          at.advance();
+        });
+      });
+    } else if (warp == 3 && elect_one()) {
+      RingPosition<kDqStages> at;
+      int leaving = -1;  // the buffer of the block before
+      for_each_tile(control, [&](const WorkItem& item, int kv_head) {
+        if (p.turns != nullptr) control.turns.begin<KeyTile>(p, item, kv_head);
+        KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
+          if (p.turns != nullptr) control.turns.await(control.dq[0].is_full(at));
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) {
+            control.dq[part].wait_full(at);
+            add_part(p, item, head, row, part, smem_address(dq_parts) + at.slot * kPartBytes);
+          }
+          tma_store_wait_read<1>();
+          if (leaving >= 0) mbarrier_arrive(smem_address(&control.dq[0].empty[leaving]));
+          leaving = at.slot;
+          at.advance();
+        });
+        if (p.turns != nullptr) control.turns.pass();
+      });
+      tma_store_wait();
+    }
+    return;
+  }
+
+  grow_registers<240>();
+  const int warpgroup = warp / 4 - 1;
+  const int lane = threadIdx.x % 32, quad = lane % 4;
+  const bool leader = threadIdx.x % 128 == 0;
+  const int thread_row = 16 * (warp % 4) + lane / 4;  // the upper of two, 8 apart, among the warpgroup's 64
+  RingPosition<kStages> at;  // in the rings of Q, of dO, and of lse and delta
+  uint32_t step = 0;  // of all tiles
+  constexpr int part = 0;
+  int leaving = -1;  // the leader's: the slot of K and V that the previous tile's dK and dV are leaving through
+  auto free_left_slot = [&] {
+    if (leaving >= 0) {
+      tma_store_wait_read();
+      mbarrier_arrive(smem_address(&control.k.empty[leaving]));
+      mbarrier_arrive(smem_address(&control.v.empty[leaving]));
+      leaving = -1;
+    }
+  };
+
+  for (uint32_t tile = 0;; ++tile) {
+    const RingPosition<kTileSlots> tile_at = {static_cast<int>(tile % kTileSlots), tile / kTileSlots % 2};
+    const RingPosition<kKVStages> kv_at = {static_cast<int>(tile % kKVStages), tile / kKVStages % 2};
+    const uint32_t k_tile = k_tiles + kv_at.slot * kKBytes, k_rows = k_tile + warpgroup * kRowsBytes;
+    const uint32_t v_rows = v_tiles + kv_at.slot * kVBytes + warpgroup * kRowsBytes;
+    control.tile.wait_full(tile_at);
+    const int kv_head = control.tiles[tile_at.slot].head;
+    if (kv_head < 0) break;
+    const WorkItem& item = control.tiles[tile_at.slot].item;
+    float dk[kHeadDim / 2] = {}, dv[kHeadDimV / 2] = {};
+
+    // Blocks of queries from mask_end on are seen whole by the warpgroup's keys, all of which are seen.
+    const int first_key = item.row + 64 * warpgroup;
+    const int shift = KeyTile::causal_shift(p, item);
+    const int mask_end = first_key + 64 > KeyTile::keys_seen(item, shift) ? kNoQuery : 0;
+
+    control.k.wait_full(kv_at);
+    uint32_t k_held[4][4];
+    load_fragments<kKVPanelBytes>(k_held, k_rows, warp, lane);
+    control.v.wait_full(kv_at);
+    uint32_t v_held[4][4];
+    load_fragments<kKVPanelBytes>(v_held, v_rows, warp, lane);
+    const int steps = item.q_blocks * p.gqa_ratio;
+    int row = KeyTile::last_row(item);  // of the block's queries, within the sequence
+    int head = kv_head * p.gqa_ratio;
+#pragma unroll 1
+    for (int left = steps; left > 0; --left) {
+      const uint32_t q_tile = q_tiles + at.slot * kQBytes;
+      float scores[kBlockM / 2];
+      control.q.wait_full(at);
+      issue_scores(scores, k_held, q_tile);
+      const uint32_t dout_tile = dout_tiles + at.slot * kDoutBytes;
+      const RingPosition<2> ds_at = {static_cast<int>(step % 2), step / 2 % 2};
+      const uint32_t ds_tile = ds_tiles + ds_at.slot * kDsBytes;
+      const float* step_stats = stats + at.slot * 2 * kBlockM;
+      float dp[kBlockM / 2];
+      control.dout.wait_full(at);
+      issue_dp(dp, v_held, dout_tile);
+      control.stats.wait_full(at);
+      wgmma_wait<1>();
+      pin_registers(scores);
+      // dQ of the block before, with every warpgroup's dS^T.
+      const RingPosition<2> ds_before = {static_cast<int>((step - 1) % 2), (step - 1) / 2 % 2};
+      const bool add_before = left < steps && (step - 1) % kWarpgroups == warpgroup;
+      float dq[32];
+      if (add_before) {
+        control.ds.wait_full(ds_before);
+        issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes, k_tile);
+      }
+      const Stats lse(step_stats, quad);
+      probabilities_of_scores(scores, lse, p.scale_log2);
+      if (row < mask_end) {
+        const int key = item.row + 64 * warpgroup + thread_row;
+        mask_queries(scores, KeyTile::first_query(p, item, key) - row - 2 * quad,
+                     KeyTile::first_query(p, item, key + 8) - row - 2 * quad);
+      }
+      uint32_t probabilities[kStepsM][4], ds[kStepsM][4];
+      pack_fragments<pack_bf16>(probabilities, scores);
+      issue_dv(dv, probabilities, dout_tile);
+      free_left_slot();
+      wgmma_wait<1>();
+      pin_registers(dp);
+      pin_registers(dq);
+      if (leader && add_before) control.ds.arrive_empty(ds_before);
+      gradients_of_scores(dp, scores, Stats(step_stats + kBlockM, quad));
+      __syncwarp();
+      if (lane == 0) control.stats.arrive_empty(at);
+      pack_fragments<pack_bf16>(ds, dp);
+      control.ds.wait_empty(ds_at);
+      stage_fragments<kKVPanelBytes>(ds, ds_tile + warpgroup * kRowsBytes, warp, lane);
+      fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) control.ds.arrive_full(ds_at);
+      issue_dk(dk, ds, q_tile);
+      wgmma_wait<1>();
+      pin_registers(dv);
+      pin_registers(probabilities);
+      if (leader) control.dout.arrive_empty(at);
+      if (add_before) {
+        const RingPosition<kDqStages> dq_at = {static_cast<int>((step - 1) % kDqStages), (step - 1) / kDqStages % 2};
+        control.dq[part].wait_empty(dq_at);
+        const int token = item.q_begin + thread_row;  // odd or even as in all blocks
+        stage_part(dq, dq_parts + dq_at.slot * (kPartBytes / 4), warpgroup, thread_row, quad, token);
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) control.dq[part].arrive_full(dq_at);
+      }
+      ++step;
+      if (++head == (kv_head + 1) * p.gqa_ratio) {
+        head = kv_head * p.gqa_ratio;
+        row -= kBlockM;
+      }
+      wgmma_wait<0>();
+      pin_registers(dk);
+      pin_registers(ds);
+      if (leader) control.q.arrive_empty(at);
+      at.advance();
+    }
+    if (steps > 0) {
+      const RingPosition<2> ds_before = {static_cast<int>((step - 1) % 2), (step - 1) / 2 % 2};
+      if ((step - 1) % kWarpgroups == warpgroup) {
+        float dq[32];
+        control.ds.wait_full(ds_before);
+        issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes, k_tile);
+        wgmma_wait<0>();
+        pin_registers(dq);
+        if (leader) control.ds.arrive_empty(ds_before);
+        const RingPosition<kDqStages> dq_at = {static_cast<int>((step - 1) % kDqStages), (step - 1) / kDqStages % 2};
+        control.dq[part].wait_empty(dq_at);
+        const int token = item.q_begin + thread_row;  // odd or even as in all blocks
+        stage_part(dq, dq_parts + dq_at.slot * (kPartBytes / 4), warpgroup, thread_row, quad, token);
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) control.dq[part].arrive_full(dq_at);
+      }
+    }
+
+    free_left_slot();  // where no query sees this tile
+
+    // dV leaves through this warpgroup's rows of V, dK through those of K, when every warpgroup has read them.
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) dk[i] *= p.scale;
+    stage_rows<pack_bf16, kHeadDimV, kKVPanelBytes>(dv, v_rows, warp, lane);
+    named_barrier_sync(kMathBarrier, 128 * kWarpgroups);
+    stage_rows<pack_bf16, kHeadDim, kKVPanelBytes>(dk, k_rows, warp, lane);
+    fence_async_proxy();
+    named_barrier_sync(1 + warpgroup, 128);
+    if (leader) {
+      if (first_key < item.k_length) {
+#pragma unroll
+        for (int panel = 0; panel < kPanelsV; ++panel) {
+          tma_store_ragged(&p.map_dv, v_rows + panel * kKVPanelBytes, 64 * panel, first_key, kv_head, item.k_begin,
+                           item.k_length);
+        }
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel) {
+          tma_store_ragged(&p.map_dk, k_rows + panel * kKVPanelBytes, 64 * panel, first_key, kv_head, item.k_begin,
+                           item.k_length);
+        }
+        tma_store_commit();
+      }
+      leaving = kv_at.slot;
+    }
+    __syncwarp();
+    if (lane == 0) control.tile.arrive_empty(tile_at);
+  }
+  free_left_slot();
+}
