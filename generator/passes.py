@@ -15,6 +15,7 @@ from jagtile.generator.workloads import JaggedBatch, Workload
 from jagtile.runtime.kernel import BackwardKernel, ForwardKernel, Kernel
 
 _ROW_BAR = 5  # times the tolerance: the worst row's bar; torch's own CPU kernels stay below 2 (D 16 to 128)
+_GRADIENT_ROW_BAR = 10  # likewise: with two or three keys dS cancels; right kernels reach 6.5 (a GPU, D 256)
 _LSE_BAR: dict[DType, float] = {"fp32": 2e-5, "bf16": 2e-3, "fp16": 2e-3}  # max abs
 
 
@@ -144,8 +145,8 @@ class BackwardPass:
             maxima.append(found.max_abs)
             if not found.rel <= bar:
                 wrong.append(f"relative error of {name} {found.rel:.3g} above {bar:.3g}")
-            elif want.shape[2] >= SHORT_ROW and not (worst := _worst_row(grad, want)) <= _ROW_BAR * bar:
-                wrong.append(f"relative error of a row of {name} {worst:.3g} above {_ROW_BAR * bar:.3g}")
+            elif want.shape[2] >= SHORT_ROW and not (worst := _worst_row(grad, want)) <= _GRADIENT_ROW_BAR * bar:
+                wrong.append(f"relative error of a row of {name} {worst:.3g} above {_GRADIENT_ROW_BAR * bar:.3g}")
             if not guards_intact(grad):
                 wrong.append(f"rows outside {name} were written")
         return Comparison(", ".join(wrong), max(rels), max(maxima))
