@@ -273,7 +273,7 @@ _GPU_REPRESENTATIVES = {
     "tiny": ("one-token-d64",),
     "short": ("recsys-d64",),
     "medium": ("vit-d64",),
-    "long": ("u4k-d128",),
+    "long": ("u4k-d128", "u1k-d128"),
     "cross": ("cross-d64", "mixed-d128-gqa-causal"),
     "decode": ("decode-d128-gqa",),
 }
