@@ -64,7 +64,7 @@ def _tune(database, trials, **behaviour):
     return tune(
         SPEC,
         torch.device("cuda"),
-        ("long",),
+        ("medium",),
         budget=Budget(trials),
         database=database,
         build=FakeBuilder(),
@@ -80,9 +80,9 @@ def test_an_exhaustive_tune_leaves_a_sweep(database):
     crashes = LEGAL[3]
     _tune(database, None, **{crashes.name: "crash"})
     (sweep,) = _sweeps(database)
-    assert (sweep.device, sweep.spec, sweep.regime, sweep.noise) == (DEVICE.slug, SPEC.name, "long", 0.0)
+    assert (sweep.device, sweep.spec, sweep.regime, sweep.noise) == (DEVICE.slug, SPEC.name, "medium", 0.0)
     by_values = {(config.algorithm, values_of(config)): config for config in LEGAL}
-    guess = predictor(DEVICE, SPEC, representative(SPEC, "long", TARGET))
+    guess = predictor(DEVICE, SPEC, representative(SPEC, "medium", TARGET))
     assert {by_values[algorithm, values] for algorithm, values, _, _ in sweep.configs} == set(LEGAL)
     control = landscape(spaces_of(TARGET, SPEC)[0].default(SPEC))
     for algorithm, values, time, predicted in sweep.configs:
@@ -116,5 +116,5 @@ def test_the_command_writes_a_file_for_each_whole_sweep(database, tmp_path):
         result = CliRunner().invoke(main, [str(tmp_path / "out"), "--spec", SPEC.name, "--device", DEVICE.slug])
     assert result.exit_code == 0, result.output
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert f"{DEVICE.slug}-{SPEC.name}-long-u4k-d128.json" in written
+    assert f"{DEVICE.slug}-{SPEC.name}-medium-vit-d64.json" in written
     assert f"{len(LEGAL)} configs" in result.output
