@@ -21,7 +21,7 @@ from jagtile.generator.search import Search
 from jagtile.generator.tile import config_from_dict, spaces_of
 from jagtile.generator.tune import Budget, Silent, tune
 from jagtile.generator.worker import WorkerFailure
-from jagtile.generator.workloads import representative
+from jagtile.generator.workloads import named, representative
 from jagtile.runtime.device import DeviceId
 from jagtile.runtime.dispatch import choose_for_regime
 from jagtile.runtime.errors import DatabaseError, TuningError, UnsupportedError
@@ -39,7 +39,7 @@ def database(tmp_path) -> Database:
     return Database(tmp_path / "user", tmp_path / "shipped")
 
 
-def run(database, worker=None, builder=None, regimes=("long",), trials=24, device="cuda", **more):
+def run(database, worker=None, builder=None, regimes=("medium",), trials=24, device="cuda", **more):
     worker, builder = worker or FakeWorker(), builder or FakeBuilder()
     return tune(
         SPEC,
@@ -59,12 +59,12 @@ def searched(records):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_it_finds_records_and_chooses_what_dispatch_then_takes(database, device):
-    result = run(database, device=device, trials=len(LEGAL) // 4, regimes=("long", "short"))
+    result = run(database, device=device, trials=len(LEGAL) // 4, regimes=("medium", "short"))
     best = min(map(landscape, LEGAL))
-    decided = choose_for_regime(SPEC, "long", DeviceId(**msgspec.structs.asdict(DEVICE)), database)
+    decided = choose_for_regime(SPEC, "medium", DeviceId(**msgspec.structs.asdict(DEVICE)), database)
     assert decided.source == "user"
     assert landscape(decided.variant.config) <= 1.05 * best
-    assert [r.regime for r in result.regimes] == ["long", "short"]
+    assert [r.regime for r in result.regimes] == ["medium", "short"]
     assert decided.variant.config == result.regimes[0].chosen
     assert result.regimes[0].incumbent == DEFAULT
     assert result.regimes[0].chosen_us <= result.regimes[0].incumbent_us
@@ -76,11 +76,12 @@ def test_a_record_holds_what_is_needed_to_judge_it(database):
     record = run(database, trials=4).records[0]
     assert record.state == "ok"
     assert (record.device, record.target, record.spec) == (DEVICE.slug, TARGET, SPEC.name)
-    assert (record.workload, record.compiler, record.driver) == ("long:u4k-d128", "fake 1.0", "580.0")
+    assert (record.workload, record.compiler, record.driver) == ("medium:vit-d64", "fake 1.0", "580.0")
     assert record.control == DEFAULT.name
     assert record.ratio == 1.0  # the control itself comes first
     assert record.samples == 14  # both runs of it
-    assert record.tflops == pytest.approx(8 * 4096 * 4096 * 4 * 128 * 16 / record.time_us / 1e6)
+    pairs = sum(length**2 for length in named()["vit-d64"].seqlens_q)
+    assert record.tflops == pytest.approx(pairs * 4 * 128 * 8 / record.time_us / 1e6)
     assert len(record.source_sha256) == 64
     assert 0 < record.aa_spread < 0.05
     assert record.error_rel == 2e-3
@@ -114,7 +115,7 @@ def test_each_state_costs_its_config_only_and_is_recorded_with_its_reason(databa
 def test_what_failed_in_one_regime_is_not_tried_in_the_next(database):
     victim = next(c.name for c in LEGAL if c != DEFAULT)
     worker = FakeWorker({victim: "timeout"})
-    run(database, worker, regimes=("short", "long", "medium"), trials=None)
+    run(database, worker, regimes=("short", "medium", "long"), trials=None)
     assert worker.checked.count(victim) == 2  # the second time to confirm the first
     assert victim not in worker.timed
 
@@ -231,13 +232,13 @@ def test_shipping_writes_beside_the_code_and_not_to_the_user(database):
 
 
 def test_tuning_one_regime_leaves_the_shipped_choices_of_the_others_in_force(database):
-    shipped = run(database, regimes=("short", "long"), trials=60, ship=True).choices.specs[KEY]
+    shipped = run(database, regimes=("short", "medium"), trials=60, ship=True).choices.specs[KEY]
     (records,) = database.shipped_root.glob("*/records.jsonl")
     records.write_text(records.read_text().replace('"source_sha256":"', '"source_sha256":"old'))
     slow = FakeWorker(time_of=lambda config, workload: 300 - landscape(config))
     entry = run(database, slow, regimes=("short",), trials=60).choices.specs[KEY]
     assert entry.regimes["short"] != shipped.regimes["short"]
-    assert entry.regimes["long"] == shipped.regimes["long"]
+    assert entry.regimes["medium"] == shipped.regimes["medium"]
     assert entry.regimes.keys() == set(REGIMES)
 
 
@@ -290,12 +291,12 @@ def test_finalists_of_all_regimes_are_timed_in_every_regime(database):
     def crossed(config, workload):
         return landscape(config, seed=1 if workload.startswith("short") else 2)
 
-    result = run(database, FakeWorker(time_of=crossed, noise=0.0), regimes=("short", "long"), trials=None)
+    result = run(database, FakeWorker(time_of=crossed, noise=0.0), regimes=("short", "medium"), trials=None)
     finals = {
         regime: {str(r.config) for r in result.records if r.phase == "final" and r.regime == regime}
-        for regime in ("short", "long")
+        for regime in ("short", "medium")
     }
-    assert finals["short"] == finals["long"]
+    assert finals["short"] == finals["medium"]
     assert len(finals["short"]) >= 3
     workloads = len(representative(SPEC, "short", TARGET))  # their times are added up
     assert result.regimes[0].best_us == pytest.approx(workloads * min(landscape(c, 1) for c in LEGAL))
@@ -313,9 +314,9 @@ def test_the_same_seed_tunes_the_same_way(tmp_path):
 def test_a_budget_of_seconds_ends_the_search(database):
     begin = time.monotonic()
     worker = FakeWorker(delay=0.02)
-    result = run(database, worker, regimes=("short", "long"), budget=Budget(trials=None, seconds=2.0))
+    result = run(database, worker, regimes=("short", "medium"), budget=Budget(trials=None, seconds=2.0))
     assert len(searched(result.records)) < 2 * len(LEGAL)
-    assert {r.regime for r in searched(result.records)} == {"short", "long"}
+    assert {r.regime for r in searched(result.records)} == {"short", "medium"}
     assert time.monotonic() - begin < 60
 
 
@@ -333,8 +334,8 @@ def test_progress_is_told(database):
             told.append(("finals", regime))
 
     result = run(database, trials=10, progress=Listener())
-    assert told[0] == ("long", "long:u4k-d128", 10, 0)
-    assert told[1:12] == ["search"] * 10 + [("finals", "long")]
+    assert told[0] == ("medium", "medium:vit-d64", 10, 0)
+    assert told[1:12] == ["search"] * 10 + [("finals", "medium")]
     assert len(told) == len(result.records) + 2
 
 
@@ -380,7 +381,7 @@ from jagtile.generator.tune import Budget, tune
 from jagtile.tuning_db.store import Database
 from pathlib import Path
 
-tune(SPEC, torch.device("cuda"), ("long",), budget=Budget(trials=None), build=FakeBuilder(),
+tune(SPEC, torch.device("cuda"), ("medium",), budget=Budget(trials=None), build=FakeBuilder(),
      make_worker=lambda: FakeWorker(delay=0.05), database=Database(Path(sys.argv[2]), Path(sys.argv[3])))
 """
 

@@ -60,7 +60,7 @@ class Interrupt(Silent):
             raise KeyboardInterrupt
 
 
-def run(database, workers, regimes=("long", "short"), trials=8, **more):
+def run(database, workers, regimes=("medium", "short"), trials=8, **more):
     more = {"budget": Budget(trials), "build": FakeBuilder(), **more}
     return tune_all(torch.device("cuda"), regimes, database=database, make_worker=workers, **more)
 
@@ -99,9 +99,9 @@ def test_interrupted_half_way_the_same_call_goes_on_where_it_was(database):
 
 
 def test_a_regime_that_was_not_tuned_leaves_a_spec_undone(database):
-    list(run(database, Workers(), regimes=("long",)))
-    assert all(outcome.result is None for outcome in run(database, Workers(), regimes=("long",)))
-    assert all(outcome.result is not None for outcome in run(database, Workers(), regimes=("long", "short")))
+    list(run(database, Workers(), regimes=("medium",)))
+    assert all(outcome.result is None for outcome in run(database, Workers(), regimes=("medium",)))
+    assert all(outcome.result is not None for outcome in run(database, Workers(), regimes=("medium", "short")))
 
 
 def test_each_spec_gets_an_even_share_of_the_time_that_is_left(database, monkeypatch):
