@@ -16,9 +16,8 @@ _BUILDER = "jagtile_build_work_list"
 _BUILDER_THREADS = 1024
 _PREPARE = "jagtile_backward_prepare"
 _FINISH = "jagtile_backward_finish"
-_ROW_THREADS = 256  # of prepare and finish, whose CTAs work off rows until there are none
-_ROW_CTAS_PER_SM = 8
-_ROWS_PER_CTA = 32  # at least; more than one pass a CTA only where every SM is full
+_ROW_THREADS = 256  # of prepare and finish (templates/cuda/include/backward_rows.cuh)
+_ROW_TOKENS = 16  # of one head, a warp
 _MAX_ROWS = 1 << 31
 _MAP_WORDS = tensor_map.address_words(len(backward_params.MAPS))
 
@@ -34,8 +33,8 @@ class CudaBackwardKernel:
         self._threads, self._smem = launch["num_threads"], launch["smem_bytes"]
         self._causal, self._dq_adders = launch["causal"], launch["dq_adders"]
         rows = (self._block_m, self._block_m, self._block_n, self._block_n, launch["store_rows"], launch["store_rows"])
-        self._sms = torch.cuda.get_device_properties(self._device).multi_processor_count
-        self._slots = self._sms * launch["ctas_per_sm"]
+        sms: int = torch.cuda.get_device_properties(self._device).multi_processor_count
+        self._slots = sms * launch["ctas_per_sm"]
         with torch.cuda.device(self._device):
             driver.bind_primary_context(self._device)
             module = driver.load_module(artifact.path.read_bytes())
@@ -151,7 +150,7 @@ class CudaBackwardKernel:
         if found is None:
             launch(self._builder, 1, _BUILDER_THREADS, 0, stream, arguments)
             work_list.keep(cu_seqlens_q, cu_seqlens_k, key, items)
-        row_ctas = min(-(-total_q * heads // _ROWS_PER_CTA), self._sms * _ROW_CTAS_PER_SM)
+        row_ctas = -(-(-(-total_q // _ROW_TOKENS) * heads) // (_ROW_THREADS // 32))
         launch(self._prepare, row_ctas, _ROW_THREADS, 0, stream, arguments)
         launch(self._kernel, min(self._slots, tiles), self._threads, self._smem, stream, arguments)
         launch(self._finish, row_ctas, _ROW_THREADS, 0, stream, arguments)

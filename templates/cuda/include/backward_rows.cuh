@@ -1,30 +1,34 @@
-// The backward's two passes over rows, before and after the attention kernel. A row is a query and head; some lanes of a
-// warp work on one, 16 bytes a lane.
+// The backward's two passes over rows, before and after the attention kernel. A row is a query and head. A warp has the rows
+// of one head and 16 tokens, and the warps beside it the other heads of these tokens: loads and stores are whole lines,
+// several a thread are in flight, and nothing is divided row by row.
 #pragma once
 #include <cstdint>
 
 #include "cuda/include/backward_params.cuh"
 #include "cuda/include/dq_sums.cuh"
+#include "cuda/include/fragments.cuh"
 #include "cuda/include/ptx.cuh"
 
 using Unpack = float2 (*)(uint32_t);
-using PackPair = uint32_t (*)(float, float);
+
+constexpr int kRowThreads = 256;
+constexpr int kRowTokens = 16;  // a warp
 
 // The smallest power of two, up to a warp, that is not below `count`.
 __host__ __device__ constexpr int lanes_for(int count) { return count <= 1 ? 1 : 2 * lanes_for((count + 1) / 2); }
 
-// Calls work(token, head, lane of the row, whether there is such a row) with whole warps, `kLanes` lanes a row.
-template <int kLanes, typename Work>
-__device__ __forceinline__ void for_each_row(const BackwardParams& p, Work work) {
-  const unsigned rows = static_cast<unsigned>(p.heads) * p.total_q;
-  const unsigned step = gridDim.x * blockDim.x / kLanes;
-  const unsigned first = (blockIdx.x * blockDim.x + threadIdx.x) / 32 * 32 / kLanes;
-  const unsigned inside = threadIdx.x % 32 / kLanes;
-  for (unsigned base = first; base < rows; base += step) {
-    const unsigned row = base + inside;
-    const unsigned token = row / p.heads;
-    work(token, row - token * p.heads, threadIdx.x % kLanes, row < rows);
-  }
+// A warp's rows.
+struct RowBlock {
+  int head;
+  int token;  // the first
+  int count;  // of tokens; 0 or less where there are none left
+};
+
+__device__ __forceinline__ RowBlock row_block(const BackwardParams& p) {
+  const unsigned warp = __shfl_sync(0xffffffff, blockIdx.x * (kRowThreads / 32) + threadIdx.x / 32, 0);  // known to be uniform
+  const unsigned block = warp / p.heads;
+  const int token = kRowTokens * block;
+  return {static_cast<int>(warp - block * p.heads), token, min(p.total_q - token, kRowTokens)};
 }
 
 template <Unpack kUnpack>
@@ -33,60 +37,102 @@ __device__ __forceinline__ float dot_x2(uint32_t a, uint32_t b) {
   return fmaf(left.x, right.x, left.y * right.y);
 }
 
-// delta = rowsum(dO * O) - dlse; sums and turns become zero.
-template <int kHeadDim, int kHeadDimV, Unpack kUnpack>
-__device__ __forceinline__ void prepare_rows(const BackwardParams& p) {
-  constexpr int kLanes = lanes_for(kHeadDimV / 8);
-  for_each_row<kLanes>(p, [&](int token, int head, int lane, bool exists) {
-    float delta = 0.0f;
-    if (exists && 8 * lane < kHeadDimV) {
-      const uint16_t* out = static_cast<const uint16_t*>(p.out) + token * p.out_token + head * p.out_head;
-      const uint16_t* dout = static_cast<const uint16_t*>(p.dout) + token * p.dout_token + head * p.dout_head;
-      const uint4 a = reinterpret_cast<const uint4*>(out)[lane], b = reinterpret_cast<const uint4*>(dout)[lane];
-      delta = dot_x2<kUnpack>(a.x, b.x) + dot_x2<kUnpack>(a.y, b.y) + dot_x2<kUnpack>(a.z, b.z) + dot_x2<kUnpack>(a.w, b.w);
+// delta = rowsum(dO * O) - dlse, 16 bytes a lane.
+template <int kHeadDimV, Unpack kUnpack>
+__device__ __forceinline__ void write_delta(const BackwardParams& p, const RowBlock& rows) {
+  constexpr int kLanes = lanes_for(kHeadDimV / 8) == 1 ? 32 / kRowTokens : lanes_for(kHeadDimV / 8);  // a row
+  constexpr int kStep = 32 / kLanes;                                                                  // rows a load
+  constexpr int kLoads = kRowTokens / kStep;
+  constexpr int kInFlight = kLoads < 4 ? kLoads : 4;
+  const int piece = threadIdx.x % kLanes;
+  const int first = threadIdx.x % 32 / kLanes;
+  const long long token = rows.token + first;
+  const uint16_t* out = static_cast<const uint16_t*>(p.out) + token * p.out_token + rows.head * p.out_head + 8 * piece;
+  const uint16_t* dout = static_cast<const uint16_t*>(p.dout) + token * p.dout_token + rows.head * p.dout_head + 8 * piece;
+  const long long at = static_cast<long long>(rows.head) * p.total_q + token;
+#pragma unroll 1
+  for (int load = 0; load < kLoads; load += kInFlight) {
+    uint4 a[kInFlight], b[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const int row = (load + i) * kStep;
+      a[i] = b[i] = {};
+      if (first + row < rows.count && 8 * piece < kHeadDimV) {
+        a[i] = load_x4(out + row * p.out_token, kEvictFirst);
+        b[i] = load_x4(dout + row * p.dout_token, kEvictNormal);  // the attention kernel reads it next
+      }
     }
 #pragma unroll
-    for (int distance = kLanes / 2; distance > 0; distance /= 2) delta += __shfl_xor_sync(0xffffffff, delta, distance);
-    if (exists && lane == 0) {
-      const long long at = static_cast<long long>(head) * p.total_q + token;
-      p.delta[at] = delta - (p.dlse == nullptr ? 0.0f : p.dlse[at]);
+    for (int i = 0; i < kInFlight; ++i) {
+      const int row = (load + i) * kStep;
+      float delta = dot_x2<kUnpack>(a[i].x, b[i].x) + dot_x2<kUnpack>(a[i].y, b[i].y) + dot_x2<kUnpack>(a[i].z, b[i].z) +
+                    dot_x2<kUnpack>(a[i].w, b[i].w);
+#pragma unroll
+      for (int distance = kLanes / 2; distance > 0; distance /= 2) delta += __shfl_xor_sync(0xffffffff, delta, distance);
+      if (first + row < rows.count && piece == 0) p.delta[at + row] = delta - (p.dlse == nullptr ? 0.0f : p.dlse[at + row]);
     }
-  });
-  const long long thread = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const long long threads = static_cast<long long>(gridDim.x) * blockDim.x;
-  const long long pieces = static_cast<long long>(p.heads) * p.total_q * (kHeadDim / 4);
-  for (long long i = thread; i < pieces; i += threads) reinterpret_cast<float4*>(p.dq_sums)[i] = {0.0f, 0.0f, 0.0f, 0.0f};
-  if (p.turns != nullptr) {
-    for (long long i = thread; i < p.turn_count; i += threads) p.turns[i] = 0;
   }
 }
 
-// dq = scale * sums, 16 columns a lane.
-template <typename Sums, PackPair kPackPair>
-__device__ __forceinline__ void finish_rows(const BackwardParams& p) {
-  constexpr int kHeadDim = Sums::kColumns;
-  constexpr int kLanes = lanes_for((kHeadDim + 15) / 16);
-  for_each_row<kLanes>(p, [&](int token, int head, int lane, bool exists) {
-    if (!exists || 16 * lane >= kHeadDim) return;
-    const int panel = lane / 4, group = lane % 4, columns = Sums::columns(panel);
-    const float* sums = Sums::row(p.dq_sums, p.total_q, head, panel, token);
-    uint16_t* dq = static_cast<uint16_t*>(p.dq) + token * p.dq_token + head * p.dq_head + 16 * lane;
-    if (columns - 16 * group >= 16) {
-      const float4* quads = reinterpret_cast<const float4*>(sums + (16 * group ^ Sums::group_swap(panel, token)));
-      uint32_t low[4], high[4];
+// Writes delta; sums and turns become zero.
+template <typename Sums, int kHeadDimV, Unpack kUnpack>
+__device__ __forceinline__ void prepare_rows(const BackwardParams& p) {
+  const RowBlock rows = row_block(p);
+  if (rows.count > 0) {
+    write_delta<kHeadDimV, kUnpack>(p, rows);
 #pragma unroll
-      for (int quad = 0; quad < 4; ++quad) {
-        const float4 values = quads[quad];
-        low[quad] = kPackPair(p.scale * values.x, p.scale * values.y);
-        high[quad] = kPackPair(p.scale * values.z, p.scale * values.w);
-      }
-      reinterpret_cast<uint4*>(dq)[0] = {low[0], low[1], low[2], low[3]};
-      reinterpret_cast<uint4*>(dq)[1] = {high[0], high[1], high[2], high[3]};
-    } else {
-      const float4* values = reinterpret_cast<const float4*>(sums + 16 * group);
-      const float4 a = values[0], b = values[1];
-      reinterpret_cast<uint4*>(dq)[0] = {kPackPair(p.scale * a.x, p.scale * a.y), kPackPair(p.scale * a.z, p.scale * a.w),
-                                         kPackPair(p.scale * b.x, p.scale * b.y), kPackPair(p.scale * b.z, p.scale * b.w)};
+    for (int panel = 0; panel < Sums::kPanels; ++panel) {
+      float4* sums = reinterpret_cast<float4*>(Sums::row(p.dq_sums, p.total_q, rows.head, panel, rows.token));
+      const int quads = Sums::columns(panel) / 4;  // a row
+#pragma unroll 4
+      for (int i = threadIdx.x % 32; i < rows.count * quads; i += 32) sums[i] = {0.0f, 0.0f, 0.0f, 0.0f};
     }
-  });
+  }
+  if (p.turns != nullptr) {
+    const long long thread = static_cast<long long>(blockIdx.x) * kRowThreads + threadIdx.x;
+    for (long long i = thread; i < p.turn_count; i += static_cast<long long>(gridDim.x) * kRowThreads) p.turns[i] = 0;
+  }
+}
+
+// A panel of dq = scale * sums, four columns a lane and load.
+template <typename Sums, Pack kPack, int kPanel>
+__device__ __forceinline__ void finish_panel(const BackwardParams& p, const RowBlock& rows) {
+  constexpr int kColumns = Sums::columns(kPanel), kQuads = kColumns / 4;
+  constexpr int kLoads = kRowTokens * kQuads / 32;
+  constexpr int kInFlight = kLoads < 4 ? kLoads : 4;
+  const unsigned lane = threadIdx.x % 32, places = rows.count * kQuads;
+  const float* sums = Sums::row(p.dq_sums, p.total_q, rows.head, kPanel, rows.token);
+  uint16_t* dq = static_cast<uint16_t*>(p.dq) + rows.token * p.dq_token + rows.head * p.dq_head + 64 * kPanel;
+#pragma unroll 1
+  for (unsigned base = 0; base < places; base += 32 * kInFlight) {
+    uint4 values[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const unsigned place = base + 32 * i + lane;
+      values[i] = {};
+      if (place < places) values[i] = load_x4(sums + 4 * place, kEvictFirst);
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      const unsigned place = base + 32 * i + lane, row = place / kQuads, quad = place % kQuads;
+      const uint32_t low = kPack(p.scale * __uint_as_float(values[i].x), p.scale * __uint_as_float(values[i].y));
+      const uint32_t high = kPack(p.scale * __uint_as_float(values[i].z), p.scale * __uint_as_float(values[i].w));
+      uint2 words = neighbouring_columns(low, high, lane);
+      unsigned column = (quad / 4 * 16 ^ Sums::group_swap(kPanel, rows.token + row)) + first_neighbour(quad);
+      if (quad / 4 == kColumns / 16) {  // a group of 8: as it is
+        words = {low, high};
+        column = 4 * quad;
+      }
+      if (place < places) *reinterpret_cast<uint2*>(dq + row * p.dq_token + column) = words;
+    }
+  }
+}
+
+// dq = scale * sums.
+template <typename Sums, Pack kPack, int kPanel = 0>
+__device__ __forceinline__ void finish_rows(const BackwardParams& p) {
+  const RowBlock rows = row_block(p);
+  if (rows.count <= 0) return;
+  finish_panel<Sums, kPack, kPanel>(p, rows);
+  if constexpr (kPanel + 1 < Sums::kPanels) finish_rows<Sums, kPack, kPanel + 1>(p);
 }

@@ -154,6 +154,15 @@ __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.
 
 // ---- global memory --------------------------------------------------------------------------------------------------
 
+// 16 bytes that no thread of this launch writes or reads again.
+__device__ __forceinline__ uint4 load_x4(const void* from, uint64_t cache_hint) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from), "l"(cache_hint));
+  return x;
+}
+
 __device__ __forceinline__ void add_x4(float* sums, float a, float b, float c, float d) {
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sums), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }

@@ -250,11 +250,11 @@ __device__ __forceinline__ void stage_part(const float (&dq)[kRegisters], float*
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(256) jagtile_backward_prepare(const __grid_constant__ BackwardParams p) {
-  prepare_rows<kHeadDim, kHeadDimV, unpack_bf16>(p);
+extern "C" __global__ void __launch_bounds__(kRowThreads) jagtile_backward_prepare(const __grid_constant__ BackwardParams p) {
+  prepare_rows<Sums, kHeadDimV, unpack_bf16>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(256) jagtile_backward_finish(const __grid_constant__ BackwardParams p) {
+extern "C" __global__ void __launch_bounds__(kRowThreads) jagtile_backward_finish(const __grid_constant__ BackwardParams p) {
   finish_rows<Sums, pack_bf16>(p);
 }
 
