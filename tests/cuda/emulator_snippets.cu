@@ -258,8 +258,9 @@ extern "C" __global__ void __launch_bounds__(64) mistakes(float* out, int times,
   if (mistake == 7) (values + 100 * mistake)[lane] = 0.0f;
 }
 
-// CTA 0 hands 32 floats to CTA 1 by way of global memory, by ordinary stores or a bulk store. mistake 1: no fence
-// before the flag; 2: the flag is raised when the bulk store has read its source; 3: nobody looks at the flag.
+// CTA 0 hands 32 floats to CTA 1 by way of global memory, by ordinary stores or a bulk store (2: whose source is waited
+// for first). mistake 1: no fence before the flag; 2: the flag is raised when the bulk store has read its source; 3: nobody
+// looks at the flag.
 extern "C" __global__ void __launch_bounds__(32)
     handed_on(float* between, int* flag, float* out, int bulk, int mistake) {
   __shared__ __align__(128) float values[32];
@@ -275,7 +276,7 @@ extern "C" __global__ void __launch_bounds__(32)
                      : "memory");
         tma_store_commit();
         tma_store_commit();  // a group without stores
-        if (mistake == 2) tma_store_wait_read();
+        if (bulk == 2 || mistake == 2) tma_store_wait_read();
         if (mistake != 2) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
       }
       if (mistake != 1) __threadfence();

@@ -141,7 +141,7 @@ def test_mistakes_are_reported(mistake: int, report: str, seed: int) -> None:
         snippets()("mistakes", 1, 64, out, 7, mistake, machine=Machine(seed=seed))
 
 
-@pytest.mark.parametrize("bulk", [0, 1])
+@pytest.mark.parametrize("bulk", [0, 1, 2])
 @pytest.mark.parametrize("seed", range(3))
 def test_what_a_cta_hands_to_another_arrives(bulk: int, seed: int) -> None:
     between, flag, out = torch.zeros(32), torch.zeros(1, dtype=torch.int32), torch.zeros(32)

@@ -392,8 +392,8 @@ void bulk_wait(int pending, bool read_only) {
     stores_done(*fiber.warp, last_store);
     if (!read_only) global_stores_done(*fiber.warp, last_store);
   }
-  // A group that was not waited for stays, written or not: the warp does not know of it yet.
-  for (size_t i = 0; i < count && fiber.bulk.front()->unwritten == 0; ++i) fiber.bulk.pop_front();
+  // A group whose writes were not waited for stays, written or not: the warp does not know of them yet.
+  if (!read_only) fiber.bulk.erase(fiber.bulk.begin(), fiber.bulk.begin() + static_cast<ptrdiff_t>(count));
 }
 
 // ---- cp.async -------------------------------------------------------------------------------------------------------
