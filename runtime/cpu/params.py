@@ -1,4 +1,4 @@
-"""The parameter blocks of templates/cpu/params.h (ABI version 3), byte for byte."""
+"""The parameter blocks of templates/cpu/params.h, byte for byte."""
 
 from __future__ import annotations
 

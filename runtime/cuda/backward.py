@@ -7,6 +7,7 @@ import torch
 from jagtile.runtime.artifact import Artifact, ArtifactMeta
 from jagtile.runtime.cuda import backward_params, driver, tensor_map, work_list
 from jagtile.runtime.cuda.block import ParameterBlock
+from jagtile.runtime.cuda.params import work_list_bytes
 from jagtile.runtime.cuda.tensor_map import addressable
 from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
@@ -102,9 +103,13 @@ class CudaBackwardKernel:
 
         deterministic = torch.are_deterministic_algorithms_enabled()
         stream: int = torch._C._cuda_getCurrentRawStream(self._device)
-        key = ("bwd", self._block_m, self._block_n, self._causal, bottom_right, deterministic, stream)
+        key = ("bwd", self._block_m, self._block_n, self._causal, bottom_right, deterministic, total_q, stream)
         found = None if work_list.rebuilt_now() else work_list.find(cu_seqlens_q, cu_seqlens_k, key)
-        items = found or work_list.allocate(cu_seqlens_q, total_q, total_k, self._block_n, of_keys=True)
+        items = found or work_list.allocate(
+            *(cu_seqlens_q, total_q, total_k, self._block_n),
+            of_keys=True,
+            extra_ints=2 * backward_params.bit_words(total_q),
+        )
         tiles = items.max_items * heads_kv
         turn_count = tiles * self._dq_adders if deterministic else 0
         if max(tiles, turn_count) > work_list.MAX_TILES:
@@ -115,6 +120,7 @@ class CudaBackwardKernel:
         dq_sums = scratch.data_ptr()
         delta = dq_sums + 4 * backward_params.sum_floats(total_q, heads, head_dim)
         turns = delta + 4 * backward_params.delta_floats(total_q, heads) if deterministic else 0
+        direct = items.address + work_list_bytes(items.max_items, items.batch)
         backward_params.SCALARS.pack_into(
             block.data,
             backward_params.SCALARS_OFFSET,
@@ -129,6 +135,8 @@ class CudaBackwardKernel:
             delta,
             dq_sums,
             turns,
+            direct,
+            direct + 4 * backward_params.bit_words(total_q),
             *out.stride()[:2],
             *dout.stride()[:2],
             *dq.stride()[:2],

@@ -11,7 +11,7 @@ from jagtile.runtime.cuda.tensor_map import MAP_BYTES
 MAPS = ("map_q", "map_dout", "map_k", "map_v", "map_dk", "map_dv")
 POINTERS = (
     *("cu_seqlens_q", "cu_seqlens_k", "work_list", "lse", "dlse"),
-    *("out", "dout", "dq", "delta", "dq_sums", "turns"),
+    *("out", "dout", "dq", "delta", "dq_sums", "turns", "direct", "summed"),
 )
 STRIDES = ("out_token", "out_head", "dout_token", "dout_head", "dq_token", "dq_head")
 INTEGERS = (
@@ -41,6 +41,11 @@ def sum_floats(total_q: int, heads: int, head_dim: int) -> int:
 def delta_floats(total_q: int, heads: int) -> int:
     """float32 numbers of rowsum(dO * O) - dlse."""
     return total_q * heads
+
+
+def bit_words(total_q: int) -> int:
+    """int32 words of a bit a query."""
+    return -(-total_q // 32)
 
 
 def scratch_bytes(total_q: int, heads: int, head_dim: int, turns: int = 0) -> int:

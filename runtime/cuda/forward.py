@@ -89,7 +89,7 @@ class CudaForwardKernel:
         key = (*list_key, bottom_right, stream)
         found = None if work_list.rebuilt_now() else work_list.find(cu_seqlens_q, cu_seqlens_k, key)
         items = found or work_list.allocate(
-            cu_seqlens_q, total_q, total_k, tile_queries, extra_items=packs.extra_items, tickets=packs.results
+            cu_seqlens_q, total_q, total_k, tile_queries, extra_items=packs.extra_items, extra_ints=packs.results
         )
         tiles = items.max_items * total_packs
         if tiles > work_list.MAX_TILES:

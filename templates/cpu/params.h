@@ -1,4 +1,4 @@
-// The parameter blocks of the CPU kernels (ABI version 3; runtime/cpu/params.py packs the same bytes).
+// The parameter blocks of the CPU kernels (runtime/cpu/params.py packs the same bytes).
 #pragma once
 
 #include <cstdint>

@@ -40,6 +40,7 @@ CASES: tuple[tuple[str, Sm90BackwardConfig], ...] = (
     ("bwd_fp16_d24_dv32", config("bulk", keys=192, late_dq=True)),
     ("bwd_fp16_d32_causal", config("bulk", kv=2, held="v", block_m=128)),
     ("bwd_bf16_d64_causal", config("bulk", overlap=True, kv=2, held="kv")),
+    ("bwd_bf16_d32", config("red", block_m=128)),
 )
 LENGTHS = (0, 1, 63, 0, 65, 129)
 QUERIES, KEYS = (5, 0, 130, 1, 64, 140), (150, 70, 0, 1, 20, 70)
@@ -149,6 +150,33 @@ def test_heads_of_a_sequence_in_groups_that_are_not_alike(in_order: bool, heads:
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=lambda case: case[1].name)
+def test_sums_are_for_queries_whose_keys_are_in_several_blocks(
+    case: tuple[str, Sm90BackwardConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries, keys = (70, 3, 129, 64, 200, 1), (128, 0, 129, 100, 70, 1)
+    w = workload(case[0], queries, keys, (2, 1), "bottom_right")
+    scratch: list[torch.Tensor] = []
+
+    def new_empty(like: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
+        scratch.append(torch.full((size,), float("nan"), dtype=dtype))
+        return scratch[-1]
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    assert_right(built(*case), w, with_dlse=False)
+    (numbers,) = scratch
+    used = ~numbers[: w.total_q * 2 * 64].view(2, w.total_q, 64).isnan()
+    expected = torch.zeros(w.total_q, dtype=torch.bool)
+    expected[73 : 73 + 129] = True
+    assert torch.equal(used, expected[None, :, None].expand_as(used))
+
+
+def test_tiles_with_and_without_sums_take_turns() -> None:
+    lengths = (70, 300, 1, 129, 128, 260, 5, 64)
+    for case in (CASES[0], CASES[3], CASES[6], CASES[9]):
+        assert_right(built(*case), workload(case[0], lengths, lengths, (3, 1)), with_dlse=False)
+
+
 # --- the launcher
 
 
@@ -220,3 +248,25 @@ def test_tokens_of_no_sequence_have_no_gradient_by_queries_and_touch_nobody() ->
     assert not found.dq[20:].any()
     for grad, truth in zip(found, want, strict=True):
         assert errors(grad[2:20], truth[2:20]).rel <= gradient_tolerance(grad.dtype)
+
+
+def test_the_same_offsets_of_more_tokens() -> None:
+    """The list has room for some bits of each token."""
+    b = SMALL.make("cpu", "bf16", 6)
+    assert b.q.shape[0] == 23
+    shapes = (b.q.shape[0], 300)
+    with emulated(processors=2, seed=6):
+        kernel = cuda.load(built(*CASES[0]), torch.device("cuda", 0))
+        assert isinstance(kernel, cuda.CudaBackwardKernel)
+        for tokens in shapes:
+            q, k, v = (torch.cat([x, x.new_full((tokens - 23, *x.shape[1:]), float("nan"))]) for x in b[:3])
+            out, lse = reference(q, k, v, *b[3:5])
+            dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(tokens)).to(q.dtype)
+            grads = Gradients(*(torch.full_like(x, float("nan")) for x in (q, k, v)))
+            kernel.backward(
+                *(q, k, v, *b[3:5], out.to(q.dtype), lse.float(), dout, None, *grads), SMALL.head_dim**-0.5, False
+            )
+            assert not grads.dq[23:].any()
+            want = reference_gradients(q, k, v, *b[3:5], dout)
+            for grad, truth in zip(grads, want, strict=True):
+                assert errors(grad[:23], truth[:23]).rel <= gradient_tolerance(grad.dtype)

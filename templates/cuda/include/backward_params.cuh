@@ -1,10 +1,12 @@
 // The parameter block of every CUDA backward (runtime/cuda/backward_params.py packs the same bytes). A backward's cubin
 // has four kernels that take it, launched in this order on one stream:
-//   jagtile_build_work_list     once a batch: the list of key blocks
-//   jagtile_backward_prepare    delta = rowsum(dO * O) - dlse; zeroes dq_sums and turns
-//   <the variant's symbol>      dK and dV, which it writes whole, and dQ / scale, which it adds to dq_sums
-//   jagtile_backward_finish     dq = scale * dq_sums
-// dq_sums has no padding: head_dim floats a query and head, in an order that is between main kernel and finish.
+//   jagtile_build_work_list     once a batch: the list of key blocks, `direct` and `summed`
+//   jagtile_backward_prepare    delta = rowsum(dO * O) - dlse; zeroes turns, and dq_sums of `summed` queries
+//   <the variant's symbol>      dK, dV and dq of `direct` queries, which it writes whole; adds dQ / scale of `summed` ones
+//                               to dq_sums
+//   jagtile_backward_finish     dq = scale * dq_sums, or 0, of queries that are not `direct`
+// dq_sums has no padding: head_dim floats a query and head, in an order that is between main kernel and finish. Only those
+// of `summed` queries are used.
 #pragma once
 
 #include "cuda/include/params.cuh"
@@ -27,6 +29,8 @@ struct alignas(64) BackwardParams {
   float* delta;              // (heads, total_q)
   float* dq_sums;            // heads * total_q * head_dim
   int* turns;                // deterministic: (heads_kv, max_items, adders), steps that a tile has added to the sums; or null
+  unsigned* direct;          // a bit a query: dQ is complete in one block of keys
+  unsigned* summed;          // a bit a query: dQ has sums; of queries with neither bit it is zero
   long long out_token;       // strides, in elements
   long long out_head;
   long long dout_token;

@@ -22,13 +22,22 @@ struct RowBlock {
   int head;
   int token;  // the first
   int count;  // of tokens; 0 or less where there are none left
+  uint32_t direct, summed;  // a bit a token, the first one's lowest (BackwardParams)
 };
 
 __device__ __forceinline__ RowBlock row_block(const BackwardParams& p) {
   const unsigned warp = __shfl_sync(0xffffffff, blockIdx.x * (kRowThreads / 32) + threadIdx.x / 32, 0);  // known to be uniform
   const unsigned block = warp / p.heads;
-  const int token = kRowTokens * block;
-  return {static_cast<int>(warp - block * p.heads), token, min(p.total_q - token, kRowTokens)};
+  RowBlock rows;
+  rows.head = warp - block * p.heads;
+  rows.token = kRowTokens * block;
+  rows.count = min(p.total_q - rows.token, kRowTokens);
+  const auto bits = [&](const unsigned* words) {
+    return rows.count > 0 ? words[rows.token / 32] >> rows.token % 32 & ((1u << kRowTokens) - 1) : 0;
+  };
+  rows.direct = bits(p.direct);
+  rows.summed = bits(p.summed);
+  return rows;
 }
 
 template <Unpack kUnpack>
@@ -74,18 +83,20 @@ __device__ __forceinline__ void write_delta(const BackwardParams& p, const RowBl
   }
 }
 
-// Writes delta; sums and turns become zero.
+// Writes delta; turns, and sums that are used, become zero.
 template <typename Sums, int kHeadDimV, Unpack kUnpack>
 __device__ __forceinline__ void prepare_rows(const BackwardParams& p) {
   const RowBlock rows = row_block(p);
-  if (rows.count > 0) {
-    write_delta<kHeadDimV, kUnpack>(p, rows);
+  if (rows.count > 0) write_delta<kHeadDimV, kUnpack>(p, rows);
+  if (rows.summed != 0) {
 #pragma unroll
     for (int panel = 0; panel < Sums::kPanels; ++panel) {
       float4* sums = reinterpret_cast<float4*>(Sums::row(p.dq_sums, p.total_q, rows.head, panel, rows.token));
       const int quads = Sums::columns(panel) / 4;  // a row
 #pragma unroll 4
-      for (int i = threadIdx.x % 32; i < rows.count * quads; i += 32) sums[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+      for (unsigned i = threadIdx.x % 32; i < kRowTokens * quads; i += 32) {
+        if (rows.summed >> i / quads & 1) sums[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+      }
     }
   }
   if (p.turns != nullptr) {
@@ -94,23 +105,23 @@ __device__ __forceinline__ void prepare_rows(const BackwardParams& p) {
   }
 }
 
-// A panel of dq = scale * sums, four columns a lane and load.
+// A panel of dq = scale * sums, four columns a lane and load, zeros where there are no sums.
 template <typename Sums, Pack kPack, int kPanel>
 __device__ __forceinline__ void finish_panel(const BackwardParams& p, const RowBlock& rows) {
   constexpr int kColumns = Sums::columns(kPanel), kQuads = kColumns / 4;
   constexpr int kLoads = kRowTokens * kQuads / 32;
   constexpr int kInFlight = kLoads < 4 ? kLoads : 4;
-  const unsigned lane = threadIdx.x % 32, places = rows.count * kQuads;
+  const unsigned lane = threadIdx.x % 32;
   const float* sums = Sums::row(p.dq_sums, p.total_q, rows.head, kPanel, rows.token);
   uint16_t* dq = static_cast<uint16_t*>(p.dq) + rows.token * p.dq_token + rows.head * p.dq_head + 64 * kPanel;
 #pragma unroll 1
-  for (unsigned base = 0; base < places; base += 32 * kInFlight) {
+  for (unsigned base = 0; base < kRowTokens * kQuads; base += 32 * kInFlight) {
     uint4 values[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const unsigned place = base + 32 * i + lane;
       values[i] = {};
-      if (place < places) values[i] = load_x4(sums + 4 * place, kEvictFirst);
+      if (rows.summed >> place / kQuads & 1) values[i] = load_x4(sums + 4 * place, kEvictFirst);
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
@@ -123,16 +134,16 @@ __device__ __forceinline__ void finish_panel(const BackwardParams& p, const RowB
         words = {low, high};
         column = 4 * quad;
       }
-      if (place < places) *reinterpret_cast<uint2*>(dq + row * p.dq_token + column) = words;
+      if (row < rows.count && !(rows.direct >> row & 1)) *reinterpret_cast<uint2*>(dq + row * p.dq_token + column) = words;
     }
   }
 }
 
-// dq = scale * sums.
+// dq = scale * sums, or 0, where the attention kernel has not written it.
 template <typename Sums, Pack kPack, int kPanel = 0>
 __device__ __forceinline__ void finish_rows(const BackwardParams& p) {
   const RowBlock rows = row_block(p);
-  if (rows.count <= 0) return;
+  if (rows.count <= 0 || rows.direct == (1u << rows.count) - 1) return;
   finish_panel<Sums, kPack, kPanel>(p, rows);
   if constexpr (kPanel + 1 < Sums::kPanels) finish_rows<Sums, kPack, kPanel + 1>(p);
 }

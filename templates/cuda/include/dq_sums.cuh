@@ -6,6 +6,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cuda/include/backward_params.cuh"
 #include "cuda/include/fragments.cuh"
 #include "cuda/include/ptx.cuh"
 
@@ -84,4 +85,34 @@ __device__ __forceinline__ void add_panel(const float (&dq)[kRegisters], float* 
   float* at = Sums::row(sums, total_q, head, kPanel, begin + row);
   if (row < length) for_each_piece<kColumns, kFirst>(dq, 0, quad, swap, AddPieces{at});
   if (row + 8 < length) for_each_piece<kColumns, kFirst>(dq, 1, quad, swap, AddPieces{at + 8 * kColumns});
+}
+
+// A thread's accumulators of one row, scaled and packed, into the row of dq.
+template <Pack kPack>
+struct WritePieces {
+  uint16_t* row;
+  float scale;
+  int quad;
+  bool exists;
+
+  __device__ __forceinline__ void operator()(int, int place, float a, float b, float c, float d) const {
+    const uint2 words = neighbouring_columns(kPack(scale * a, scale * b), kPack(scale * c, scale * d), quad);
+    if (exists) *reinterpret_cast<uint2*>(row + first_neighbour(quad) + place) = words;
+  }
+  __device__ __forceinline__ void operator()(int lane_place, int place, float a, float b) const {
+    if (exists) *reinterpret_cast<uint32_t*>(row + lane_place + place) = kPack(scale * a, scale * b);
+  }
+};
+
+// As add_panel, but the panel is complete and goes to dq. All lanes of a warp.
+template <typename Sums, Pack kPack, int kPanel, int kFirst, int kRegisters>
+__device__ __forceinline__ void write_panel(const float (&dq)[kRegisters], const BackwardParams& p, int head, int begin,
+                                            int length, int row, int quad) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half, row = computed_here(row + 8)) {  // one row's addresses at a time: registers are few
+    uint16_t* at = static_cast<uint16_t*>(p.dq) + (begin + row) * p.dq_token + head * p.dq_head + 64 * kPanel;
+    const int place = computed_here(quad);
+    const WritePieces<kPack> pieces{at, p.scale, place, row < length};
+    for_each_piece<Sums::columns(kPanel), kFirst>(dq, half, place, 0, pieces);
+  }
 }

@@ -62,6 +62,29 @@ struct SortedKeyBlocks {
   __device__ __forceinline__ int count(int place) const { return KeyBlocks{p}.count(sequences[place]); }
 };
 
+// Sets a bit for each query that sees a key: whether its dQ is complete in one block of keys or summed up. All 1024 threads.
+__device__ __forceinline__ void mark_queries(const KeyBlocks& blocks) {
+  const BackwardParams& p = blocks.p;
+  const int lane = threadIdx.x % 32;
+  for (int word = threadIdx.x; word < (p.total_q + 31) / 32; word += 1024) p.direct[word] = p.summed[word] = 0;
+  __syncthreads();
+  // A lane looks at a sequence, all of a warp mark its queries.
+  for (int base = threadIdx.x - lane; base < p.batch; base += 1024) {
+    WorkItem item = {};
+    if (base + lane < p.batch) item = blocks.item(base + lane, 0);
+    for (int i = 0; i < min(p.batch - base, 32); ++i) {
+      const int begin = __shfl_sync(0xffffffff, item.q_begin, i), end = begin + __shfl_sync(0xffffffff, item.q_length, i);
+      const int keys = __shfl_sync(0xffffffff, item.k_length, i);
+      if (begin == end || keys <= 0) continue;
+      unsigned* const marks = keys <= p.block_n ? p.direct : p.summed;
+      for (int word = begin / 32 + lane; 32 * word < end; word += 32) {
+        const int first = max(begin - 32 * word, 0), last = min(end - 32 * word, 32);
+        atomicOr(&marks[word], 0xffffffffu >> (32 - (last - first)) << first);
+      }
+    }
+  }
+}
+
 // One CTA of 1024 threads, any batch size: counting sort of sequences by their longest tile, then the place of each item.
 extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(const __grid_constant__ BackwardParams p) {
   __shared__ int warp_sums[32];
@@ -72,6 +95,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(co
   WorkItem* items = work_items(p.work_list);
   int* sequences = reinterpret_cast<int*>(items + p.max_items);  // in place of a second order of items
   int* first_item = reinterpret_cast<int*>(items + 2 * p.max_items);
+  mark_queries(blocks);
 
   if (threadIdx.x < kWorkBuckets) bucket_end[threadIdx.x] = 0;
   __syncthreads();

@@ -99,6 +99,9 @@ struct KeyTiles {
     return key >= keys_seen(item, shift) ? kNoQuery : kCausal ? key - shift : 0;
   }
 
+  // Whether the tile has all keys of its sequence: its dQ is not added up, but written at once.
+  __device__ __forceinline__ static bool has_all_keys(const WorkItem& item) { return item.k_length <= kBlockN; }
+
   // A tile's first block of queries is its sequence's last, which every tile visits that visits any; then one after the
   // other down to the first that sees its keys, each of them for all heads that share the kv head. So tiles that start
   // together read the same, and step k is the same block and head in all tiles of a sequence and kv head.

@@ -25,7 +25,7 @@
 //   warp 2      copies lse and delta of every block
 //   warp 3      adds dQ to its sums in global memory (bulk reductions)
 //   warps 4...  S^T = K Q^T, dP^T = V dO^T, P and dS in registers, dV += P^T dO, dK += dS^T Q, dQ = dS K (wgmma);
-//               dK and dV leave through K's and V's buffers (TMA)
+//               dK and dV leave through K's and V's buffers (TMA), dQ from registers where the tile has all keys
 //
 // Shared memory          bytes
 //   K                      32768   2 panels of 128 rows x 128 B; dK on its way out
@@ -248,6 +248,17 @@ __device__ __forceinline__ void stage_part(const float (&dq)[kRegisters], float*
   }
 }
 
+// This warpgroup's part of a dQ that is complete.
+template <int kRegisters>
+__device__ __forceinline__ void write_part(const float (&dq)[kRegisters], const BackwardParams& p, const WorkItem& item,
+                                           int head, int warpgroup, int row, int quad) {
+  if (warpgroup == 0) {
+    write_panel<Sums, pack_bf16, 0, 0>(dq, p, head, item.q_begin, item.q_length, row, quad);
+  } else {
+    write_panel<Sums, pack_bf16, 1, 0>(dq, p, head, item.q_begin, item.q_length, row, quad);
+  }
+}
+
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kRowThreads) jagtile_backward_prepare(const __grid_constant__ BackwardParams p) {
@@ -344,8 +355,9 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l0(const
         });
       });
     } else if (warp == 3 && elect_one()) {
-      RingPosition<kDqStages> at;
+      RingPosition<1> at;
       for_each_tile(control, [&](const WorkItem& item, int kv_head) {
+        if (KeyTile::has_all_keys(item)) return;
         if (p.turns != nullptr) control.turns.begin<KeyTile>(p, item, kv_head);
         KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
           if (p.turns != nullptr) control.turns.await(control.dq[0].is_full(at));
@@ -440,13 +452,17 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l0(const
       pin_registers(dq);
       if (leader) control.dout.arrive_empty(at);
 
-      control.dq[part].wait_empty(dq_at);
-      const int token = item.q_begin + thread_row;  // odd or even as in all blocks
-      stage_part(dq, dq_parts + part * (kPartBytes / 4), warpgroup, thread_row, quad, token);
-      fence_async_proxy();
-      __syncwarp();
-      if (lane == 0) control.dq[part].arrive_full(dq_at);
-      dq_at.advance();
+      if (KeyTile::has_all_keys(item)) {
+        write_part(dq, p, item, head, warpgroup, row + thread_row, quad);
+      } else {
+        control.dq[part].wait_empty(dq_at);
+        const int token = item.q_begin + thread_row;  // odd or even as in all blocks
+        stage_part(dq, dq_parts + part * (kPartBytes / 4), warpgroup, thread_row, quad, token);
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) control.dq[part].arrive_full(dq_at);
+      }
+      if (!KeyTile::has_all_keys(item)) dq_at.advance();
       if (++head == (kv_head + 1) * p.gqa_ratio) {
         head = kv_head * p.gqa_ratio;
         row -= kBlockM;

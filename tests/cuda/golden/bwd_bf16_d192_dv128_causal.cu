@@ -21,7 +21,7 @@
 //   warp 3      copies dO
 //   warps 4-7   S = Q K^T, P = exp(S - lse), dV^T += dO^T P (wgmma); dV leaves through V's buffer (TMA)
 //   warps 8-11  dP = dO V^T, dS = P (dP - delta), dK^T += Q^T dS; dK leaves through K's buffer
-// dQ = dS K is added to its sums from registers; warps 4-7 make the first 2 of its 3 panels, warps 8-11 the rest.
+// dQ = dS K goes from registers to its sums, or to dq where the tile has all keys; warps 4-7 make the first 2 of its 3 panels, warps 8-11 the rest.
 // So both keep as many accumulators as one gradient of 112 keys has, and run out of step: while one computes P or dS the
 // other multiplies.
 //
@@ -289,7 +289,6 @@ __device__ __forceinline__ void make_dv(const BackwardParams& p, Control& contro
       for (int panel = 0; panel < kPanelsV; ++panel) {
         add_product(dv[panel], smem.dout + at.dout_at.slot * kDoutBytes + panel * kQPanelBytes, smem.p);
       }
-      const int begin = item.q_begin, length = item.q_length;
       control.ds.wait_full(at.step_at);
       if (p.turns != nullptr) {
         if (leader) KeyTile::await_turn(p, item, head, row, /*adder=*/0);
@@ -304,7 +303,11 @@ __device__ __forceinline__ void make_dv(const BackwardParams& p, Control& contro
 #pragma unroll
         for (int panel = 0; panel < kPanelsV; ++panel) pin_registers(dv[panel]);
         pin_registers(dq);
-        add_panel<Sums, 0, 0>(dq, p.dq_sums, p.total_q, head, begin, length, row + thread_row, quad);
+        if (KeyTile::has_all_keys(item)) {
+          write_panel<Sums, pack_bf16, 0, 0>(dq, p, head, item.q_begin, item.q_length, row + thread_row, quad);
+        } else {
+          add_panel<Sums, 0, 0>(dq, p.dq_sums, p.total_q, head, item.q_begin, item.q_length, row + thread_row, quad);
+        }
       }
       {
         float dq[32];
@@ -312,7 +315,11 @@ __device__ __forceinline__ void make_dv(const BackwardParams& p, Control& contro
         wgmma_wait<0>();
         pin_registers(dq);
         if (leader) control.ds.arrive_empty(at.step_at);
-        add_panel<Sums, 1, 0>(dq, p.dq_sums, p.total_q, head, begin, length, row + thread_row, quad);
+        if (KeyTile::has_all_keys(item)) {
+          write_panel<Sums, pack_bf16, 1, 0>(dq, p, head, item.q_begin, item.q_length, row + thread_row, quad);
+        } else {
+          add_panel<Sums, 1, 0>(dq, p.dq_sums, p.total_q, head, item.q_begin, item.q_length, row + thread_row, quad);
+        }
       }
       if (p.turns != nullptr) {
         named_barrier_sync(kBarrier, 128);
@@ -369,7 +376,6 @@ __device__ __forceinline__ void make_dk_and_dq(const BackwardParams& p, Control&
       if (leader) control.ds.arrive_full(at.step_at);
       at.step_at.advance();
 
-      const int begin = item.q_begin, length = item.q_length;
       control.q.wait_full(at.q_at);
       const uint32_t q_tile = smem.q + at.q_at.slot * kQBytes;
       if (p.turns != nullptr) {
@@ -385,7 +391,11 @@ __device__ __forceinline__ void make_dk_and_dq(const BackwardParams& p, Control&
         add_product(dk[2], q_tile + 2 * kQPanelBytes, smem.ds);
         wgmma_wait<3>();
         pin_registers(dq);
-        add_panel<Sums, 2, 0>(dq, p.dq_sums, p.total_q, head, begin, length, row + thread_row, quad);
+        if (KeyTile::has_all_keys(item)) {
+          write_panel<Sums, pack_bf16, 2, 0>(dq, p, head, item.q_begin, item.q_length, row + thread_row, quad);
+        } else {
+          add_panel<Sums, 2, 0>(dq, p.dq_sums, p.total_q, head, item.q_begin, item.q_length, row + thread_row, quad);
+        }
       }
       wgmma_wait<0>();
 #pragma unroll

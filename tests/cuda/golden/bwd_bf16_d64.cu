@@ -25,7 +25,7 @@
 //   warp 2      copies lse and delta of every block
 //   warp 3      adds dQ to its sums in global memory (bulk reductions)
 //   warps 4...  S^T = K Q^T, dP^T = V dO^T, P and dS in registers, dV += P^T dO, dK += dS^T Q, dQ = dS K (wgmma);
-//               dK and dV leave through K's and V's buffers (TMA)
+//               dK and dV leave through K's and V's buffers (TMA), dQ from registers where the tile has all keys
 // K's and V's rows are A operands of S^T and dP^T in registers, read once a tile.
 // K and V of the next tile arrive while this one is worked on; dK and dV leave while the next one begins.
 // dQ of a block is multiplied while the next block's exponentials are computed: warpgroups need not be at the same block.
@@ -243,6 +243,13 @@ __device__ __forceinline__ void stage_part(const float (&dq)[kRegisters], float*
   stage_panel<0, 0>(dq, part, row, quad, token);
 }
 
+// This warpgroup's part of a dQ that is complete.
+template <int kRegisters>
+__device__ __forceinline__ void write_part(const float (&dq)[kRegisters], const BackwardParams& p, const WorkItem& item,
+                                           int head, int warpgroup, int row, int quad) {
+  write_panel<Sums, pack_bf16, 0, 0>(dq, p, head, item.q_begin, item.q_length, row, quad);
+}
+
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kRowThreads) jagtile_backward_prepare(const __grid_constant__ BackwardParams p) {
@@ -340,11 +347,13 @@ jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1(const __grid_co
         });
       });
     } else if (warp == 3 && elect_one()) {
-      RingPosition<kDqStages> at;
-      int leaving = -1;  // the buffer of the block before
+      uint32_t parities = 0;  // of the buffers, a bit each
       for_each_tile(control, [&](const WorkItem& item, int kv_head) {
+        if (KeyTile::has_all_keys(item)) return;
         if (p.turns != nullptr) control.turns.begin<KeyTile>(p, item, kv_head);
+        int slot = 0, leaving = -1;  // the block's buffer, and that of the block before
         KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
+          const RingPosition<kDqStages> at = {slot, parities >> slot & 1};
           if (p.turns != nullptr) control.turns.await(control.dq[0].is_full(at));
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
@@ -353,9 +362,12 @@ jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1(const __grid_co
           }
           tma_store_wait_read<1>();
           if (leaving >= 0) mbarrier_arrive(smem_address(&control.dq[0].empty[leaving]));
-          leaving = at.slot;
-          at.advance();
+          leaving = slot;
+          parities ^= 1 << slot;
+          if (++slot == kDqStages) slot = 0;
         });
+        tma_store_wait_read();
+        if (leaving >= 0) mbarrier_arrive(smem_address(&control.dq[0].empty[leaving]));
         if (p.turns != nullptr) control.turns.pass();
       });
       tma_store_wait();
@@ -370,6 +382,7 @@ jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1(const __grid_co
   const int thread_row = 16 * (warp % 4) + lane / 4;  // the upper of two, 8 apart, among the warpgroup's 64
   RingPosition<kStages> at;  // in the rings of Q, of dO, and of lse and delta
   uint32_t step = 0;  // of all tiles
+  RingPosition<kDqStages> dq_at = {warpgroup, 0};
   constexpr int part = 0;
   int leaving = -1;  // the leader's: the slot of K and V that the previous tile's dK and dV are leaving through
   auto free_left_slot = [&] {
@@ -424,7 +437,7 @@ jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1(const __grid_co
       pin_registers(scores);
       // dQ of the block before, with every warpgroup's dS^T.
       const RingPosition<2> ds_before = {static_cast<int>((step - 1) % 2), (step - 1) / 2 % 2};
-      const bool add_before = left < steps && (step - 1) % kWarpgroups == warpgroup;
+      const bool add_before = left < steps && (steps - left - 1) % kWarpgroups == warpgroup;
       float dq[32];
       if (add_before) {
         control.ds.wait_full(ds_before);
@@ -460,13 +473,20 @@ jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1(const __grid_co
       pin_registers(probabilities);
       if (leader) control.dout.arrive_empty(at);
       if (add_before) {
-        const RingPosition<kDqStages> dq_at = {static_cast<int>((step - 1) % kDqStages), (step - 1) / kDqStages % 2};
-        control.dq[part].wait_empty(dq_at);
-        const int token = item.q_begin + thread_row;  // odd or even as in all blocks
-        stage_part(dq, dq_parts + dq_at.slot * (kPartBytes / 4), warpgroup, thread_row, quad, token);
-        fence_async_proxy();
-        __syncwarp();
-        if (lane == 0) control.dq[part].arrive_full(dq_at);
+        if (KeyTile::has_all_keys(item)) {
+          const bool row_begins = head == kv_head * p.gqa_ratio;
+          const int dq_head = row_begins ? head + p.gqa_ratio - 1 : head - 1;  // of the step before
+          const int dq_row = row_begins ? row + kBlockM : row;
+          write_part(dq, p, item, dq_head, warpgroup, dq_row + thread_row, quad);
+        } else {
+          control.dq[part].wait_empty(dq_at);
+          const int token = item.q_begin + thread_row;  // odd or even as in all blocks
+          stage_part(dq, dq_parts + dq_at.slot * (kPartBytes / 4), warpgroup, thread_row, quad, token);
+          fence_async_proxy();
+          __syncwarp();
+          if (lane == 0) control.dq[part].arrive_full(dq_at);
+          dq_at.parity ^= 1;
+        }
       }
       ++step;
       if (++head == (kv_head + 1) * p.gqa_ratio) {
@@ -481,20 +501,27 @@ jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1(const __grid_co
     }
     if (steps > 0) {
       const RingPosition<2> ds_before = {static_cast<int>((step - 1) % 2), (step - 1) / 2 % 2};
-      if ((step - 1) % kWarpgroups == warpgroup) {
+      if ((steps - 1) % kWarpgroups == warpgroup) {
         float dq[32];
         control.ds.wait_full(ds_before);
         issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes, k_tile);
         wgmma_wait<0>();
         pin_registers(dq);
         if (leader) control.ds.arrive_empty(ds_before);
-        const RingPosition<kDqStages> dq_at = {static_cast<int>((step - 1) % kDqStages), (step - 1) / kDqStages % 2};
-        control.dq[part].wait_empty(dq_at);
-        const int token = item.q_begin + thread_row;  // odd or even as in all blocks
-        stage_part(dq, dq_parts + dq_at.slot * (kPartBytes / 4), warpgroup, thread_row, quad, token);
-        fence_async_proxy();
-        __syncwarp();
-        if (lane == 0) control.dq[part].arrive_full(dq_at);
+        if (KeyTile::has_all_keys(item)) {
+          const bool row_begins = head == kv_head * p.gqa_ratio;
+          const int dq_head = row_begins ? head + p.gqa_ratio - 1 : head - 1;  // of the step before
+          const int dq_row = row_begins ? row + kBlockM : row;
+          write_part(dq, p, item, dq_head, warpgroup, dq_row + thread_row, quad);
+        } else {
+          control.dq[part].wait_empty(dq_at);
+          const int token = item.q_begin + thread_row;  // odd or even as in all blocks
+          stage_part(dq, dq_parts + dq_at.slot * (kPartBytes / 4), warpgroup, thread_row, quad, token);
+          fence_async_proxy();
+          __syncwarp();
+          if (lane == 0) control.dq[part].arrive_full(dq_at);
+          dq_at.parity ^= 1;
+        }
       }
     }
 
