@@ -128,15 +128,13 @@ def held_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
 def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     """Registers a thread for accumulators and A fragments, where the most of them are alive: beside dK, dV and what is
     held of K and V, S and dP with P packed, or dQ with P and dS packed. ``late_dq`` has dQ beside S and dP, ``overlap``
-    the packed dS of the step before. Near the limit two more count, as compiling shows: for the row and head of a late
-    dQ that is added from registers, and for the places of K and V where these are the same in every tile.
+    the packed dS of the step before. Near the limit two more count, as compiling shows, for the places of K and V where
+    these are the same in every tile.
     """
     kept = spec.head_dim // 2 + spec.head_dim_v // 2 + held_registers(spec, config)
     scores, packed, dq = config.block_m // 2, config.block_m // 4, dq_columns(spec, config) // 2
     with_p = 2 * scores + packed
     most = with_p + dq if config.late_dq else max(with_p, dq + 2 * packed)
-    if config.late_dq and config.dq == "red":
-        most += 2
     if config.kv_stages == 1 and (config.late_dq or config.held == "kv"):
         most += 2
     return kept + most + (packed if config.overlap else 0)

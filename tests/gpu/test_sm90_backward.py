@@ -31,12 +31,22 @@ pytestmark = [
 CASES = (
     ("bwd_bf16_d8", {}),
     ("bwd_bf16_d32_causal", {}),
-    ("bwd_fp16_d32", {"block_n": 192, "overlap": False}),
+    ("bwd_fp16_d32", {"block_n": 192, "held": "none", "overlap": False}),
+    (
+        "bwd_fp16_d32_causal",
+        {"block_m": 128, "num_stages": 2, "dq": "red", "held": "v", "overlap": False, "late_dq": False},
+    ),
     ("bwd_bf16_d64", {}),
     ("bwd_bf16_d64_causal", {"dq": "red"}),
     ("bwd_fp16_d64_causal", {"overlap": False, "num_stages": 3}),
-    ("bwd_bf16_d64", {"block_n": 64, "ctas_per_sm": 2}),
-    ("bwd_bf16_d64_causal", {"block_n": 64, "ctas_per_sm": 2, "dq": "red", "overlap": False}),
+    (
+        "bwd_bf16_d64",
+        {"block_n": 64, "num_stages": 2, "ctas_per_sm": 2, "held": "none", "kv_stages": 1, "late_dq": False},
+    ),
+    (
+        "bwd_bf16_d64_causal",
+        {"block_n": 64, "num_stages": 2, "ctas_per_sm": 2, "dq": "red", "held": "none", "late_dq": False},
+    ),
     ("bwd_bf16_d72_dv40_causal", {}),
     ("bwd_bf16_d96", {}),
     ("bwd_bf16_d96_causal", {"dq": "red", "overlap": False}),
