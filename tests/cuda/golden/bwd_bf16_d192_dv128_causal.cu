@@ -231,7 +231,7 @@ __device__ __forceinline__ void store_gradient(const float (&gradient)[kTilePane
     stage_columns<pack_bf16, kBlockN>(gradient[panel], buffer + panel * kKVPanelBytes, warp, lane);
   }
   fence_async_proxy();
-  named_barrier_sync(barrier, 128);
+  named_barrier_sync(barrier, 128);  // it is staged, and every warp has read the tile
   if (leader) {
 #pragma unroll
     for (int panel = 0; panel < kTilePanels; ++panel) {
@@ -333,9 +333,10 @@ __device__ __forceinline__ void make_dv(const BackwardParams& p, Control& contro
     control.v.wait_full(at.kv_at);
     control.p.wait_empty(at.step_at);  // the other warpgroup has its last dP, and V has been read
     store_gradient(dv, smem.v, p.map_dv, item, kv_head, kBarrier, warp, lane, leader);
-    if (leader) control.v.arrive_empty(at.kv_at);
-    __syncwarp();
-    if (lane == 0) control.tile.arrive_empty(at.tile_at);
+    if (leader) {
+      control.v.arrive_empty(at.kv_at);
+      control.tile.arrive_empty(at.tile_at);
+    }
   }
 }
 
@@ -367,12 +368,11 @@ __device__ __forceinline__ void make_dk_and_dq(const BackwardParams& p, Control&
 
       control.p.wait_full(at.step_at);
       gradients_of_rows<unpack_bf16, kQPanelBytes>(dp, smem.p, delta, warp, lane);
-      __syncwarp();
-      if (lane == 0) control.p.arrive_empty(at.step_at);
       control.ds.wait_empty(at.step_at);
       stage_rows<pack_bf16, kBlockN, kQPanelBytes>(dp, smem.ds, warp, lane);
       fence_async_proxy();
-      named_barrier_sync(kBarrier, 128);
+      named_barrier_sync(kBarrier, 128);  // dS is there, and P has been read
+      if (leader) control.p.arrive_empty(at.step_at);
       if (leader) control.ds.arrive_full(at.step_at);
       at.step_at.advance();
 
@@ -416,9 +416,10 @@ __device__ __forceinline__ void make_dk_and_dq(const BackwardParams& p, Control&
       for (int i = 0; i < kBlockN / 2; ++i) dk[panel][i] *= p.scale;
     }
     store_gradient(dk, smem.k, p.map_dk, item, kv_head, kBarrier, warp, lane, leader);
-    if (leader) control.k.arrive_empty(at.kv_at);
-    __syncwarp();
-    if (lane == 0) control.tile.arrive_empty(at.tile_at);
+    if (leader) {
+      control.k.arrive_empty(at.kv_at);
+      control.tile.arrive_empty(at.tile_at);
+    }
   }
 }
 
@@ -447,11 +448,11 @@ jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2_d2(const __grid_constant__ Ba
   const int lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {
-    control.tile.init(1, 3 + 8);  // freed by three loaders and every math warp
+    control.tile.init(1, 3 + 2);  // freed by three loaders and both math warpgroups
     control.loaded.init(2, 1);
     control.k.init(1, 1);
     control.v.init(1, 1);
-    control.p.init(1, 4);
+    control.p.init(1, 1);
     control.ds.init(1, 1);
     control.q.init(1, 2);
     control.dout.init(1, 2);

@@ -274,14 +274,14 @@ jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1(const __grid_co
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform, and known to be
 
   if (threadIdx.x == 0) {
-    // Freed by the loader, every lane of the warp of lse and delta, the adder of dQ and every math warp.
-    control.tile.init(1, 34 + 4 * kWarpgroups);
+    // Freed by the loader, every lane of the warp of lse and delta, the adder of dQ and every math warpgroup.
+    control.tile.init(1, 34 + kWarpgroups);
     control.loaded.init(1, 1);
     control.k.init(1, kWarpgroups);
     control.v.init(1, kWarpgroups);
     control.q.init(1, kWarpgroups);
     control.dout.init(1, kWarpgroups);
-    control.stats.init(32, 4 * kWarpgroups);
+    control.stats.init(32, 128 * kWarpgroups);
     control.ds.init(4 * kWarpgroups, 1);
     for (int part = 0; part < kParts; ++part) control.dq[part].init(4, 1);
     mbarrier_init_fence();
@@ -459,8 +459,7 @@ jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1(const __grid_co
       pin_registers(dq);
       if (leader && add_before) control.ds.arrive_empty(ds_before);
       gradients_of_scores(dp, scores, Stats(step_stats + kBlockM, quad));
-      __syncwarp();
-      if (lane == 0) control.stats.arrive_empty(at);
+      control.stats.arrive_empty(at);
       pack_fragments<pack_bf16>(ds, dp);
       control.ds.wait_empty(ds_at);
       stage_fragments<kKVPanelBytes>(ds, ds_tile + warpgroup * kRowsBytes, warp, lane);
@@ -534,7 +533,7 @@ jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1(const __grid_co
     named_barrier_sync(kMathBarrier, 128 * kWarpgroups);
     stage_rows<pack_bf16, kHeadDim, kKVPanelBytes>(dk, k_rows, warp, lane);
     fence_async_proxy();
-    named_barrier_sync(1 + warpgroup, 128);
+    named_barrier_sync(1 + warpgroup, 128);  // dK and dV are staged, and every warp has read the tile
     if (leader) {
       if (first_key < item.k_length) {
 #pragma unroll
@@ -550,9 +549,8 @@ jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1(const __grid_co
         tma_store_commit();
       }
       leaving = kv_at.slot;
+      control.tile.arrive_empty(tile_at);
     }
-    __syncwarp();
-    if (lane == 0) control.tile.arrive_empty(tile_at);
   }
   free_left_slot();
 }
