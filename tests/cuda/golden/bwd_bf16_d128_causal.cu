@@ -283,14 +283,14 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l0(const
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform, and known to be
 
   if (threadIdx.x == 0) {
-    // Freed by the loader, every lane of the warp of lse and delta, the adder of dQ and every math warpgroup.
-    control.tile.init(1, 34 + kWarpgroups);
+    // Freed by the loader, every lane of the warp of lse and delta, the adder of dQ and every math thread.
+    control.tile.init(1, 34 + 128 * kWarpgroups);
     control.loaded.init(1, 1);
     control.k.init(1, kWarpgroups);
     control.v.init(1, kWarpgroups);
     control.q.init(1, kWarpgroups);
     control.dout.init(1, kWarpgroups);
-    control.stats.init(32, kWarpgroups);
+    control.stats.init(32, 128 * kWarpgroups);
     for (int part = 0; part < kParts; ++part) control.dq[part].init(4, 1);
     mbarrier_init_fence();
     set_claims(control.claims, p);
@@ -437,12 +437,11 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l0(const
       wgmma_wait<1>();
       pin_registers(dp);
       gradients_of_scores(dp, scores, Stats(step_stats + kBlockM, quad));
+      control.stats.arrive_empty(at);
       pack_fragments<pack_bf16>(ds, dp);
       stage_fragments<kKVPanelBytes>(ds, ds_tile + warpgroup * kRowsBytes, warp, lane);
       fence_async_proxy();
-      // All of dS^T is there, the other dS^T has been read, and so have lse and delta.
-      named_barrier_sync(kMathBarrier, 128 * kWarpgroups);
-      if (leader) control.stats.arrive_empty(at);
+      named_barrier_sync(kMathBarrier, 128 * kWarpgroups);  // all of dS^T is there, and the other dS^T has been read
       float dq[32];
       issue_dq(dq, ds_tile, k_tile + warpgroup * kKVPanelBytes);
       issue_dk(dk, ds, q_tile);
@@ -499,7 +498,7 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l0(const
       }
       control.k.arrive_empty(kv_at);
       control.v.arrive_empty(kv_at);
-      control.tile.arrive_empty(tile_at);
     }
+    control.tile.arrive_empty(tile_at);
   }
 }

@@ -282,8 +282,8 @@ __device__ __forceinline__ void make_dv(const BackwardParams& p, Control& contro
       control.p.wait_empty(at.step_at);
       stage_rows<pack_bf16, kBlockN, kQPanelBytes>(scores, smem.p, warp, lane);
       fence_async_proxy();
+      control.p.arrive_full(at.step_at);
       named_barrier_sync(kBarrier, 128);
-      if (leader) control.p.arrive_full(at.step_at);
       control.dout.wait_full(at.dout_at);
 #pragma unroll
       for (int panel = 0; panel < kPanelsV; ++panel) {
@@ -333,10 +333,8 @@ __device__ __forceinline__ void make_dv(const BackwardParams& p, Control& contro
     control.v.wait_full(at.kv_at);
     control.p.wait_empty(at.step_at);  // the other warpgroup has its last dP, and V has been read
     store_gradient(dv, smem.v, p.map_dv, item, kv_head, kBarrier, warp, lane, leader);
-    if (leader) {
-      control.v.arrive_empty(at.kv_at);
-      control.tile.arrive_empty(at.tile_at);
-    }
+    if (leader) control.v.arrive_empty(at.kv_at);
+    control.tile.arrive_empty(at.tile_at);
   }
 }
 
@@ -371,8 +369,8 @@ __device__ __forceinline__ void make_dk_and_dq(const BackwardParams& p, Control&
       control.ds.wait_empty(at.step_at);
       stage_rows<pack_bf16, kBlockN, kQPanelBytes>(dp, smem.ds, warp, lane);
       fence_async_proxy();
-      named_barrier_sync(kBarrier, 128);  // dS is there, and P has been read
-      if (leader) control.p.arrive_empty(at.step_at);
+      control.p.arrive_empty(at.step_at);
+      named_barrier_sync(kBarrier, 128);  // dS is there
       if (leader) control.ds.arrive_full(at.step_at);
       at.step_at.advance();
 
@@ -416,10 +414,8 @@ __device__ __forceinline__ void make_dk_and_dq(const BackwardParams& p, Control&
       for (int i = 0; i < kBlockN / 2; ++i) dk[panel][i] *= p.scale;
     }
     store_gradient(dk, smem.k, p.map_dk, item, kv_head, kBarrier, warp, lane, leader);
-    if (leader) {
-      control.k.arrive_empty(at.kv_at);
-      control.tile.arrive_empty(at.tile_at);
-    }
+    if (leader) control.k.arrive_empty(at.kv_at);
+    control.tile.arrive_empty(at.tile_at);
   }
 }
 
@@ -448,11 +444,11 @@ jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2_d2(const __grid_constant__ Ba
   const int lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {
-    control.tile.init(1, 3 + 2);  // freed by three loaders and both math warpgroups
+    control.tile.init(1, 3 + 256);  // freed by three loaders and every math thread
     control.loaded.init(2, 1);
     control.k.init(1, 1);
     control.v.init(1, 1);
-    control.p.init(1, 1);
+    control.p.init(128, 128);
     control.ds.init(1, 1);
     control.q.init(1, 2);
     control.dout.init(1, 2);

@@ -274,8 +274,8 @@ jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1(const __grid_co
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform, and known to be
 
   if (threadIdx.x == 0) {
-    // Freed by the loader, every lane of the warp of lse and delta, the adder of dQ and every math warpgroup.
-    control.tile.init(1, 34 + kWarpgroups);
+    // Freed by the loader, every lane of the warp of lse and delta, the adder of dQ and every math thread.
+    control.tile.init(1, 34 + 128 * kWarpgroups);
     control.loaded.init(1, 1);
     control.k.init(1, kWarpgroups);
     control.v.init(1, kWarpgroups);
@@ -549,8 +549,8 @@ jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1(const __grid_co
         tma_store_commit();
       }
       leaving = kv_at.slot;
-      control.tile.arrive_empty(tile_at);
     }
+    control.tile.arrive_empty(tile_at);
   }
   free_left_slot();
 }

@@ -172,7 +172,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform, and known to be
 
   if (threadIdx.x == 0) {
-    control.tile.init(1, 3 + kWarpgroups);  // freed by three loaders and every math warpgroup
+    control.tile.init(1, 3 + 128 * kWarpgroups);  // freed by three loaders and every math thread
     control.q.init(1, 1);
     control.k.init(1, kWarpgroups);
     control.v.init(1, kWarpgroups);
@@ -356,7 +356,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
     scale_rows(output, inverse);
     stage_rows<pack_bf16, kColumnsV, kQPanelBytes>(output, q_tile, warp, lane);
     fence_async_proxy();
-    named_barrier_sync(1 + warpgroup, 128);  // O is staged, and every warp has read the tile
+    named_barrier_sync(1 + warpgroup, 128);  // O is staged
     if (leader) {
       const int row = item.row + 64 * warpgroup;
       if (64 * warpgroup < item.rows) {
@@ -368,8 +368,8 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
         tma_store_commit();
       }
       stored_q = smem_address(&control.q.empty[q_at.slot]);
-      control.tile.arrive_empty(tile_at);
     }
+    control.tile.arrive_empty(tile_at);
     q_at.advance_by(kWarpgroups);
   }
   free_stored_q();

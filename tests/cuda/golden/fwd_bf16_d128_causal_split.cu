@@ -177,7 +177,7 @@ jagtile_fwd_bf16_d128_causal_split_m128_n128_s3_q1_c1(const __grid_constant__ Pa
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform, and known to be
 
   if (threadIdx.x == 0) {
-    control.tile.init(1, 3 + kWarpgroups);  // freed by three loaders and every math warpgroup
+    control.tile.init(1, 3 + 128 * kWarpgroups);  // freed by three loaders and every math thread
     control.q.init(1, 1);
     control.k.init(1, kWarpgroups);
     control.v.init(1, kWarpgroups);
@@ -376,7 +376,7 @@ jagtile_fwd_bf16_d128_causal_split_m128_n128_s3_q1_c1(const __grid_constant__ Pa
       stage_rows<pack_bf16, kColumnsV, kQPanelBytes>(output, q_tile, warp, lane);
     }
     fence_async_proxy();
-    named_barrier_sync(1 + warpgroup, 128);  // O is staged, and every warp has read the tile
+    named_barrier_sync(1 + warpgroup, 128);  // O is staged
     if (leader) {
       const int row = first_token;
       if (complete && row < item.q_length) {
@@ -389,8 +389,8 @@ jagtile_fwd_bf16_d128_causal_split_m128_n128_s3_q1_c1(const __grid_constant__ Pa
       }
       tma_store_wait_read();
       control.q.arrive_empty(q_at);
-      control.tile.arrive_empty(tile_at);
     }
+    control.tile.arrive_empty(tile_at);
     q_at.advance_by(kWarpgroups);
   }
 }
