@@ -6,7 +6,6 @@
 
 struct QueryBlocks {
   const Params& p;
-  bool even;  // a sequence's groups of 64 rows, a warpgroup's each, are shared out evenly, and items know their rows
 
   __device__ __forceinline__ int count(int seq) const {
     const int length =
@@ -21,17 +20,9 @@ struct QueryBlocks {
     item.k_begin = offset_at(p.cu_seqlens_k, seq, p.wide_offsets & 2);
     item.k_length = offset_at(p.cu_seqlens_k, seq + 1, p.wide_offsets & 2) - item.k_begin;
     item.row = block * p.block_m;
-    int rows = p.block_m;
-    if (even) {  // a last tile with one group would take nearly as long as a full one
-      const int groups = (item.q_length + 63) / 64, tiles = (item.q_length + p.block_m - 1) / p.block_m;
-      const int each = groups / tiles, larger = groups - each * tiles;
-      item.row = 64 * (block * each + min(block, larger));
-      rows = 64 * (each + (block < larger));
-      item.rows = min(rows, item.q_length - item.row);
-    }
     int visible = item.k_length;
     if (p.causal) {
-      const int last_row = min(item.row + rows, item.q_length) - 1;
+      const int last_row = min(item.row + p.block_m, item.q_length) - 1;
       const int shift = p.bottom_right ? item.k_length - item.q_length : 0;
       visible = min(visible, max(last_row + shift + 1, 0));
     }
@@ -46,5 +37,5 @@ struct QueryBlocks {
 };
 
 extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(const __grid_constant__ Params p) {
-  build_work_list(QueryBlocks{p, /*even=*/true});
+  build_work_list(QueryBlocks{p});
 }

@@ -71,7 +71,7 @@ jagtile_build_split_work_list(const __grid_constant__ Params p) {
   int* first_tile = reinterpret_cast<int*>(items + 2 * p.max_items);
   int* tickets = piece_tickets(p);
 
-  const QueryBlocks blocks{p, /*even=*/false};
+  const QueryBlocks blocks{p};
   auto row_block = [&](int tile) {
     const int seq = sequence_of(first_tile, p.batch, tile);
     return blocks.item(seq, tile - first_tile[seq]);

@@ -24,7 +24,6 @@ struct alignas(16) WorkItem {  // 32 bytes, read as two int4
   };
   union {
     int turn;   // of keys: a number below max_items; key blocks of a sequence have consecutive ones
-    int rows;   // of queries, where keys are not split: in the block
     int piece;  // of queries, where keys are split: which piece it is, packed
   };
 };

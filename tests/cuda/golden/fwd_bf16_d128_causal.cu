@@ -257,7 +257,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
     // The tile's first key blocks, of which this warpgroup's rows see some key.
     const int last_row = min(item.row + 64 * warpgroup + 63, item.q_length - 1);
     const int keys = max(min(item.k_length, last_row + shift + 1), 0);
-    const bool idle = 64 * warpgroup >= item.rows;
+    const bool idle = item.row + 64 * warpgroup >= item.q_length;
     const int blocks = idle ? 0 : (keys + kBlockN - 1) / kBlockN;
     if (blocks > 0) {
       float scores[kBlockN / 2];
@@ -347,9 +347,9 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
     for (int h = 0; h < 2; ++h) {
       const float sum = sum_of_row(rows.sum[h]);
       inverse[h] = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: the row sees no key
-      const int row = thread_row + 8 * h;
-      if (p.lse != nullptr && lane % 4 == 0 && row < item.rows) {
-        p.lse[static_cast<long long>(head) * p.total_q + item.q_begin + item.row + row] =
+      const int row = item.row + thread_row + 8 * h;
+      if (p.lse != nullptr && lane % 4 == 0 && row < item.q_length) {
+        p.lse[static_cast<long long>(head) * p.total_q + item.q_begin + row] =
             sum == 0.0f ? -INFINITY : (probability_offset<kHeadroom>(rows.reference[h], scale_log2) + log2f(sum)) * 0.693147180559945f;
       }
     }
@@ -359,7 +359,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
     named_barrier_sync(1 + warpgroup, 128);  // O is staged
     if (leader) {
       const int row = item.row + 64 * warpgroup;
-      if (64 * warpgroup < item.rows) {
+      if (row < item.q_length) {
 #pragma unroll
         for (int panel = 0; panel < kPanelsV; ++panel) {
           tma_store_ragged(&p.map_out, q_tile + panel * kQPanelBytes, 64 * panel, row, head,
