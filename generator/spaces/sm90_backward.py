@@ -205,9 +205,12 @@ class Sm90BackwardSpace:
         return None
 
     def default(self, spec: KernelSpec) -> TileConfig:
-        """128 keys, and what registers and shared memory have room for: first a late dQ, then K and V in registers,
-        then the overlap, then two buffers of K and V.
+        """128 keys, and what registers and shared memory have room for: first steps of 128 queries, then a late dQ, then K
+        and V in registers, then the overlap, then two buffers of K and V.
         """
+        wide_steps = Sm90BackwardConfig(128, 128, 2, 1, "bulk", False, 2, "kv", False)
+        if self.rejection(spec, wide_steps) is None:
+            return wide_steps
         for late, held, overlap, kv_stages in product((True, False), ("kv", "v", "none"), (True, False), (2, 1)):
             config = Sm90BackwardConfig(64, 128, 3 if late else 2, 1, "bulk", overlap, kv_stages, held, late)
             if self.rejection(spec, config) is None:

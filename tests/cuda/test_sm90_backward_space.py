@@ -52,7 +52,7 @@ def test_every_spec_has_a_legal_default_of_128_keys(spec: KernelSpec) -> None:
 @pytest.mark.parametrize(
     ("name", "tile"),
     [
-        ("d32", "m64_n128_s3_c1_dbulk_o1_k2_hkv_l1"),
+        ("d32", "m128_n128_s2_c1_dbulk_o0_k2_hkv_l0"),
         ("d64", "m64_n128_s3_c1_dbulk_o0_k2_hkv_l1"),
         ("d72_dv40", "m64_n128_s3_c1_dbulk_o0_k2_hkv_l1"),
         ("d96", "m64_n128_s2_c1_dbulk_o0_k1_hv_l0"),
