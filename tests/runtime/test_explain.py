@@ -48,7 +48,7 @@ def test_it_tells_spec_device_regime_variant_and_every_step():
     found = jagtile.explain(**packed(), is_causal=True)
     assert found.problem == Problem(KernelSpec("fwd", "fp32", 64, 64, True), 2, 5, 5, 4, 2)
     assert found.device.slug == f"cpu-{host_isa()}"
-    assert found.decision.regime == "short"
+    assert found.decision.regime == "tiny"
     assert found.decision.source == "default"
     assert found.variant.name == "cpu/fwd_fp32_d64_causal/plain_b64"
     assert len(found.decision.steps) == 3
