@@ -205,8 +205,8 @@ class Sm90BackwardSpace:
         return None
 
     def default(self, spec: KernelSpec) -> TileConfig:
-        """128 keys, and what registers and shared memory have room for: first steps of 128 queries, then a late dQ, then K
-        and V in registers, then the overlap, then two buffers of K and V.
+        """128 keys, and what registers and shared memory have room for: first steps of 128 queries, a late dQ, then
+        K and V in registers, then the overlap, then two buffers of K and V.
         """
         wide_steps = Sm90BackwardConfig(128, 128, 2, 1, "bulk", False, 2, "kv", False)
         if self.rejection(spec, wide_steps) is None:
