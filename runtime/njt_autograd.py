@@ -26,9 +26,7 @@ class Form(NamedTuple):
     def nest(self, packed: torch.Tensor) -> NestedTensor:
         """The nested tensor, which autograd does not follow."""
         values = packed.transpose(0, 1) if self.ragged_idx == 2 else packed.squeeze(1)
-        with (
-            torch._C.DisableTorchFunctionSubclass()
-        ):  # else what the constructor asks of the new tensor is dispatched in Python
+        with torch._C.DisableTorchFunctionSubclass():  # else the constructor's own questions are dispatched in Python
             nested = NestedTensor(values, self.offsets, lengths=self.lengths, _ragged_idx=self.ragged_idx)
         nested._metadata_cache = self.cache  # given to the constructor it would be prepared for the compiler once more
         return nested
