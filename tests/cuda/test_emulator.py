@@ -157,6 +157,14 @@ def test_what_is_handed_on_without_order_is_a_race(bulk: int, mistake: int, seed
         snippets()("handed_on", 2, 32, between, flag, out, bulk, mistake, machine=Machine(seed=seed))
 
 
+def test_the_halves_of_a_word_may_be_two_ctas_own() -> None:
+    out = torch.zeros(64, dtype=torch.int16)
+    snippets()("neighbours", 2, 32, out, 0)
+    assert out.tolist() == [1, 2] * 32
+    with pytest.raises(EmulatorError, match="race on global memory at 0x"):
+        snippets()("neighbours", 2, 32, out, 1)
+
+
 @pytest.mark.parametrize(
     ("statement", "report"),
     [

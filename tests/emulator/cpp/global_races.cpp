@@ -12,7 +12,7 @@ namespace emu {
 
 namespace {
 
-constexpr uint64_t kWord = 4, kPageWords = 1024;
+constexpr uint64_t kWord = 2, kPageWords = 1024;  // the smallest elements: two CTAs may own the halves of four bytes
 constexpr size_t kMostWarps = 1024;  // of a grid; larger ones are not looked at
 
 struct Seen {
