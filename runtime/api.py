@@ -21,6 +21,7 @@ from jagtile.runtime.fallback import attention, why_no_kernel
 from jagtile.runtime.operators import forward_for
 from jagtile.runtime.problem import DTYPE_NAMES, REGIMES
 from jagtile.runtime.routes import prepare
+from jagtile.runtime.trainable import requires_grad
 
 CausalAlignment = Literal["top_left", "bottom_right"]
 
@@ -75,7 +76,7 @@ def varlen_attention(
     dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention within each sequence of a packed jagged batch. Differentiable where there is a backward kernel.
+    """Attention within each sequence of a packed jagged batch. Differentiable.
 
     Args:
         q: (total_q, H, D), float32, bfloat16 or float16; any strides whose last is 1.
@@ -105,8 +106,7 @@ def varlen_attention(
 
     Raises:
         TypeError, ValueError: a bad argument; the message names it, what it was and what is accepted.
-        UnsupportedError: (a NotImplementedError) a dtype that is not served, dropout on a GPU, or grad is required
-            and there is no backward kernel.
+        UnsupportedError: (a NotImplementedError) a dtype that is not served, or dropout on a GPU.
         NoKernelError, CompilerNotFoundError, BuildError: no kernel can be had; the message says the ways out.
     """
     check_batch(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -128,7 +128,7 @@ def attend(
 ) -> list[torch.Tensor]:
     """[out] or [out, lse] of checked arguments, by a kernel or by plain operations. UnsupportedError as above."""
     q, k, v = batch[:3]
-    reason = why_no_kernel(q, v, is_causal)
+    reason = why_no_kernel(q, v, is_causal, trained=requires_grad(q, k, v))
     dropout = arguments_of(dropout_p, q, v, is_causal, by_kernel=not reason) if dropout_p else ()
     serve = attention if reason else forward_for(q, k, v)
     return serve(*batch, is_causal, bottom_right, scale, return_lse, *dropout)

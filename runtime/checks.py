@@ -7,14 +7,11 @@ served. Nothing here reads device memory.
 from __future__ import annotations
 
 import math
-from operator import index
 
 import torch
 
-from jagtile.generator.spec import MAX_HEAD_DIM
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.problem import DTYPE_NAMES
-from jagtile.runtime.trainable import check_trainable
 
 ALIGNMENTS = ("top_left", "bottom_right")
 MAX_SCALE = 1e30  # kernels take it as float32
@@ -77,10 +74,6 @@ def check_operands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, names: tup
         )
     if not (head_dim and head_dim_v):
         raise ValueError(f"{v_name if head_dim else q_name} has head_dim 0; it must be at least 1")
-    if torch.is_grad_enabled() and dtype in DTYPE_NAMES and max(head_dim, head_dim_v) <= MAX_HEAD_DIM:
-        for name, tensor in zip(names, (q, k, v), strict=True):
-            if tensor.requires_grad:
-                check_trainable(name, dtype, index(head_dim), index(head_dim_v), device)  # index: no symbols
 
 
 def check_packed(name: str, tensor: object, layout: str) -> None:

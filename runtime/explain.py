@@ -18,6 +18,7 @@ from jagtile.runtime.loader import cached, kernel_table
 from jagtile.runtime.njt import pack
 from jagtile.runtime.problem import DTYPE_NAMES, Problem
 from jagtile.runtime.settings import settings
+from jagtile.runtime.trainable import requires_grad
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def explain(
         raise TypeError("cu_seqlens_q and cu_seqlens_k must be tensors of B+1 offsets; only nested tensors go without")
     else:
         check_batch(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    reason = no_kernel(q, v, is_causal)
+    reason = no_kernel(q, v, is_causal, trained=requires_grad(q, k, v))
     if reason is not None:
         raise UnsupportedError(f"{reason}: no kernel would run, slow operations of torch would serve this call")
     if drops:

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from operator import index
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from jagtile.generator.spec import MAX_HEAD_DIM, KernelSpec
+from jagtile.runtime import trainable
 from jagtile.runtime.checks import check_offsets_on_host
 from jagtile.runtime.device import device_id
 from jagtile.runtime.dropout import Dropout, dropout_of, keep_mask
@@ -25,35 +27,35 @@ from jagtile.runtime.problem import DTYPE_NAMES
 
 _BLOCK_BYTES = 1 << 28  # of one block of scores; several such blocks are alive at a time
 
-Case = tuple[torch.dtype, int, int, bool, torch.device]
+Case = tuple[torch.dtype, int, int, bool, torch.device, bool]
 
 # Why no kernel serves a case, or None: read by every call, filled at the first of its kind.
 _REASONS: dict[Case, str | None] = {}
 _NO_TARGET: dict[torch.device, str | None] = {}
 
 
-def why_no_kernel(q: torch.Tensor, v: torch.Tensor, is_causal: bool) -> str | None:
+def why_no_kernel(q: torch.Tensor, v: torch.Tensor, is_causal: bool, *, trained: bool) -> str | None:
     """Why no kernel serves the packed operands q (total_q, H, D) and v (total_k, H_kv, D_v); None where one does.
 
-    Fake and meta tensors need no kernel. A JagtileWarning tells each reason once.
+    ``trained``: gradients are wanted, which takes a backward kernel too. Fake and meta tensors need no kernel. A
+    JagtileWarning tells each reason once.
     """
     dtype, head_dim, head_dim_v, device = q.dtype, q.shape[2], v.shape[2], q.device
     if torch.compiler.is_compiling():
-        return _reason_of(dtype, index(head_dim), index(head_dim_v), is_causal, device)  # index: no symbols
-    case = (dtype, head_dim, head_dim_v, is_causal, device)
+        return _reason_of(dtype, index(head_dim), index(head_dim_v), is_causal, device, trained)  # index: no symbols
+    case = (dtype, head_dim, head_dim_v, is_causal, device, trained)
     try:
         return _REASONS[case]
     except KeyError:
         return _reason_of(*case)
 
 
-def no_kernel(q: torch.Tensor, v: torch.Tensor, is_causal: bool) -> str | None:
+def no_kernel(q: torch.Tensor, v: torch.Tensor, is_causal: bool, *, trained: bool) -> str | None:
     """As ``why_no_kernel``, without a word."""
-    return _find_reason(q.dtype, q.shape[2], v.shape[2], is_causal, q.device)
+    return _find_reason(q.dtype, q.shape[2], v.shape[2], is_causal, q.device, trained)
 
 
-def _reason_of(dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: bool, device: torch.device) -> str | None:
-    case = (dtype, head_dim, head_dim_v, is_causal, device)
+def _reason_of(*case: Any) -> str | None:
     if case not in _REASONS:
         reason = _REASONS[case] = _find_reason(*case)
         if reason is not None:
@@ -66,7 +68,7 @@ _reason_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _find_reason(
-    dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: bool, device: torch.device
+    dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: bool, device: torch.device, trained: bool
 ) -> str | None:
     reason = no_target(device)
     if reason is not None or _only_fake(device):
@@ -82,7 +84,7 @@ def _find_reason(
         default_variant(spec, device_id(device).target)
     except UnsupportedError as error:
         return str(error)
-    return None
+    return trainable.why_no_backward(dtype, head_dim, head_dim_v, device) if trained else None
 
 
 def no_target(device: torch.device) -> str | None:

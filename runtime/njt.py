@@ -21,7 +21,6 @@ from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.fallback import why_no_kernel
 from jagtile.runtime.holes import close_holes, offsets_of, open_holes
 from jagtile.runtime.njt_autograd import NestedAttention, form_of
-from jagtile.runtime.trainable import check_trainable
 
 Sdpa = Callable[..., torch.Tensor]
 
@@ -78,7 +77,7 @@ def sdpa(
     Raises:
         ValueError, TypeError: a bad argument.
         UnsupportedError: (a NotImplementedError, hence a RuntimeError) a valid request that is not served:
-            dropout on a GPU, grad where there is no backward kernel, other dtypes or numbers of dimensions.
+            dropout on a GPU, other dtypes or numbers of dimensions.
         NoKernelError, CompilerNotFoundError, BuildError: no kernel can be had; the message says the ways out.
     """
     if _ragged_batch_like(query, key, value):
@@ -92,9 +91,7 @@ def sdpa(
     kind = (is_causal, bottom_right(causal_alignment), softmax_scale(scale, packed.q.shape[2]))
     dropout_p = check_dropout_p(dropout_p)
     if trained:
-        if why_no_kernel(packed.q, packed.v, is_causal) is None:
-            for name in trained:
-                check_trainable(name, packed.q.dtype, packed.q.shape[2], packed.v.shape[2], packed.q.device)
+        if why_no_kernel(packed.q, packed.v, is_causal, trained=True) is None:
             dropout = (
                 arguments_of(dropout_p, packed.q, packed.v, is_causal, by_kernel=True) if dropout_p else (0.0, None)
             )
@@ -104,16 +101,16 @@ def sdpa(
     return wrap(attend(packed, *kind, dropout_p, False)[0], cast(NestedTensor, query))
 
 
-def _trained_as_one_node(*tensors: object) -> list[str]:
-    """Names of those that require grad, where autograd may see the call as one node: eager, plain, without holes."""
+def _trained_as_one_node(*tensors: object) -> bool:
+    """Whether some require grad and autograd may see the call as one node: eager, plain, without holes."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return []
+        return False
     if not all(type(t) is NestedTensor and t._lengths is None for t in tensors):
-        return []
+        return False
     nested = cast("tuple[NestedTensor, ...]", tensors)
     with torch._C.DisableTorchFunctionSubclass():  # else each look costs a Python dispatch
-        trained = [name for name, t in zip(_NAMES, nested, strict=True) if t.requires_grad]
-    return trained if trained and is_eager() and all(is_real(t._values) for t in nested) else []
+        trained = any(t.requires_grad for t in nested)
+    return trained and is_eager() and all(is_real(t._values) for t in nested)
 
 
 def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_gqa: bool) -> Packed:

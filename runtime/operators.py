@@ -22,6 +22,7 @@ from jagtile.runtime.autograd import (
 )
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.ops import backward, forward
+from jagtile.runtime.trainable import requires_grad
 
 Forward = Callable[..., list[torch.Tensor]]
 
@@ -30,7 +31,7 @@ def forward_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Forward:
     """``ops.forward``, through autograd where grad is required, and as an operator where a compiler, a tensor subclass,
     a mode or a transform must see one.
     """
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if requires_grad(q, k, v):
         return _forward_with_grad
     if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
         _refuse_tangents(q, k, v)

@@ -1,4 +1,4 @@
-"""Whether a backward kernel can be had: what autograd needs before the forward runs."""
+"""Whether gradients are wanted and a backward kernel can be had: what must be known before the forward runs."""
 
 from __future__ import annotations
 
@@ -12,20 +12,15 @@ from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.problem import DTYPE_NAMES
 
 
-def check_trainable(name: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, device: torch.device) -> None:
-    """UnsupportedError for an operand that requires grad where no backward kernel serves the case."""
-    reason = why_no_backward(dtype, head_dim, head_dim_v, device)
-    if reason:
-        raise UnsupportedError(
-            f"{name} requires grad and grad mode is on, but there is no backward pass for it ({reason}): call under "
-            f"torch.no_grad() or torch.inference_mode(), or pass {name}.detach()"
-        )
+def requires_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether autograd is to differentiate what is computed of them."""
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
 @lru_cache(maxsize=256)
 def why_no_backward(dtype: torch.dtype, head_dim: int, head_dim_v: int, device: torch.device) -> str | None:
-    """The reason; None where a kernel is there, and where not even the forward has one: what plain operations serve,
-    they differentiate. Fake tensors of a device that is not here ask any GPU's target.
+    """The reason; None where a kernel is there, and where not even the forward has one. Where only the backward has
+    none, plain operations serve both. Fake tensors of a device that is not here ask any GPU's target.
     """
     from jagtile.generator.tile import spaces_of, targets
     from jagtile.runtime.device import device_id
@@ -51,7 +46,3 @@ def why_no_backward(dtype: torch.dtype, head_dim: int, head_dim_v: int, device: 
             else:
                 return None
     return reason
-
-
-# What torch.compiler.assume_constant_result sets; the decorator itself would import the whole compiler.
-check_trainable._dynamo_marked_constant = True  # type: ignore[attr-defined]

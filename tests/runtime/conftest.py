@@ -14,7 +14,7 @@ from jagtile.generator.oracle import reference
 from jagtile.generator.oracle_gradients import reference_gradients
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Knob, TileConfig
-from jagtile.runtime import dropout, ops, trainable
+from jagtile.runtime import dropout, fallback, ops, trainable
 from jagtile.runtime.routes import Route
 
 sys.path.insert(0, str(Path(__file__).parent))  # njt_cases.py
@@ -102,6 +102,7 @@ def oracle_kernels(monkeypatch: pytest.MonkeyPatch) -> Calls:
 def no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """There are no backward kernels."""
     monkeypatch.setattr(trainable, "why_no_backward", lambda *case: "none in this test")
+    monkeypatch.setattr(fallback, "_REASONS", {})
 
 
 @pytest.fixture

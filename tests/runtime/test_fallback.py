@@ -277,6 +277,19 @@ def test_what_has_no_kernel_either_way_is_trained(h200):
     assert x.grad is not None
 
 
+def test_what_has_a_forward_kernel_only_is_trained(h200):
+    x = torch.randn(5, 2, 20, dtype=torch.bfloat16, requires_grad=True)
+    call = (x, x, x, offsets(0, 5), offsets(0, 5))
+    why = "no kernel for bwd_bf16_d20 on target sm_90a: .*head_dim must be a multiple of 8"
+    with pytest.warns(jagtile.JagtileWarning, match=f"{why}.*slow operations of torch serve this call"):
+        jagtile.varlen_attention(*call).sum().backward()
+    assert x.grad is not None
+    with pytest.raises(jagtile.UnsupportedError, match=f"{why}.*no kernel would run"):
+        jagtile.explain(*call)
+    with torch.no_grad():
+        assert fallback.no_kernel(x, x, False, trained=trainable.requires_grad(x, x, x)) is None
+
+
 def test_what_a_target_refuses_is_the_reason(h200):
     x = torch.randn(5, 2, 8)
     with pytest.warns(jagtile.JagtileWarning, match="no kernel for fwd_fp32_d8 on target sm_90a: .*dtype must be bf16"):

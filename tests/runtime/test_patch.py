@@ -173,14 +173,6 @@ def test_who_allows_math_only_gets_torchs_own_without_a_word(oracle_kernels):
     torch.testing.assert_close(out._values, torchs(x, x, x)._values)
 
 
-def test_training_goes_to_torch_where_there_is_no_backward_kernel(oracle_kernels, no_backward):
-    values = torch.randn(7, 2, 8, requires_grad=True)
-    x = torch.nested.nested_tensor_from_jagged(values, torch.tensor([0, 3, 7])).transpose(1, 2)
-    with jagtile.enabled(), pytest.warns(jagtile.JagtileWarning, match="requires grad"):
-        scaled_dot_product_attention(x, x, x).values().sum().backward()
-    assert values.grad is not None
-
-
 def test_bad_arguments_raise_here_as_in_torch(oracle_kernels):
     x = njt()
     with jagtile.enabled(), pytest.raises(ValueError, match="attn_mask"):
