@@ -36,11 +36,16 @@ def launch_registers(threads: int, ctas_per_sm: int) -> int:
     return min(255, 65536 // (threads * ctas_per_sm) // 8 * 8)
 
 
-def head_dims_rejection(spec: KernelSpec) -> str | None:
-    """The reason why TMA can't serve the spec's dtype and head dims."""
-    if spec.dtype not in ELEMENT:
-        return f"dtype must be bf16 or fp16 on sm_90a, got {spec.dtype}"
+def dtype_rejection(spec: KernelSpec) -> str | None:
+    """The reason why tensor cores can't serve the spec."""
+    return None if spec.dtype in ELEMENT else f"dtype must be bf16 or fp16 on sm_90a, got {spec.dtype}"
+
+
+def tma_rejection(spec: KernelSpec) -> str | None:
+    """The reason why tensor cores and TMA can't serve the spec."""
+    if reason := dtype_rejection(spec):
+        return reason
     for name, value in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
         if value % 8:
-            return f"{name} must be a multiple of 8 on sm_90a (TMA strides are multiples of 16 bytes), got {value}"
+            return f"{name} must be a multiple of 8 (its tiles are copied by TMA, in steps of 16 bytes), got {value}"
     return None

@@ -11,10 +11,10 @@ from jagtile.generator.spaces.sm90 import (
     CONTROL_BYTES,
     ELEMENT,
     REGISTERS,
-    head_dims_rejection,
     launch_registers,
     panel_count,
     smem_room,
+    tma_rejection,
 )
 from jagtile.generator.spec import Direction, KernelSpec
 from jagtile.generator.tile import Knob, TileConfig
@@ -159,7 +159,7 @@ class Sm90BackwardSpace:
         for name, value in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
             if value > MAX_HEAD_DIM:
                 return f"{name} must be at most {MAX_HEAD_DIM} in this backward, got {value}"
-        return head_dims_rejection(spec)
+        return tma_rejection(spec)
 
     def knobs(self, spec: KernelSpec) -> Mapping[str, tuple[Knob, ...]]:
         """The grid; most of it is cut by registers."""

@@ -10,9 +10,9 @@ from jagtile.generator.spaces.sm90 import (
     CONTROL_BYTES,
     ELEMENT,
     SMEM_BYTES,
-    head_dims_rejection,
     launch_registers,
     panel_count,
+    tma_rejection,
 )
 from jagtile.generator.spaces.sm90_backward import MAX_HEAD_DIM
 from jagtile.generator.spec import Direction, KernelSpec
@@ -145,7 +145,7 @@ class Sm90BackwardWideSpace:
                 f"head_dim or head_dim_v must be above {MAX_HEAD_DIM} in this backward, got {spec.head_dim} and "
                 f"{spec.head_dim_v}"
             )
-        return head_dims_rejection(spec)
+        return tma_rejection(spec)
 
     def knobs(self, spec: KernelSpec) -> Mapping[str, tuple[Knob, ...]]:
         """The grid; most of it is cut by shared memory and registers."""

@@ -1,4 +1,8 @@
-"""Tile configs of templates/cuda/sm90/forward.cu.j2: the persistent, warp-specialised Hopper forward."""
+"""Tile configs of templates/cuda/sm90/forward.cu.j2: the persistent, warp-specialised Hopper forward.
+
+Head dims that are multiples of 8 are copied by TMA. Others have rows that TMA cannot address: there the loading warps
+copy rows themselves (templates/cuda/include/rows.cuh), and O leaves from registers.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,11 @@ from jagtile.generator.spaces.sm90 import (
     CONTROL_BYTES,
     ELEMENT,
     REGISTERS,
-    head_dims_rejection,
+    dtype_rejection,
     launch_registers,
     panel_count,
     smem_room,
+    tma_rejection,
 )
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Knob, TileConfig
@@ -24,6 +29,10 @@ HEADROOM = {"bf16": 16, "fp16": 0}
 # Registers for S, P and O that ptxas 13.0 schedules without serialising wgmma (C7512): nine head dims, causal and not,
 # compiled around each limit. At (1, 1) nothing was refused; at (3, 1) D_v 192 spills 8 bytes, which the build rejects.
 FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 176, (1, 3): 104, (1, 4): 68, (2, 1): 212, (3, 1): 132, (4, 1): 84}
+# The same where whole warps copy rows, which takes more registers than one lane that issues TMA: 17 pairs of head dims
+# compiled up to each limit. At (2, 1) with 188, D_v above 248 and 80 keys, 36 bytes spill.
+ROW_REGISTERS = {(1, 1): (56, 256), (1, 2): (56, 200), (1, 3): (56, 104), (2, 1): (56, 224), (3, 1): (56, 152)}
+ROW_FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 160, (1, 3): 72, (2, 1): 184, (3, 1): 124}
 # With few registers at launch ptxas refuses (C7602) an instruction of more accumulators, whatever setmaxnreg adds.
 INSTRUCTION_LIMIT = {(1, 1): 128, (1, 2): 96, (1, 3): 48, (1, 4): 32, (2, 1): 128, (3, 1): 96, (4, 1): 64}
 
@@ -45,8 +54,9 @@ class Sm90ForwardConfig(TileConfig):
         return self.block_m // 64
 
 
-# (block_m, block_n, q_stages), the best for small head dims first; the last is legal for every head dim.
-_DEFAULT_TILES = ((192, 128, 2), (192, 112, 1), (128, 128, 2), (128, 112, 1), (128, 96, 1), (128, 80, 1))
+# (block_m, block_n, q_stages), the best for small head dims first; the last is legal for every head dim,
+# the one before for those that TMA loads.
+_DEFAULT_TILES = ((192, 128, 2), (192, 112, 1), (128, 128, 2), (128, 112, 1), (128, 96, 1), (128, 80, 1), (128, 64, 1))
 
 
 @dataclass(frozen=True)
@@ -64,9 +74,20 @@ class SmemLayout:
         return self.q_bytes + self.k_bytes + self.v_bytes + self.control_bytes
 
 
+def by_rows(spec: KernelSpec) -> bool:
+    """Whether warps copy rows, in place of TMA: a property of the head dims, no choice."""
+    return tma_rejection(spec) is not None
+
+
+def out_columns(spec: KernelSpec) -> int:
+    """Columns of O's accumulators: products are multiples of 8 wide."""
+    return -(-spec.head_dim_v // 8) * 8
+
+
 def q_panels(spec: KernelSpec) -> int:
-    """Panels of a Q buffer, through which O leaves."""
-    return max(panel_count(spec.head_dim), panel_count(spec.head_dim_v))
+    """Panels of a Q buffer, through which O leaves where TMA stores it."""
+    panels = panel_count(spec.head_dim)
+    return panels if by_rows(spec) else max(panels, panel_count(spec.head_dim_v))
 
 
 def q_buffers(spec: KernelSpec, config: Sm90ForwardConfig) -> int:
@@ -91,9 +112,14 @@ def smem_layout(spec: KernelSpec, config: Sm90ForwardConfig, buffers: int | None
     )
 
 
+def register_split(spec: KernelSpec) -> Mapping[tuple[int, int], tuple[int, int]]:
+    """Producer and consumer registers a thread, by math warpgroups and CTAs an SM."""
+    return ROW_REGISTERS if by_rows(spec) else REGISTERS
+
+
 def fragment_registers(spec: KernelSpec, config: Sm90ForwardConfig) -> int:
     """Registers a thread for S, P (packed) and O."""
-    return config.block_n // 2 + config.block_n // 4 + spec.head_dim_v // 2
+    return config.block_n // 2 + config.block_n // 4 + out_columns(spec) // 2
 
 
 class Sm90ForwardSpace:
@@ -105,8 +131,8 @@ class Sm90ForwardSpace:
     config_type: type[TileConfig] = Sm90ForwardConfig
 
     def serves(self, spec: KernelSpec) -> str | None:
-        """bf16 and fp16, head dims that are multiples of 8."""
-        return head_dims_rejection(spec)
+        """bf16 and fp16, any head dims."""
+        return dtype_rejection(spec)
 
     def knobs(self, spec: KernelSpec) -> Mapping[str, tuple[Knob, ...]]:
         """The grid; most of it is cut by shared memory and registers."""
@@ -126,7 +152,7 @@ class Sm90ForwardSpace:
             return f"block_m is 64 a math warpgroup, 1 to 4 of them: 64, 128, 192 or 256, got {config.block_m}"
         if config.block_n % 16 or not 16 <= config.block_n <= 256:
             return f"block_n must be a multiple of 16 from 16 to 256, as wgmma's shapes are, got {config.block_n}"
-        if groups not in REGISTERS:
+        if groups not in register_split(spec):
             return f"{config.ctas_per_sm} CTAs an SM with block_m {config.block_m} need more than 64K registers"
         if config.num_stages < 2 or config.q_stages not in (1, 2):
             return f"num_stages must be at least 2 and q_stages 1 or 2, got {config.num_stages} and {config.q_stages}"
@@ -134,13 +160,13 @@ class Sm90ForwardSpace:
         room = smem_room(config.ctas_per_sm)
         if smem > room:
             return f"shared memory {smem} B > {room} B a CTA with {config.ctas_per_sm} an SM"
-        widest = max(config.block_n, spec.head_dim_v) // 2
+        widest = max(config.block_n, out_columns(spec)) // 2
         if widest > INSTRUCTION_LIMIT[groups]:
             return (
                 f"a product of {2 * widest} columns takes {widest} accumulators a thread > {INSTRUCTION_LIMIT[groups]}"
             )
         registers = fragment_registers(spec, config)
-        limit = FRAGMENT_LIMIT[groups]
+        limit = (ROW_FRAGMENT_LIMIT if by_rows(spec) else FRAGMENT_LIMIT)[groups]
         if registers > limit:
             return f"S, P and O take {registers} registers a thread > {limit} with {config.warpgroups} math warpgroups"
         return None
@@ -156,7 +182,7 @@ class Sm90ForwardSpace:
     def context(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, object]:
         """Panels, steps, registers and the shared-memory map."""
         config = cast(Sm90ForwardConfig, config)
-        producer, consumer = REGISTERS[config.warpgroups, config.ctas_per_sm]
+        producer, consumer = register_split(spec)[config.warpgroups, config.ctas_per_sm]
         panels, panels_v = panel_count(spec.head_dim), panel_count(spec.head_dim_v)
         return {
             "warpgroups": config.warpgroups,
@@ -166,7 +192,7 @@ class Sm90ForwardSpace:
             "q_panels": q_panels(spec),
             "q_buffers": q_buffers(spec, config),
             "steps_qk": -(-spec.head_dim // 16),
-            "out_columns": spec.head_dim_v,
+            "out_columns": out_columns(spec),
             "headroom": HEADROOM[spec.dtype],
             "element": ELEMENT[spec.dtype],
             "pack": f"pack_{spec.dtype}",
@@ -174,6 +200,7 @@ class Sm90ForwardSpace:
             "consumer_registers": consumer,
             "smem": smem_layout(spec, config),
             "split": False,
+            "by_rows": by_rows(spec),
         }
 
     def launch(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, int]:
@@ -186,6 +213,7 @@ class Sm90ForwardSpace:
             "smem_bytes": smem_layout(spec, config).total,
             "ctas_per_sm": config.ctas_per_sm,
             "causal": int(spec.causal),
+            "by_rows": int(by_rows(spec)),
         }
 
     def compile_flags(self, spec: KernelSpec, config: TileConfig) -> tuple[str, ...]:

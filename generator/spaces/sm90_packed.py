@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
-from jagtile.generator.spaces.sm90 import ELEMENT, head_dims_rejection, panel_count, smem_room
+from jagtile.generator.spaces.sm90 import ELEMENT, panel_count, smem_room, tma_rejection
 from jagtile.generator.spaces.sm90_forward import SmemLayout
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Knob, TileConfig
@@ -67,7 +67,7 @@ class Sm90PackedSpace:
 
     def serves(self, spec: KernelSpec) -> str | None:
         """bf16 and fp16, head dims that are multiples of 8."""
-        return head_dims_rejection(spec)
+        return tma_rejection(spec)
 
     def knobs(self, spec: KernelSpec) -> Mapping[str, tuple[Knob, ...]]:
         """The grid: as many CTAs an SM as registers may allow, and one fewer. Each waits for its own loads."""

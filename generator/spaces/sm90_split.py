@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from jagtile.generator.spaces.sm90 import tma_rejection
 from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig, Sm90ForwardSpace
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Knob, TileConfig
@@ -29,6 +30,10 @@ class Sm90SplitSpace(Sm90ForwardSpace):
     algorithm = Sm90SplitConfig.algorithm
     config_type: type[TileConfig] = Sm90SplitConfig
     regimes = ("cross", "decode")  # in which its default goes before the persistent forward's
+
+    def serves(self, spec: KernelSpec) -> str | None:
+        """bf16 and fp16, head dims that are multiples of 8."""
+        return tma_rejection(spec)
 
     def remark(self, heads: int, heads_kv: int) -> str:
         """What it makes of a call's heads."""

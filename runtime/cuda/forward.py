@@ -10,7 +10,7 @@ from jagtile.runtime.artifact import Artifact, ArtifactMeta
 from jagtile.runtime.cuda import driver, params, tensor_map, work_list
 from jagtile.runtime.cuda.block import ParameterBlock
 from jagtile.runtime.cuda.head_packs import ROWS, HeadPacks, packed, unpacked
-from jagtile.runtime.cuda.operands import fill_maps, forward_copies
+from jagtile.runtime.cuda.operands import fill_maps, fill_rows, forward_copies
 from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
 
@@ -42,6 +42,7 @@ class CudaForwardKernel:
         self._block_m, self._block_n = launch["block_m"], launch["block_n"]
         self._threads, self._smem = launch["num_threads"], launch["smem_bytes"]
         self._causal = launch["causal"]
+        self._by_rows = launch.get("by_rows", 0)  # rows are copied without tensor maps
         self._partial_bytes = launch.get("partial_bytes", 0)  # the result of one piece of keys, where keys are split
         self._dtype = self.meta.spec.split("_")[1]
         self._slots = torch.cuda.get_device_properties(self._device).multi_processor_count * launch["ctas_per_sm"]
@@ -81,7 +82,9 @@ class CudaForwardKernel:
         tiling = self._tilings.get((heads, heads_kv)) or self._tile(heads, heads_kv)
         packs, total_packs, packs_per_kv_head, tile_queries, list_key, map_cache = tiling
         block = self._block
-        if not fill_maps(block, map_cache, q, k, v, out):
+        if self._by_rows:
+            fill_rows(block, q, k, v, out)
+        elif not fill_maps(block, map_cache, q, k, v, out):
             forward_copies(self.forward, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
             return
 

@@ -10,6 +10,7 @@ from jagtile.runtime.cuda import params
 from jagtile.runtime.cuda.block import ParameterBlock
 from jagtile.runtime.cuda.tensor_map import ALIGNMENT, MapCache, address_words, addressable
 
+_BYTES = 2  # of an element
 _WORDS = address_words(len(params.MAPS))
 
 
@@ -33,6 +34,15 @@ def fill_maps(
     found = maps.encode(layout, (q, k, v, out))
     block.data[: len(found)] = found
     return True
+
+
+def fill_rows(block: ParameterBlock, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the four tensors' addresses and strides into a block, for kernels that copy rows of any alignment."""
+    params.ROWS.pack_into(
+        block.data,
+        params.ROWS_OFFSET,
+        *(word for t in (q, k, v, out) for word in (t.data_ptr(), _BYTES * t.stride(0), _BYTES * t.stride(1))),
+    )
 
 
 def forward_copies(

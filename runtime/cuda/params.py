@@ -28,7 +28,12 @@ SPLIT_INTEGERS = ("packed_heads", "extra_items", "results")
 SPLIT_POINTERS = ("partials",)
 SPLIT_SCALARS = struct.Struct(f"<{len(SPLIT_INTEGERS)}i{len(SPLIT_POINTERS)}Q")
 SPLIT_OFFSET = SCALARS_OFFSET + SCALARS.size
-BLOCK_BYTES = -(-(SPLIT_OFFSET + SPLIT_SCALARS.size) // 64) * 64
+
+# In place of the maps, for kernels that copy rows themselves: each tensor's address and two strides in bytes.
+ROW_TENSORS = ("q", "k", "v", "out")
+ROWS = struct.Struct(f"<{3 * len(ROW_TENSORS)}Q")
+ROWS_OFFSET = SPLIT_OFFSET + SPLIT_SCALARS.size
+BLOCK_BYTES = -(-(ROWS_OFFSET + ROWS.size) // 64) * 64
 
 WORK_LIST_HEADER_BYTES = 64
 WORK_ITEM_BYTES = 32

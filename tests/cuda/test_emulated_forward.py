@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from functools import cache
+from unittest import mock
 
 import pytest
 import torch
 from emulator import kernels
 from emulator.driver import emulated
+from layouts import LAYOUTS, laid_out
 
 from jagtile.generator.oracle import errors, reference, tolerance
 from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig, Sm90ForwardSpace
@@ -27,6 +29,12 @@ CASES: tuple[tuple[str, dict[str, int]], ...] = (
     ("fwd_bf16_d32_causal", {"block_m": 256, "block_n": 16, "num_stages": 3}),
     ("fwd_fp16_d64_dv128", {"block_m": 64, "block_n": 32, "q_stages": 1}),
     ("fwd_bf16_d256", {}),
+    # Rows that TMA cannot address: pieces of 4, 8 and 16 bytes, rows that begin in the middle of a word.
+    ("fwd_bf16_d1", {}),
+    ("fwd_fp16_d33_causal", {"block_m": 64, "block_n": 32, "ctas_per_sm": 2, "q_stages": 1}),
+    ("fwd_bf16_d100_dv50_causal", {"block_n": 64, "q_stages": 1}),
+    ("fwd_bf16_d127", {"block_n": 48, "num_stages": 3}),
+    ("fwd_fp16_d64_dv20", {"block_m": 192, "block_n": 16, "q_stages": 1}),
 )
 LENGTHS = (0, 1, 63, 64, 65, 0, 129, 200)
 _seeds = itertools.count(1)  # no two runs share a schedule
@@ -89,6 +97,33 @@ def test_numbers_match_the_oracle(name: str, change: dict[str, int]) -> None:
         assert_right(artifact, w, b._replace(q=in_nan(b.q), k=in_nan(b.k), v=in_nan(b.v)), launches=2)
 
 
+@pytest.mark.parametrize(
+    "name", ["fwd_bf16_d20", "fwd_fp16_d33_causal", "fwd_bf16_d50", "fwd_bf16_d64_dv20", "fwd_bf16_d127"]
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_of_any_alignment(name: str, layout: str) -> None:
+    spec = KernelSpec.parse(name)
+    artifact = built(name, (("block_n", 32), ("q_stages", 1)))
+    lengths = (70, 0, 5, 33)
+    w = Workload("layouts", lengths, lengths[::-1], 3, 3, spec.head_dim, spec.head_dim_v, spec.causal, "bottom_right")
+    b = w.make("cpu", spec.dtype, 9)
+    with mock.patch.object(torch.Tensor, "clone", side_effect=AssertionError("a copy")):
+        operands = {x: laid_out(getattr(b, x), layout) for x in "qkv"}
+        out = laid_out(torch.zeros(w.total_q, 3, w.head_dim_v, dtype=b.q.dtype), layout).fill_(float("nan"))
+        with emulated(processors=2, seed=1000 * next(_seeds)):
+            kernel = cuda.load(artifact, torch.device("cuda", 0))
+            kernel.forward(*b._replace(**operands)[:5], out, None, 0.1, True)
+    expected, _ = reference(*b[:5], is_causal=spec.causal, causal_alignment="bottom_right", scale=0.1)
+    assert errors(out, expected).rel <= tolerance(out.dtype)
+
+
+def test_an_expanded_head_is_read_in_place() -> None:
+    w = Workload("expanded", (70, 5), (33, 90), 4, 4, 33, 33, True)
+    b = w.make("cpu", "fp16", 3)
+    b = b._replace(k=b.k[:, :1].expand(-1, 4, -1), v=b.v[:, :1].expand(-1, 4, -1))
+    assert_right(built("fwd_fp16_d33_causal", ()), w, b)
+
+
 @pytest.mark.parametrize("growth", [0.1, 2.0, 40.0])
 def test_scores_that_grow_from_block_to_block(growth: float) -> None:
     """Blocks are visited from the first to the last: maxima outgrow their references and blocks are computed again."""
@@ -108,14 +143,15 @@ def test_offsets_of_either_width() -> None:
         assert_right(built("fwd_bf16_d64", ()), w, b._replace(**offsets))
 
 
-def test_nan_in_one_sequence_stays_there() -> None:
-    w = Workload("neighbours", (100, 77, 130), (70, 200, 61), 1, 1, 64, 64)
+@pytest.mark.parametrize("dim", [64, 33])
+def test_nan_in_one_sequence_stays_there(dim: int) -> None:
+    w = Workload("neighbours", (100, 77, 130), (70, 200, 61), 1, 1, dim, dim)
     b = w.make("cpu", "bf16", 6)
     expected, _ = reference(*b[:5], scale=0.1)
     b.q[100:177] = b.k[70:270] = b.v[70:270] = float("nan")
     out = torch.full_like(b.q, float("nan"))
     with emulated(seed=4):
-        kernel = cuda.load(built("fwd_bf16_d64", ()), torch.device("cuda", 0))
+        kernel = cuda.load(built(f"fwd_bf16_d{dim}", ()), torch.device("cuda", 0))
         kernel.forward(*b[:5], out, None, 0.1, False)
     for rows in (slice(0, 100), slice(177, None)):
         assert errors(out[rows], expected[rows]).rel <= tolerance(torch.bfloat16)

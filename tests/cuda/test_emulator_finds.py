@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,12 +85,40 @@ MISTAKES: dict[str, tuple[str, str, str | None]] = {
     "the work list is not rewound": ("      rewind_work_list(list);\n", "", WRONG),
 }
 
+# Of a kernel whose warps copy rows.
+ROWS_VARIANT = replace(VARIANT, spec=KernelSpec.parse("fwd_bf16_d33_causal"))
+FENCE = "  fence_async_proxy();\n  __syncwarp();\n}"
+ROWS_MISTAKES: dict[str, tuple[str, str, str | None]] = {
+    "rows are handed on without a proxy fence": (FENCE, "  __syncwarp();\n}", "wgmma .* without fence.proxy.async"),
+    "rows are handed on before they have landed": (
+        "  copy_async_wait();\n",
+        "",
+        "without fence.proxy.async|not ordered|^wrong$",
+    ),
+    "rows past the sequence's end are read": ("row < rows ? kPiece : 0", "kPiece", "which is in no tensor"),
+    "rows are not clipped": ("min(max(bytes - at, 0), kPiece)", "kPiece", "which is in no tensor|^wrong$"),
+    "the columns behind the last are whatever they were": ("  clear_tiles(shared, ", "  (void)(", WRONG),
+    "rows that begin in the middle of a word stay there": ("  if (alignment & 2) {\n", "  if (false) {\n", WRONG),
+    "a loader does not wait for an empty buffer": (
+        "      ring.wait_empty(at);\n",
+        "",
+        "not ordered after the read by wgmma|arrivals more than",
+    ),
+    "warps go on before unread blocks are handed back": (
+        "      named_barrier_sync(1 + warpgroup, 128);  // no warp",
+        "      // no warp",
+        "not ordered after the read by wgmma",
+    ),
+    "O's rows are not clipped": ("    if (8 * h >= rows) break;\n", "", "race on global|which is in no tensor|^wrong$"),
+}
 
-def outcome(mistake: tuple[str, str] | None, seed: int) -> str | None:
+
+def outcome(mistake: tuple[str, str] | None, seed: int, variant: Variant = VARIANT) -> str | None:
     """What the emulator reports of two launches; None, if nothing; "wrong", if nothing but the numbers are."""
     change = kernels.substitution(*mistake) if mistake is not None else None
-    artifact = kernels.artifact(VARIANT, change)
-    w = Workload("some", LENGTHS, LENGTHS_K, 2, 1, 64, 64, True, causal_alignment="bottom_right")
+    artifact = kernels.artifact(variant, change)
+    dim = variant.spec.head_dim
+    w = Workload("some", LENGTHS, LENGTHS_K, 2, 1, dim, dim, True, causal_alignment="bottom_right")
     b = w.make("cpu", "bf16", 3)
     expected, _ = reference(*b[:5], is_causal=True, causal_alignment="bottom_right", scale=0.1)
     try:
@@ -103,14 +132,23 @@ def outcome(mistake: tuple[str, str] | None, seed: int) -> str | None:
     return None if errors(out, expected).rel <= tolerance(torch.bfloat16) else "wrong"
 
 
+@pytest.mark.parametrize("variant", [VARIANT, ROWS_VARIANT], ids=lambda variant: variant.spec.name)
 @pytest.mark.parametrize("seed", range(4))
-def test_nothing_is_found_in_the_kernel_as_it_is(seed: int) -> None:
-    assert outcome(None, seed) is None
+def test_nothing_is_found_in_the_kernel_as_it_is(seed: int, variant: Variant) -> None:
+    assert outcome(None, seed, variant) is None
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_it_is_found(mistake: str) -> None:
     old, new, report = MISTAKES[mistake]
     found = outcome((old, new), seed=0)
+    assert found is not None
+    assert re.search(report or "^wrong$", found, re.DOTALL), found
+
+
+@pytest.mark.parametrize("mistake", ROWS_MISTAKES)
+def test_it_is_found_where_warps_copy_rows(mistake: str) -> None:
+    old, new, report = ROWS_MISTAKES[mistake]
+    found = outcome((old, new), 0, ROWS_VARIANT)
     assert found is not None
     assert re.search(report or "^wrong$", found, re.DOTALL), found

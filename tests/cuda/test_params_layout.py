@@ -28,6 +28,7 @@ NAMES = [
     "scale_log2",
     *params.SPLIT_INTEGERS,
     *params.SPLIT_POINTERS,
+    *params.ROW_TENSORS,
 ]
 BACKWARD_NAMES = [
     *backward_params.MAPS,
@@ -43,6 +44,13 @@ STRUCTS = pytest.mark.parametrize(
 )
 
 
+def _members(name: str, packing: ModuleType) -> list[str]:
+    """What is packed of a field: of a tensor of rows its three words."""
+    if name not in getattr(packing, "ROW_TENSORS", ()):
+        return [name]
+    return [f"{name}.address", f"{name}.token_stride", f"{name}.head_stride"]
+
+
 @STRUCTS
 def test_names_and_order_match_the_header(header: str, struct: str, names: list[str], packing: ModuleType) -> None:
     text = (TEMPLATES / f"cuda/include/{header}.cuh").read_text()
@@ -53,7 +61,8 @@ def test_names_and_order_match_the_header(header: str, struct: str, names: list[
 def test_offsets_match_what_a_compiler_lays_out(
     header: str, struct: str, names: list[str], packing: ModuleType, tmp_path: Path
 ) -> None:
-    prints = "".join(f'  printf("%zu\\n", offsetof({struct}, {name}));\n' for name in names)
+    members = [member for name in names for member in _members(name, packing)]
+    prints = "".join(f'  printf("%zu\\n", offsetof({struct}, {member}));\n' for member in members)
     source = tmp_path / "layout.cpp"
     source.write_text(
         f'#include <cstddef>\n#include <cstdio>\n#include "cuda/include/{header}.cuh"\n'
@@ -77,11 +86,11 @@ def test_every_scalar_is_packed(header: str, struct: str, names: list[str], pack
         values = range(1, len(_codes(scalars)) + 1)
         assert list(scalars.unpack(scalars.pack(*values))) == list(values)
         count += len(values)
-    assert count == len(names) - len(packing.MAPS)
+    assert count == sum(len(_members(name, packing)) for name in names) - len(packing.MAPS)
 
 
 def _structs(packing: ModuleType) -> list[struct_module.Struct]:
-    return [packing.SCALARS, *([packing.SPLIT_SCALARS] if hasattr(packing, "SPLIT_SCALARS") else [])]
+    return [packing.SCALARS, *([packing.SPLIT_SCALARS, packing.ROWS] if hasattr(packing, "SPLIT_SCALARS") else [])]
 
 
 def _codes(scalars: struct_module.Struct) -> str:

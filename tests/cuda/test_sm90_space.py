@@ -11,6 +11,8 @@ import pytest
 from jagtile.generator.build import build
 from jagtile.generator.render import render, render_unchecked
 from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig, Sm90ForwardSpace, smem_layout
+from jagtile.generator.spaces.sm90_packed import Sm90PackedSpace
+from jagtile.generator.spaces.sm90_split import Sm90SplitSpace
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant, config_from_dict, legal_configs
 from jagtile.runtime.errors import IllegalConfigError
@@ -35,6 +37,10 @@ SPECS = [
         "fwd_fp16_d128_causal",
         "fwd_bf16_d192_dv128_causal",
         "fwd_bf16_d256",
+        "fwd_bf16_d1",
+        "fwd_fp16_d33_causal",
+        "fwd_bf16_d100_dv50_causal",
+        "fwd_bf16_d250",
     )
 ]
 
@@ -70,10 +76,48 @@ def test_an_illegal_tile_is_refused_with_its_arithmetic(change: dict[str, int], 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("fwd_fp32_d128", "bf16 or fp16"), ("fwd_bf16_d100", "multiple of 8"), ("fwd_bf16_d64_dv20", "head_dim_v")],
+    [("fwd_fp32_d128", "bf16 or fp16"), ("fwd_fp32_d20", "bf16 or fp16")],
 )
 def test_what_the_template_cannot_compute_is_said(name: str, reason: str) -> None:
     assert reason in str(SPACE.serves(KernelSpec.parse(name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("fwd_bf16_d100", "head_dim must be a multiple of 8"), ("fwd_bf16_d64_dv20", "head_dim_v must")],
+)
+@pytest.mark.parametrize("space", [Sm90SplitSpace(), Sm90PackedSpace()], ids=lambda space: space.algorithm)
+def test_rows_that_tma_cannot_address_are_for_the_persistent_forward(
+    name: str, reason: str, space: Sm90SplitSpace | Sm90PackedSpace
+) -> None:
+    assert reason in str(space.serves(KernelSpec.parse(name)))
+    assert SPACE.serves(KernelSpec.parse(name)) is None
+
+
+def test_warps_that_copy_rows_take_registers_from_the_math_warpgroups() -> None:
+    d127, d128 = KernelSpec.parse("fwd_bf16_d127"), D128
+    config = replace(BASE, block_n=192, q_stages=1)
+    assert SPACE.context(d127, config)["producer_registers"] == 56
+    assert SPACE.rejection(d128, config) is None
+    assert "208 registers a thread > 184" in str(SPACE.rejection(d127, config))
+    assert "64K registers" in str(SPACE.rejection(d127, replace(BASE, block_m=256, block_n=16)))
+
+
+def test_any_head_dim_has_a_legal_default() -> None:
+    for head_dim in range(1, 257):
+        for head_dim_v in {1, 37, 64, 255, 256, head_dim}:
+            spec = KernelSpec("fwd", "bf16", head_dim, head_dim_v, causal=False)
+            assert SPACE.serves(spec) is None
+            SPACE.default(spec)
+
+
+def test_rows_are_copied_only_where_tma_cannot_address_them() -> None:
+    for name, copied in (("d64", 0), ("d64_dv20", 1), ("d20_dv64", 1), ("d33", 1), ("d256", 0)):
+        spec = KernelSpec.parse(f"fwd_bf16_{name}")
+        config = SPACE.default(spec)
+        assert SPACE.launch(spec, config)["by_rows"] == copied
+        text = render(Variant("sm_90a", spec, config)).text
+        assert ("tma_" in text, "load_rows" in text) == (not copied, bool(copied))
 
 
 def test_shared_memory_is_the_sum_of_its_regions() -> None:
@@ -89,12 +133,13 @@ def test_names_parse_back() -> None:
         assert config_from_dict("sm_90a", config.to_dict()) == config
 
 
-def test_rendering_is_reproducible_and_as_reviewed() -> None:
-    variant = Variant("sm_90a", KernelSpec.parse("fwd_bf16_d128_causal"), replace(BASE, q_stages=2))
+@pytest.mark.parametrize("name", ["fwd_bf16_d128_causal", "fwd_fp16_d33_causal"])
+def test_rendering_is_reproducible_and_as_reviewed(name: str) -> None:
+    variant = Variant("sm_90a", KernelSpec.parse(name), replace(BASE, q_stages=2))
     text = render(variant).text
     render_unchecked.cache_clear()
     assert render(variant).text == text
-    golden = Path(__file__).parent / "golden" / "fwd_bf16_d128_causal.cu"
+    golden = Path(__file__).parent / "golden" / f"{name}.cu"
     assert text == golden.read_text(), f"the rendered source changed: review it, then write it to {golden}"
 
 

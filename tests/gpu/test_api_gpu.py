@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -149,6 +150,21 @@ def test_float32_is_served_by_plain_operations_which_is_said_once(monkeypatch):
     expected, expected_lse = reference(*b[:5], is_causal=True)
     assert errors(out, expected).rel <= 1e-4
     torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_dim_that_is_no_multiple_of_8_has_a_forward_kernel_and_is_trained_by_plain_operations(monkeypatch):
+    monkeypatch.setattr(fallback, "_REASONS", {})
+    b = workload([200, 0, 31], heads=4, heads_kv=2, head_dim=50).make("cuda", torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out, lse = jagtile.varlen_attention(*b, is_causal=True, return_lse=True)
+    assert_right(out, lse, b, is_causal=True)
+    b.q.requires_grad_()
+    with pytest.warns(jagtile.JagtileWarning, match="bwd_bf16_d50 on target sm_90a.*multiple of 8.*slow operations"):
+        out = jagtile.varlen_attention(*b, is_causal=True)
+    assert_right(out.detach(), None, b._replace(q=b.q.detach()), is_causal=True)
+    out.sum().backward()
+    assert b.q.grad is not None
 
 
 def test_the_host_never_waits_for_the_device():

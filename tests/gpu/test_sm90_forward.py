@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from layouts import LAYOUTS, laid_out
 
 from jagtile.generator.build import build_one
 from jagtile.generator.oracle import errors, reference, tolerance
@@ -40,6 +41,14 @@ SPECS = (
     "fwd_bf16_d192_dv128_causal",
     "fwd_bf16_d256",
     "fwd_bf16_d256_causal",
+    # Rows that TMA cannot address.
+    "fwd_bf16_d1",
+    "fwd_bf16_d20",
+    "fwd_fp16_d33_causal",
+    "fwd_bf16_d64_dv20",
+    "fwd_bf16_d100_dv50_causal",
+    "fwd_bf16_d127",
+    "fwd_fp16_d250_causal",
 )
 SPLIT = "heads packed, keys split"
 MECHANISMS = {
@@ -67,7 +76,7 @@ def kernel(spec: KernelSpec, mechanism: str) -> CudaForwardKernel:
     base = space.default(spec).to_dict()
     base.pop("algorithm")
     config = kind(**{**base, **MECHANISMS[mechanism]})
-    if reason := space.rejection(spec, config):
+    if reason := space.serves(spec) or space.rejection(spec, config):
         pytest.skip(f"{config.name} is not legal: {reason}")
     return cuda.load(build_one(Variant("sm_90a", spec, config)), torch.device("cuda", torch.cuda.current_device()))
 
@@ -268,6 +277,24 @@ def test_changed_offsets_are_seen() -> None:
     expected, _ = reference(*b[:5], scale=0.125)
     out, _ = run(kernel(spec, "default"), w, b, 0.125)
     assert errors(out, expected).rel <= tolerance(torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["fwd_bf16_d20", "fwd_fp16_d33_causal", "fwd_bf16_d50", "fwd_bf16_d64_dv20"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("heads", [3, 4])
+def test_rows_of_any_alignment_are_read_in_place(name: str, layout: str, heads: int) -> None:
+    spec = KernelSpec.parse(name)
+    w = Workload("edges", EDGES, EDGES[::-1], heads, heads, spec.head_dim, spec.head_dim_v, spec.causal)
+    b = w.make("cuda", spec.dtype, 9)
+    operands = {x: laid_out(getattr(b, x), layout) for x in "qkv"}
+    out = laid_out(torch.zeros(w.total_q, heads, w.head_dim_v, dtype=b.q.dtype, device="cuda"), layout)
+    loaded = kernel(spec, "default")
+    loaded.forward(*b._replace(**operands)[:5], out, None, 0.1, False)  # builds the work list
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    loaded.forward(*b._replace(**operands)[:5], out.fill_(float("nan")), None, 0.1, False)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    expected, _ = reference(*b[:5], is_causal=spec.causal, scale=0.1)
+    assert errors(out, expected).rel <= tolerance(out.dtype)
 
 
 def test_layouts_that_tma_cannot_address() -> None:

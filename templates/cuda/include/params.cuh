@@ -5,6 +5,12 @@ struct alignas(64) TensorMap {
   unsigned long long opaque[16];
 };
 
+struct RowTensor {  // (tokens, heads, dim), its last dimension contiguous; of any alignment
+  void* address;
+  long long token_stride;  // bytes
+  long long head_stride;
+};
+
 struct alignas(64) Params {
   TensorMap map_q;    // ragged maps: rows past a sequence's end read as zeros and are not stored
   TensorMap map_k;
@@ -30,4 +36,9 @@ struct alignas(64) Params {
   int extra_items;           // of max_items, those for pieces of keys beyond the first of a row block
   int results;               // of one piece and warpgroup, at most; as many tickets and partials there are
   void* partials;
+  // Of kernels that copy rows themselves (cp.async), in place of the maps:
+  RowTensor q;
+  RowTensor k;
+  RowTensor v;
+  RowTensor out;
 };

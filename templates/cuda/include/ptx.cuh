@@ -152,6 +152,18 @@ __device__ __forceinline__ void tma_store_wait() { asm volatile("cp.async.bulk.w
 // Ordinary shared-memory writes become visible to the copy engine and the tensor cores.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// ---- cp.async -------------------------------------------------------------------------------------------------------
+
+// Copies 4, 8 or 16 bytes, of which those from `source_bytes` on are zeros and not read.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(uint32_t smem, const void* from, int source_bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(smem), "l"(from), "n"(kBytes), "r"(source_bytes)
+               : "memory");
+}
+
+// This thread's copies have landed.
+__device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // ---- global memory --------------------------------------------------------------------------------------------------
 
 // 16 bytes that no thread of this launch writes or reads again.
@@ -293,6 +305,24 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t smem) {
   uint32_t word;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(smem) : "memory");
   return word;
+}
+
+// Four words at a multiple of 16 bytes.
+template <int kCount>
+__device__ __forceinline__ void load_shared_x4(uint32_t (&words)[kCount], uint32_t smem) {
+  static_assert(kCount >= 4);
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(smem)
+               : "memory");
+}
+
+template <int kCount>
+__device__ __forceinline__ void store_shared_x4(uint32_t smem, const uint32_t (&words)[kCount]) {
+  static_assert(kCount >= 4);
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+               "r"(words[3])
+               : "memory");
 }
 
 __device__ __forceinline__ void store_matrix_x4(uint32_t smem, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {

@@ -1,0 +1,336 @@
+// jagtile_fwd_fp16_d33_causal_persistent_m128_n128_s2_q2_c1
+//
+// Forward attention over a jagged batch, one kernel for one case:
+//   target      sm_90a
+//   dtype       fp16
+//   head_dim    33 (queries and keys), 33 (values)
+//   mask        causal, top-left or bottom-right at run time
+// Template: templates/cuda/sm90/forward.cu.j2, algorithm persistent, with
+//   block_m             128
+//   block_n             128
+//   num_stages          2
+//   q_stages            2
+//   ctas_per_sm         1
+// Generated; edit the template, not this text. To see it again:
+//   jagtile generate sm_90a/fwd_fp16_d33_causal/persistent_m128_n128_s2_q2_c1
+//
+// One persistent CTA an SM: 2 math warpgroups of 64 query rows each, one warpgroup that feeds them.
+//   warp 0      copies K tiles into shared memory (cp.async, clipped at the rows' and the sequence's end)
+//   warp 1      claims tiles from the work list, longest first
+//   warp 2      copies V tiles
+//   warp 3      copies Q tiles
+//   warps 4...  S = Q K^T, online softmax, O += P V (wgmma); O leaves from registers
+// The softmax of a block runs while the tensor cores multiply the P and V of the block before it. It skips the block's
+// maximum: probabilities are relative to the row's maximum in earlier blocks, and the few blocks in which some row outgrew
+// that too far are computed again.
+//
+// Shared memory          bytes
+//   Q [4]                  32768   1 panel of 64 rows x 128 B each
+//   K [2]                  32768   1 panel of 128 rows x 128 B
+//   V [2]                  32768   1 panel of 128 rows x 128 B
+//   tiles, barriers         1024
+#include "cuda/include/fragments.cuh"
+#include "cuda/include/params.cuh"
+#include "cuda/include/pipeline.cuh"
+#include "cuda/include/ptx.cuh"
+#include "cuda/include/query_blocks.cuh"
+#include "cuda/include/rows.cuh"
+#include "cuda/include/softmax.cuh"
+#include "cuda/include/work_list.cuh"
+
+namespace {
+
+constexpr int kBlockN = 128;
+constexpr int kWarpgroups = 2;
+constexpr int kStages = 2;
+constexpr int kQBuffers = 4;  // of a warpgroup's 64 rows each; they take turns
+constexpr int kTileSlots = 2;
+constexpr int kColumns = 33;       // of Q and K; products are 48 deep
+constexpr int kColumnsV = 33;      // of V and O; accumulators have 40
+constexpr int kPanels = 1;         // 64-column panels of Q and K
+constexpr int kPanelsV = 1;        // of V
+constexpr int kStepsPV = 8;        // over the keys of a block
+constexpr int kOutRegisters = 20;  // accumulators a thread of 64 x 40
+
+constexpr int kHalf = kBlockN / 4 / 4 * 4;  // scores a thread of a block's first columns, in whole groups
+
+constexpr int kQPanelBytes = 64 * 128;
+constexpr int kKVPanelBytes = kBlockN * 128;
+constexpr int kQBytes = 1 * kQPanelBytes;  // one warpgroup's rows
+constexpr int kKBytes = kPanels * kKVPanelBytes;
+constexpr int kVBytes = kPanelsV * kKVPanelBytes;
+constexpr int kHeadroom = 0;  // probabilities are computed 2^-kHeadroom of what they are
+
+struct Control {
+  Tile tiles[kTileSlots];
+  RingBarriers<kTileSlots> tile;
+  RingBarriers<kQBuffers> q;
+  RingBarriers<kStages> k, v;
+  uint32_t never_written;
+};
+static_assert(sizeof(Control) <= 1024);
+
+// d (64 x 128) {+}= A (64 x 16) B^T (128 x 16), both K-major in shared memory.
+__device__ __forceinline__ void multiply_qk(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, p, 1, 1, 0, 0;\n"
+      "}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+      : "l"(a), "l"(b), "r"(accumulate));
+}
+
+// d (64 x 40) += A (64 x 16, registers) B (16 x 40, shared memory, its columns contiguous).
+__device__ __forceinline__ void multiply_pv(float (&d)[20], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n40k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19}, "
+      "{%20, %21, %22, %23}, %24, 1, 1, 1, 1;\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// d (64 x 128) = A B^T, asynchronously; 64 rows of A and 128 rows of B, 48 columns each.
+__device__ __forceinline__ void issue_scores(float (&d)[64], uint32_t a, uint32_t b) {
+  const uint64_t a_descriptor = wgmma_descriptor(a, 16, 1024);
+  const uint64_t b_descriptor = wgmma_descriptor(b, 16, 1024);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 3; ++step) {
+    const int inside = step % 4 * 32;
+    multiply_qk(d, a_descriptor + ((step / 4 * kQPanelBytes + inside) >> 4),
+                b_descriptor + ((step / 4 * kKVPanelBytes + inside) >> 4), step > 0);
+  }
+  wgmma_commit();
+}
+
+// d (64 x 40) += A B, asynchronously; A's fragments in registers, 128 rows of B.
+__device__ __forceinline__ void issue_output(float (&d)[20], const uint32_t (&a)[8][4], uint32_t b) {
+  const uint64_t b_descriptor = wgmma_descriptor(b, kKVPanelBytes, 1024);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 8; ++step) {
+    multiply_pv(d, a[step], b_descriptor + (step * 16 * 128 >> 4));
+  }
+  wgmma_commit();
+}
+
+// Streams the key or value blocks of every tile through a ring; a whole warp.
+template <int kTileColumns, int kTileBytes>
+__device__ __forceinline__ void load_blocks(Control& control, RingBarriers<kStages>& ring, uint32_t smem,
+                                            const RowTensor& tensor, int gqa_ratio) {
+  RingPosition<kStages> at;
+  for_each_tile(control, [&](const WorkItem& item, int head) {
+    const int kv_head = head / gqa_ratio;
+    for (int row = 0; row < item.kv_blocks * kBlockN; row += kBlockN) {
+      ring.wait_empty(at);
+      load_rows<kBlockN, kTileColumns, kKVPanelBytes>(smem + at.slot * kTileBytes, tensor, item.k_begin + row,
+                                                      kv_head, item.k_length - row);
+      if (elect_one()) ring.arrive_full(at);
+      at.advance();
+    }
+  });
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+jagtile_fwd_fp16_d33_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const uint32_t q_tiles = smem_address(shared);
+  const uint32_t k_tiles = q_tiles + 32768;
+  const uint32_t v_tiles = k_tiles + 32768;
+  Control& control = *reinterpret_cast<Control*>(shared + 98304);
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform, and known to be
+
+  if (threadIdx.x == 0) {
+    control.tile.init(1, 3 * 32 + 128 * kWarpgroups);  // freed by every thread that loads or does math
+    control.q.init(1, 128);
+    control.k.init(1, kWarpgroups);
+    control.v.init(1, kWarpgroups);
+  }
+  clear_tiles(shared, 98304);
+  __syncthreads();
+
+  if (warp < 4) {
+    shrink_registers<56>();
+    if (warp == 0) {
+      load_blocks<kColumns, kKBytes>(control, control.k, k_tiles, p.k, p.gqa_ratio);
+    } else if (warp == 2) {
+      load_blocks<kColumnsV, kVBytes>(control, control.v, v_tiles, p.v, p.gqa_ratio);
+    } else if (warp == 3) {
+      RingPosition<kQBuffers> at;
+      for_each_tile(control, [&](const WorkItem& item, int head) {
+        for (int row = item.row; row < item.row + 64 * kWarpgroups; row += 64) {
+          control.q.wait_empty(at);
+          load_rows<64, kColumns, kQPanelBytes>(q_tiles + at.slot * kQBytes, p.q, item.q_begin + row, head,
+                                                item.q_length - row);
+          if (elect_one()) control.q.arrive_full(at);
+          at.advance();
+        }
+      });
+    } else if (warp == 1 && elect_one()) {
+      // The first tile goes by CTA number, the rest by a shared counter.
+      WorkListHeader* list = static_cast<WorkListHeader*>(p.work_list);
+      const int balancing = balancing_heads(*list, p);
+      const int tiles = list->items * p.heads;
+      RingPosition<kTileSlots> at;
+      for (int tile = blockIdx.x;; tile = gridDim.x + atomicAdd(&list->next_tile, 1), at.advance()) {
+        Tile& claimed = control.tiles[at.slot];
+        control.tile.wait_empty(at);
+        if (tile < tiles) {
+          claim_tile(claimed, list, p, balancing, tile);
+        } else {
+          claimed.head = -1;
+        }
+        control.tile.arrive_full(at);
+        if (tile >= tiles) break;
+      }
+      rewind_work_list(list);
+    }
+    return;
+  }
+
+  grow_registers<224>();
+  const int warpgroup = warp / 4 - 1;
+  const int lane = threadIdx.x % 32;
+  const bool leader = threadIdx.x % 128 == 0;
+  const int thread_row = 64 * warpgroup + 16 * (warp % 4) + lane / 4;  // the upper of two, 8 apart
+  const int thread_column = 2 * (lane % 4);
+  const float scale_log2 = p.scale_log2;
+  RingPosition<kTileSlots> tile_at;
+  RingPosition<kQBuffers> q_at = {warpgroup};
+  RingPosition<kStages> k_at, v_at;
+  for (;; tile_at.advance()) {
+    control.tile.wait_full(tile_at);
+    const int head = control.tiles[tile_at.slot].head;
+    if (head < 0) break;
+    const WorkItem& item = control.tiles[tile_at.slot].item;
+    const uint32_t q_tile = q_tiles + q_at.slot * kQBytes;
+    float output[kOutRegisters] = {};
+    RowState rows;
+
+    control.q.wait_full(q_at);
+    const int shift = p.bottom_right ? item.k_length - item.q_length : 0;
+    // The tile's first key blocks, of which this warpgroup's rows see some key.
+    const int last_row = min(item.row + 64 * warpgroup + 63, item.q_length - 1);
+    const int keys = max(min(item.k_length, last_row + shift + 1), 0);
+    const bool idle = item.row + 64 * warpgroup >= item.q_length;
+    const int blocks = idle ? 0 : (keys + kBlockN - 1) / kBlockN;
+    if (blocks > 0) {
+      float scores[kBlockN / 2];
+      uint32_t probabilities[kStepsPV][4];
+      const int upper_limit = item.row + thread_row + shift + 1;  // keys that the thread's upper row sees
+      const int whole_blocks = max(min(item.k_length, item.row + 64 * warpgroup + shift + 1), 0) / kBlockN;  // ... all rows
+      auto mask = [&](int block) {
+        const int first_column = block * kBlockN + thread_column;
+        mask_scores(scores, min(item.k_length, upper_limit) - first_column,
+                    min(item.k_length, upper_limit + 8) - first_column);
+      };
+      int block = 0;
+      while (true) {
+        // With the rows' maxima: the first block, and where a row outgrew its reference.
+        control.k.wait_full(k_at);
+        issue_scores(scores, q_tile, k_tiles + k_at.slot * kKBytes);
+        wgmma_wait<0>();
+        pin_registers(scores);
+        if (leader) control.k.arrive_empty(k_at);
+        k_at.advance();
+        if (block >= whole_blocks) mask(block);
+        float rescale[2];
+        online_softmax<kHeadroom>(scores, rows, rescale, scale_log2);
+        scale_rows(output, rescale);
+        pack_fragments<pack_fp16>(probabilities, scores);
+        ++block;
+
+        // K stays until none of the warpgroup's rows needs the block again.
+        const float offset[2] = {probability_offset<kHeadroom>(rows.reference[0], scale_log2),
+                                 probability_offset<kHeadroom>(rows.reference[1], scale_log2)};
+        for (; block < blocks; ++block) {
+          control.k.wait_full(k_at);
+          issue_scores(scores, q_tile, k_tiles + k_at.slot * kKBytes);
+          control.v.wait_full(v_at);
+          issue_output(output, probabilities, v_tiles + v_at.slot * kVBytes);
+          wgmma_wait<1>();
+          pin_registers(scores);
+          if (block >= whole_blocks) mask(block);
+          float sum[2] = {0.0f, 0.0f};
+          exponentials<0, kHalf>(scores, offset, sum, scale_log2);
+          hold_until_computed(sum[0] + sum[1], smem_address(&control.never_written));
+          wgmma_wait<0>();
+          pin_registers(output);
+          pin_registers(probabilities);
+          if (leader) control.v.arrive_empty(v_at);
+          v_at.advance();
+          exponentials<kHalf, kBlockN / 2>(scores, offset, sum, scale_log2);
+          pack_fragments<pack_fp16>(probabilities, scores);
+          pin_registers(sum);
+          if (any_of_warpgroup(1 + warpgroup, outgrown_fp16(probabilities))) break;
+          rows.sum[0] += sum[0];
+          rows.sum[1] += sum[1];
+          if (leader) control.k.arrive_empty(k_at);
+          k_at.advance();
+        }
+        if (block == blocks) break;
+      }
+      control.v.wait_full(v_at);
+      issue_output(output, probabilities, v_tiles + v_at.slot * kVBytes);
+      wgmma_wait<0>();
+      pin_registers(output);
+      if (leader) control.v.arrive_empty(v_at);
+      v_at.advance();
+    }
+    if (blocks < item.kv_blocks) {
+      // Blocks that only other warpgroups' rows see are handed back unread.
+#pragma unroll 1
+      for (int unread = item.kv_blocks - blocks; unread > 0; --unread) {
+        if (warp % 4 == 0) {
+          control.k.wait_full(k_at);
+          if (leader) control.k.arrive_empty(k_at);
+          control.v.wait_full(v_at);
+          if (leader) control.v.arrive_empty(v_at);
+        }
+        k_at.advance();
+        v_at.advance();
+        __syncwarp();
+      }
+      named_barrier_sync(1 + warpgroup, 128);  // no warp goes on before: a parity tells no more than two phases apart
+    }
+
+    // Normalise, write lse and O.
+    float inverse[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float sum = sum_of_row(rows.sum[h]);
+      inverse[h] = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: the row sees no key
+      const int row = item.row + thread_row + 8 * h;
+      if (p.lse != nullptr && lane % 4 == 0 && row < item.q_length) {
+        p.lse[static_cast<long long>(head) * p.total_q + item.q_begin + row] =
+            sum == 0.0f ? -INFINITY : (probability_offset<kHeadroom>(rows.reference[h], scale_log2) + log2f(sum)) * 0.693147180559945f;
+      }
+    }
+    scale_rows(output, inverse);
+    const int first_row = item.row + thread_row;
+    store_rows<pack_fp16, kColumnsV>(output, p.out, item.q_begin + first_row, head, item.q_length - first_row, thread_column);
+    control.q.arrive_empty(q_at);
+    control.tile.arrive_empty(tile_at);
+    q_at.advance_by(kWarpgroups);
+  }
+}
