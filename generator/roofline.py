@@ -15,6 +15,7 @@ from functools import lru_cache
 from itertools import accumulate
 
 from jagtile.generator.oracle import torch_dtype
+from jagtile.generator.spaces.sm90_backward import Sm90BackwardConfig, dq_split
 from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig
 from jagtile.generator.spaces.sm90_packed import BLOCK_M, Sm90PackedConfig
 from jagtile.generator.spaces.sm90_split import Sm90SplitConfig
@@ -39,6 +40,14 @@ _TILE_CLOCKS = 1500.0  # to begin and end a tile; half of it hides behind anothe
 _FILL_CLOCKS = 800.0  # until a tile's first K and V are there; mostly hidden likewise
 _HIDDEN_FILL = 0.3
 _LAUNCH_US = 5.0
+# The backward's: a step's share of the sum of its waits; a step's latency if the next one has begun; instructions of a warp
+# for a query and for a step; clocks to begin and end a tile by buffers of K and V; bytes a clock of additions from
+# registers.
+_BACKWARD_LOSS = 0.95
+_BACKWARD_HIDDEN = 0.85
+_BACKWARD_ISSUE = (2.5, 160.0)
+_BACKWARD_TILE_CLOCKS = {1: 4000.0, 2: 2500.0, 3: 2200.0}
+_REDUCTION_BYTES = 64
 _KNEE = 4  # how sharply the roof bends: where arithmetic and memory take alike they hide each other only in part
 
 
@@ -56,6 +65,8 @@ def roofline(variant: Variant, workload: Workload, device: Facts) -> Roofline | 
         return _hopper_forward(variant, variant.config, workload, device)
     if isinstance(variant.config, Sm90PackedConfig):
         return _hopper_packed(variant, variant.config, workload, device)
+    if isinstance(variant.config, Sm90BackwardConfig):
+        return _hopper_backward(variant, variant.config, workload, device)
     return None
 
 
@@ -118,6 +129,54 @@ def _hopper_packed(variant: Variant, config: Sm90PackedConfig, workload: Workloa
     return _with_memory(compute_us, "latency" if alone > busy else bound, variant, workload, device)
 
 
+def _hopper_backward(variant: Variant, config: Sm90BackwardConfig, workload: Workload, device: Facts) -> Roofline:
+    """Tiles of keys and a kv head, whose steps are blocks of queries and a head; then the passes over rows."""
+    spec, ctas = variant.spec, config.ctas_per_sm
+    units = _backward_step_clocks(config, spec)
+    alone = (units["tensor"] + units["exp"]) * (_BACKWARD_HIDDEN if config.overlap or config.late_dq else 1)
+    waits = {**{unit: clocks * ctas for unit, clocks in units.items()}, "latency": alone + 2 * _STEP_LATENCY}
+    bound = max(waits, key=waits.__getitem__)
+    step = sum(clocks**_KNEE for clocks in waits.values()) ** (1 / _KNEE) * _BACKWARD_LOSS
+    if config.dq == "red":
+        step += config.block_m * spec.head_dim * 4 / _REDUCTION_BYTES
+    tile = _BACKWARD_TILE_CLOCKS[config.kv_stages]
+    group = workload.num_heads // workload.num_heads_kv
+    clocks = longest = 0.0
+    for queries, tiles in _key_tiles(workload, config.block_n).items():
+        own = -(-queries // config.block_m) * group * step + tile
+        clocks += tiles * own
+        longest = max(longest, own)
+    compute_us = max(clocks / (device.units * ctas), longest) / CLOCK_GHZ / 1e3
+    # The passes: out and dout read, sums zeroed and read, dq written.
+    rows = workload.total_q * workload.num_heads
+    passes = rows * (2 * 2 * spec.head_dim_v + 10 * spec.head_dim)
+    passes_us = passes / (device.bandwidth_gbs or float("inf")) / 1e3
+    found = _with_memory(compute_us, bound, variant, workload, device)
+    return Roofline(found.us + passes_us, found.bound)
+
+
+def _backward_step_clocks(config: Sm90BackwardConfig, spec: KernelSpec) -> Mapping[str, float]:
+    """Clocks that each unit of the SM is busy with one step of one CTA."""
+    dim, dim_v = spec.head_dim, spec.head_dim_v
+    groups, queries, keys = config.warpgroups, config.block_m, config.block_n
+    element, per_query, per_step = 2, *_BACKWARD_ISSUE
+    # K and V are A operands of S and dP; Q and dO are read for two products each, by every warpgroup.
+    read = element * keys * (dim * ("k" not in config.held) + dim_v * ("v" not in config.held))
+    read += element * groups * queries * 2 * (dim + dim_v)
+    scores, values = element * keys * queries, element * keys * dim
+    split = dq_split(spec, config)
+    read += groups * scores + values if split == "columns" else scores + (groups if split == "rows" else 1) * values
+    staged = 2 * 4 * queries * dim if config.dq == "bulk" else 0
+    fill = element * queries * (dim + dim_v)
+    return {
+        "tensor": 2 * queries * keys * (3 * dim + 2 * dim_v) / MMA_FLOPS,
+        "exp": queries * keys / EXPONENTIALS,
+        "smem": (read + scores + staged + fill) / SMEM_BYTES,
+        "issue": groups * (per_query * queries + per_step) * 4 / ISSUE_SLOTS,
+        "l2": fill / L2_BYTES,
+    }
+
+
 def _with_memory(compute_us: float, bound: str, variant: Variant, workload: Workload, device: Facts) -> Roofline:
     """The roof's two sides, and the launch."""
     element = torch_dtype(variant.spec.dtype).itemsize
@@ -153,6 +212,18 @@ def _tiles(workload: Workload, block_m: int) -> Counter[int]:
         for first in range(0, len_q, block_m):
             seen = min(len_k, max(0, min(len_q, first + block_m) + diagonal)) if workload.is_causal else len_k
             found[seen] += workload.num_heads
+    return found
+
+
+@lru_cache(maxsize=64)
+def _key_tiles(workload: Workload, block_n: int) -> Counter[int]:
+    """How many tiles of keys are seen by how many queries, over all kv heads."""
+    found: Counter[int] = Counter()
+    for len_q, len_k in zip(workload.seqlens_q, workload.seqlens_k, strict=True):
+        diagonal = len_k - len_q if workload.causal_alignment == "bottom_right" else 0
+        for first in range(0, len_k, block_n):
+            unseen = max(0, first - diagonal) if workload.is_causal else 0
+            found[max(0, len_q - unseen)] += workload.num_heads_kv
     return found
 
 

@@ -7,6 +7,7 @@ import statistics
 from collections import Counter
 from dataclasses import replace
 
+import msgspec
 import pytest
 from fakes import DEVICE, SPEC, TARGET
 
@@ -14,7 +15,7 @@ from jagtile.generator.roofline import CLOCK_GHZ, MMA_FLOPS, packed_tiles, roofl
 from jagtile.generator.roofline_check import agreements, rank_correlation
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant, legal_configs, parse_config, spaces_of
-from jagtile.generator.workloads import Workload, representative
+from jagtile.generator.workloads import Workload, named, representative
 from jagtile.runtime.problem import REGIMES
 from jagtile.tuning_db.store import Database
 
@@ -103,3 +104,40 @@ def test_it_ranks_the_shipped_records_as_docs_tuning_says(tmp_path):
     assert statistics.median(each.correlation for each in dense) > 0.7
     assert statistics.median(each.correlation for each in found) > 0.7
     assert statistics.median(each.quarter for each in found) < 1.02
+
+
+H100 = msgspec.structs.replace(DEVICE, bandwidth_gbs=3000)
+BACKWARDS = [  # measured on an H100, ms (docs/performance-log.md, sections 19 and 20)
+    ("u4k-d64", "m64_n128_s3_c1_dbulk_o0_k2_hkv_l1", 5.73),
+    ("u4k-d64", "m64_n128_s3_c1_dbulk_o0_k2_hnone_l0", 6.14),
+    ("u4k-d64", "m64_n128_s2_c1_dbulk_o0_k1_hnone_l0", 6.28),
+    ("u4k-d64-causal", "m64_n128_s3_c1_dbulk_o1_k2_hkv_l0", 3.14),
+    ("vit-d64", "m64_n128_s3_c1_dbulk_o0_k2_hkv_l1", 3.13),
+    ("vit-d64", "m64_n64_s2_c2_dbulk_o0_k1_hnone_l0", 3.59),
+    ("cross-d64", "m64_n128_s3_c1_dbulk_o1_k2_hkv_l0", 0.515),
+    ("recsys-d64", "m64_n128_s3_c1_dbulk_o1_k2_hkv_l0", 0.378),
+    ("u4k-d32", "m128_n128_s2_c1_dbulk_o0_k2_hkv_l0", 4.03),
+    ("u4k-d96", "m64_n128_s2_c1_dbulk_o0_k1_hv_l0", 3.84),
+    ("u4k-d128", "m64_n128_s2_c1_dbulk_o0_k1_hnone_l0", 4.90),
+    ("u4k-d128", "m64_n128_s2_c1_dred_o0_k1_hnone_l0", 5.68),
+    ("u1k-d128", "m64_n128_s2_c1_dbulk_o0_k1_hnone_l0", 1.54),
+    ("sft-d128-gqa-causal", "m64_n128_s2_c1_dbulk_o0_k1_hnone_l0", 4.82),
+]
+
+
+def backward_guess(name: str, config: str) -> float:
+    """Milliseconds."""
+    workload = named()[name]
+    spec = replace(workload.spec("bf16"), direction="bwd")
+    return roofline(Variant(TARGET, spec, parse_config(TARGET, f"keyblocks_{config}")), workload, H100).us / 1e3
+
+
+@pytest.mark.parametrize(("name", "config", "measured"), BACKWARDS)
+def test_backwards_take_what_is_predicted_within_an_eighth(name, config, measured):
+    assert backward_guess(name, config) == pytest.approx(measured, rel=0.125)
+
+
+def test_backwards_of_one_workload_are_ranked_as_measured():
+    for name in ("u4k-d64", "vit-d64", "u4k-d128"):
+        tried = [(backward_guess(name, config), measured) for n, config, measured in BACKWARDS if n == name]
+        assert [measured for _, measured in sorted(tried)] == sorted(measured for _, measured in tried)
