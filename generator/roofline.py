@@ -40,8 +40,8 @@ _TILE_CLOCKS = 1500.0  # to begin and end a tile; half of it hides behind anothe
 _FILL_CLOCKS = 800.0  # until a tile's first K and V are there; mostly hidden likewise
 _HIDDEN_FILL = 0.3
 _LAUNCH_US = 5.0
-# The backward's: a step's share of the sum of its waits; a step's latency if the next one has begun; instructions of a warp
-# for a query and for a step; clocks to begin and end a tile by buffers of K and V; bytes a clock of additions from
+# The backward's: a step's share of the sum of its waits; a step's latency if the next one has begun; instructions of a
+# warp for a query and for a step; clocks to begin and end a tile by buffers of K and V; bytes a clock of additions from
 # registers.
 _BACKWARD_LOSS = 0.95
 _BACKWARD_HIDDEN = 0.85
