@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 
 from jagtile.generator.render import TEMPLATES
 from jagtile.generator.toolchain import find_cxx
-from jagtile.runtime.artifact import ABI_VERSION
 from jagtile.runtime.cpu import params
 from jagtile.runtime.errors import CompilerNotFoundError
 
@@ -36,8 +34,3 @@ def test_the_block_has_the_header_s_layout(tmp_path: Path) -> None:
     lines = ["#include <cstddef>", '#include "cpu/params.h"', *(f"static_assert({check});" for check in checks)]
     source.write_text("\n".join(lines) + "\n")
     subprocess.run([compiler, "-std=c++17", "-fsyntax-only", "-I", TEMPLATES, source], check=True)
-
-
-def test_both_sides_name_the_same_abi_version() -> None:
-    for text in (HEADER.read_text(), str(params.__doc__)):
-        assert re.findall(r"ABI version (\d+)", text) == [str(ABI_VERSION)]
