@@ -103,7 +103,8 @@ class CudaBackwardKernel:
 
         deterministic = torch.are_deterministic_algorithms_enabled()
         stream: int = torch._C._cuda_getCurrentRawStream(self._device)
-        key = ("bwd", self._block_m, self._block_n, self._causal, bottom_right, deterministic, total_q, stream)
+        tile = (self._block_m, self._block_n, self._causal, bottom_right)
+        key = ("bwd", *tile, heads, heads_kv, deterministic, total_q, stream)
         found = None if work_list.rebuilt_now() else work_list.find(cu_seqlens_q, cu_seqlens_k, key)
         items = found or work_list.allocate(
             *(cu_seqlens_q, total_q, total_k, self._block_n),
@@ -112,8 +113,8 @@ class CudaBackwardKernel:
         )
         tiles = items.max_items * heads_kv
         turn_count = tiles * self._dq_adders if deterministic else 0
-        if max(tiles, turn_count) > work_list.MAX_TILES:
-            raise UnsupportedError(f"up to {tiles} tiles of keys and heads; served: {work_list.MAX_TILES}")
+        if (most := max(tiles, turn_count)) > work_list.MAX_TILES:
+            raise UnsupportedError(f"up to {most} tiles of keys and heads; served: {work_list.MAX_TILES}")
         scratch = q.new_empty(
             backward_params.scratch_bytes(total_q, heads, head_dim, turn_count) // 4, dtype=torch.float32
         )

@@ -209,6 +209,28 @@ def test_one_call_is_three_launches_and_a_list_for_the_batch() -> None:
     assert names == ["jagtile_build_work_list", *passes, *passes]
 
 
+@pytest.mark.parametrize("in_order", [False, True])
+def test_layers_of_other_heads_share_offsets_and_no_list(in_order: bool) -> None:
+    lengths = (130,) * 4
+    few, many = (workload("bwd_bf16_d64", lengths, lengths, heads) for heads in ((2, 2), (8, 8)))
+    b = few.make("cpu", "bf16", 6)
+    batches = (b, many.make("cpu", "bf16", 7)._replace(cu_seqlens_q=b.cu_seqlens_q, cu_seqlens_k=b.cu_seqlens_k))
+    torch.use_deterministic_algorithms(in_order)
+    try:
+        with emulated(processors=3, seed=5):
+            kernel = cuda.load(built(*CASES[0]), torch.device("cuda", 0))
+            assert isinstance(kernel, cuda.CudaBackwardKernel)
+            for w, batch in zip((few, many), batches, strict=True):
+                out, lse = reference(*batch[:5])
+                dout = torch.randn_like(batch.q)
+                grads = Gradients(*(torch.full_like(x, float("nan")) for x in batch[:3]))
+                given = (out.to(dout.dtype), lse.float(), dout, None)
+                kernel.backward(*batch[:5], *given, *grads, w.head_dim**-0.5, False)
+                assert_close(grads, w, batch, dout)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_layouts_that_tma_cannot_address_are_copied() -> None:
     b = SMALL.make("cpu", "bf16", 2)
     dout = torch.randn(1, 1, 64).to(b.q.dtype).expand(b.q.shape)  # as the gradient of a sum

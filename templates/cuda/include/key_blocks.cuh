@@ -48,8 +48,8 @@ struct KeyBlocks {
   // its next. Each pair gets on by pairs x steps / SMs meanwhile, so what all of them read anew goes by the square of pairs:
   // 8 blocks of queries on 132 SMs, or 124 where additions have an order (8 MB of Q, dO and sums at D 128). Then tiles of
   // less than 16 steps come by so soon after each other that they would wait, and have more pairs.
-  __device__ __forceinline__ float pairs(int steps) const {
-    const float per_step = 1.0f / max(steps, 1);
+  __device__ __forceinline__ float pairs(float steps) const {
+    const float per_step = 1.0f / fmaxf(steps, 1.0f);
     return p.turns == nullptr ? sqrtf(1024.0f * per_step) : fmaxf(sqrtf(16384.0f * per_step), 512.0f * per_step);
   }
 };
@@ -73,9 +73,11 @@ __device__ __forceinline__ void mark_queries(const KeyBlocks& blocks) {
     WorkItem item = {};
     if (base + lane < p.batch) item = blocks.item(base + lane, 0);
     for (int i = 0; i < min(p.batch - base, 32); ++i) {
-      const int begin = __shfl_sync(0xffffffff, item.q_begin, i), end = begin + __shfl_sync(0xffffffff, item.q_length, i);
+      // Offsets may promise more tokens than there are.
+      const int begin = max(__shfl_sync(0xffffffff, item.q_begin, i), 0);
+      const int end = min(begin + __shfl_sync(0xffffffff, item.q_length, i), p.total_q);
       const int keys = __shfl_sync(0xffffffff, item.k_length, i);
-      if (begin == end || keys <= 0) continue;
+      if (begin >= end || keys <= 0) continue;
       unsigned* const marks = keys <= p.block_n ? p.direct : p.summed;
       for (int word = begin / 32 + lane; 32 * word < end; word += 32) {
         const int first = max(begin - 32 * word, 0), last = min(end - 32 * word, 32);
@@ -118,9 +120,9 @@ extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(co
   const int heads = p.heads / p.gqa_ratio;
   for (int index = threadIdx.x; index < count; index += 1024) {
     const int rank = sequence_of(first_item, p.batch, index), block = index - first_item[rank];
-    const int steps = blocks.longest(sequences[rank]), bucket = work_bucket(steps);
+    const int bucket = work_bucket(blocks.longest(sequences[rank]));
     WorkItem item = blocks.item(sequences[rank], block);
-    const float pairs = blocks.pairs(steps);
+    const float pairs = blocks.pairs(bucket_cost(bucket));  // the same for all of a bucket, whose sequences share places
     int place = index;
     if (pairs < heads) {
       const int groups = static_cast<int>(ceilf(heads / pairs));
@@ -135,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(co
         place += min(first_item[other + 1] - first_item[other], other < rank ? block + 1 : block);
       }
     }
-    items[place] = item;
+    if (place < p.max_items) items[place] = item;
   }
   if (threadIdx.x == 0) {
     header->items = count;

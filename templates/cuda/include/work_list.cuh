@@ -132,6 +132,11 @@ __device__ __forceinline__ int work_bucket(int cost) {
   return kWorkBuckets - 1 - min(bits - (127 << 4), kWorkBuckets - 1);
 }
 
+// The smallest cost of a bucket.
+__device__ __forceinline__ float bucket_cost(int bucket) {
+  return __int_as_float((kWorkBuckets - 1 - bucket + (127 << 4)) << 19) - 1.0f;
+}
+
 // The sequence that block number `tile` belongs to: first_tile[found] <= tile < first_tile[found + 1].
 __device__ __forceinline__ int sequence_of(const int* first_tile, int batch, int tile) {
   int low = 0, high = batch;
