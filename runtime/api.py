@@ -21,7 +21,7 @@ from jagtile.runtime.fallback import attention, why_no_kernel
 from jagtile.runtime.operators import forward_for
 from jagtile.runtime.problem import DTYPE_NAMES, REGIMES
 from jagtile.runtime.routes import prepare
-from jagtile.runtime.trainable import requires_grad
+from jagtile.runtime.trainable import requires_grad, why_no_backward
 
 CausalAlignment = Literal["top_left", "bottom_right"]
 
@@ -157,7 +157,7 @@ def warmup(
         is_causal: as in the calls to come.
         device: where they will run; None is the current CUDA device, the CPU where there is none.
         regimes: some of "tiny", "short", "medium", "long", "cross", "decode"; None is all.
-        training: whether gradients will be wanted: the backward kernels too.
+        training: whether gradients will be wanted: the backward kernels too, where there are any.
         dropout: whether there will be dropout: the kernels with it too.
 
     Returns:
@@ -172,8 +172,9 @@ def warmup(
     unknown = [name for name in names if name not in REGIMES]
     if unknown:
         raise ValueError(f"regimes holds {', '.join(map(repr, unknown))}; regimes are {', '.join(REGIMES)}")
-    directions: tuple[Direction, ...] = ("fwd", "bwd") if training else ("fwd",)
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    trains = training and why_no_backward(dtype, head_dim, head_dim_v, resolved(device)) is None
+    directions: tuple[Direction, ...] = ("fwd", "bwd") if trains else ("fwd",)
     specs = [
         KernelSpec(direction, DTYPE_NAMES[dtype], head_dim, head_dim_v, is_causal, drops)
         for drops in ((False, True) if dropout else (False,))

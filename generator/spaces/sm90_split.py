@@ -51,7 +51,7 @@ class Sm90SplitSpace(Sm90ForwardSpace):
         }
 
     def default(self, spec: KernelSpec) -> TileConfig:
-        """The first legal one of a few tiles with much memory in flight. Not measured yet."""
+        """The first legal one of a few tiles with much memory in flight (docs/performance-log.md, section 16)."""
         for block_m, block_n, num_stages in _DEFAULT_TILES:
             config = Sm90SplitConfig(block_m, block_n, num_stages, q_stages=1, ctas_per_sm=1)
             if self.rejection(spec, config) is None:

@@ -107,7 +107,7 @@ def test_it_ranks_the_shipped_records_as_docs_tuning_says(tmp_path):
 
 
 H100 = msgspec.structs.replace(DEVICE, bandwidth_gbs=3000)
-BACKWARDS = [  # measured on an H100, ms (docs/performance-log.md, sections 19 and 20)
+BACKWARDS = [  # measured on an H100 in two runs, ms: what the constants were set by
     ("u4k-d64", "m64_n128_s3_c1_dbulk_o0_k2_hkv_l1", 5.73),
     ("u4k-d64", "m64_n128_s3_c1_dbulk_o0_k2_hnone_l0", 6.14),
     ("u4k-d64", "m64_n128_s2_c1_dbulk_o0_k1_hnone_l0", 6.28),

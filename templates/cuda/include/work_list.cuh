@@ -35,9 +35,9 @@ struct alignas(16) Tile {
 
 struct alignas(64) WorkListHeader {
   int items;
-  int longest;        // blocks that the longest item visits
+  int longest;        // of queries: blocks that the longest item visits
   float total;        // ... all items
-  int next_tile;      // claimed tiles beyond the first of each CTA
+  int next_tile;      // tiles claimed from the counter
   int finished_ctas;  // the last one to finish rewinds the counters for the next launch
 };
 
@@ -103,7 +103,8 @@ __device__ __forceinline__ void claim_tile(Tile& tile, WorkListHeader* list, con
   reinterpret_cast<int4*>(&tile.item)[1] = from[1];
 }
 
-// Runs `load` on every tile of this CTA, in one lane of a loading warp. `Control` has the tiles and their ring.
+// Runs `load` on every tile of this CTA, in one lane of a loading warp or in all of them, each of which hands the tile back.
+// `Control` has the tiles and their ring.
 template <typename Control, typename Load>
 __device__ __forceinline__ void for_each_tile(Control& control, Load load) {
   for (RingPosition<sizeof(control.tiles) / sizeof(Tile)> at;; at.advance()) {

@@ -258,7 +258,7 @@ __device__ __forceinline__ void make_dv(const BackwardParams& p, Control& contro
     // Blocks from mask_end on see the tile's keys whole. Limits count from the thread's first key.
     const int shift = KeyTile::causal_shift(p, item);
     const int keys = item.k_length - item.row - 2 * quad;
-    const int mask_end = item.row + kBlockN > item.k_length ? 1 << 30 : item.row + kBlockN - 1 - shift;
+    const int mask_end = item.row + kBlockN > item.k_length ? kNoQuery : item.row + kBlockN - 1 - shift;
 
     control.k.wait_full(at.kv_at);
     KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
