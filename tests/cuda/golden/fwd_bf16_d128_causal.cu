@@ -350,7 +350,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
       const int row = item.row + thread_row + 8 * h;
       if (p.lse != nullptr && lane % 4 == 0 && row < item.q_length) {
         p.lse[static_cast<long long>(head) * p.total_q + item.q_begin + row] =
-            sum == 0.0f ? -INFINITY : (probability_offset<kHeadroom>(rows.reference[h], scale_log2) + log2f(sum)) * 0.693147180559945f;
+            log_of_sum(probability_offset<kHeadroom>(rows.reference[h], scale_log2), sum);
       }
     }
     scale_rows(output, inverse);
