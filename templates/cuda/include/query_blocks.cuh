@@ -31,9 +31,6 @@ struct QueryBlocks {
   }
 
   __device__ __forceinline__ int cost(const WorkItem& item) const { return item.kv_blocks; }
-
-  // The last rows see the most keys.
-  __device__ __forceinline__ bool last_first() const { return true; }
 };
 
 extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(const __grid_constant__ Params p) {

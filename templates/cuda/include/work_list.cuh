@@ -172,7 +172,7 @@ __device__ __forceinline__ int place_in_bucket(int* bucket_begin, int bucket, un
 }
 
 // One CTA of 1024 threads, any batch size: count, counting sort by cost, write. `Blocks` has the parameters `p`, and says
-// how many blocks a sequence has, what one of them is and costs, and whether a sequence's last block goes first.
+// how many blocks a sequence has, what one of them is and costs.
 template <typename Blocks>
 __device__ __forceinline__ void build_work_list(const Blocks& blocks) {
   const auto& p = blocks.p;
@@ -220,7 +220,7 @@ __device__ __forceinline__ void build_work_list(const Blocks& blocks) {
       const WorkItem item = blocks.item(seq, tile - first);
       items[place_in_bucket(bucket_begin, work_bucket(blocks.cost(item)), lanes)] = item;
       const int end = min(first + blocks.count(seq), tiles);
-      items_by_sequence[blocks.last_first() ? first + end - 1 - tile : tile] = item;
+      items_by_sequence[first + end - 1 - tile] = item;  // the last rows, which see the most keys, come first
     }
     __syncthreads();
   }

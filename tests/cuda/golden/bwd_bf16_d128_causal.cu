@@ -480,7 +480,7 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l0(const
     named_barrier_sync(kMathBarrier, 128 * kWarpgroups);
     stage_rows<pack_bf16, kHeadDim, kKVPanelBytes>(dk, k_rows, warp, lane);
     fence_async_proxy();
-    named_barrier_sync(1 + warpgroup, 128);  // dK and dV are staged, and every warp has read the tile
+    named_barrier_sync(1 + warpgroup, 128);  // dK and dV are staged
     if (leader) {
       if (first_key < item.k_length) {
 #pragma unroll

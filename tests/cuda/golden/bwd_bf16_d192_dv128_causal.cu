@@ -231,7 +231,7 @@ __device__ __forceinline__ void store_gradient(const float (&gradient)[kTilePane
     stage_columns<pack_bf16, kBlockN>(gradient[panel], buffer + panel * kKVPanelBytes, warp, lane);
   }
   fence_async_proxy();
-  named_barrier_sync(barrier, 128);  // it is staged, and every warp has read the tile
+  named_barrier_sync(barrier, 128);  // it is staged
   if (leader) {
 #pragma unroll
     for (int panel = 0; panel < kTilePanels; ++panel) {
