@@ -1,9 +1,10 @@
-"""Where the warps of a Hopper forward variant spend their time: ncu's counters, and samples of the hot loop by opcode.
+"""Where the warps of a Hopper variant spend their time: ncu's counters, and samples of the hot loop by opcode.
 
-    PYTHONPATH=.pkg python benchmarks/profile_variant.py u4k-d64=m192_n128_s2_q2_c1 -o FOLDER
+    PYTHONPATH=.pkg python benchmarks/profile_variant.py u4k-d64=m192_n128_s2_q2_c1 bwd:u4k-d64= -o FOLDER
 
-Each argument is WORKLOAD=CONFIG (``persistent_`` may be left out). Needs ncu, and the right to read counters. FOLDER
-gets ncu's details as text and its source page as CSV; the summary is printed. ``--summarise FILE.csv`` prints it again.
+Each argument is WORKLOAD=CONFIG (``persistent_`` may be left out), with ``bwd:`` in front for a backward; no CONFIG is
+the default. Needs ncu, and the right to read counters. FOLDER gets ncu's details as text and its source page as CSV;
+the summary is printed. ``--summarise FILE.csv`` prints it again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+
+from jagtile.generator.spec import Direction, KernelSpec
+from jagtile.generator.tile import Variant
+from jagtile.runtime.dispatch import default_variant
 
 _SECTIONS = (
     "SpeedOfLight",
@@ -33,6 +39,7 @@ _METRICS = (
     "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum.pct_of_peak_sustained_active",
 )
 _HOT = 0.95  # of the most often executed wgmma's count: the loop's own instructions
+_BACKWARD = "bwd:"
 _LAUNCHES = 2  # the second one's numbers are printed
 
 
@@ -54,25 +61,32 @@ def main() -> None:
 
 def _launch(jobs: list[str]) -> None:
     import torch
-    from variants import with_algorithm
 
     from jagtile.generator.build import build_one
-    from jagtile.generator.tile import Variant
+    from jagtile.generator.passes import pass_of
     from jagtile.generator.workloads import named
     from jagtile.runtime import cuda
 
     device = torch.device("cuda", torch.cuda.current_device())
     for job in jobs:
-        name, _, config = job.partition("=")
+        name, _, config = job.removeprefix(_BACKWARD).partition("=")
+        direction: Direction = "bwd" if job.startswith(_BACKWARD) else "fwd"
         w = named()[name]
-        variant = Variant.parse(f"sm_90a/{w.spec('bf16').name}/{with_algorithm(config)}")
+        variant = _variant(replace(w.spec("bf16"), direction=direction), config)
         kernel = cuda.load(build_one(variant), device)
-        batch = w.make(device, "bf16", seed=1)
-        out = torch.empty((w.total_q, w.num_heads, w.head_dim_v), dtype=batch.q.dtype, device=device)
-        lse = torch.empty((w.num_heads, w.total_q), device=device)
+        one = pass_of(direction)
+        given = one.make_set(w, "bf16", device, seed=1)
         for _ in range(_LAUNCHES):
-            kernel.forward(*batch[:5], out, lse, w.head_dim**-0.5, w.causal_alignment == "bottom_right")
+            one.launch(kernel, w, given)
         torch.cuda.synchronize()
+
+
+def _variant(spec: KernelSpec, config: str) -> Variant:
+    from variants import with_algorithm
+
+    if not config:
+        return default_variant(spec, "sm_90a")
+    return Variant.parse(f"sm_90a/{spec.name}/{config if spec.direction == 'bwd' else with_algorithm(config)}")
 
 
 def _profile(jobs: list[str], folder: Path) -> Path:
@@ -82,7 +96,7 @@ def _profile(jobs: list[str], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     report, details, source = folder / "report.ncu-rep", folder / "details.txt", folder / "source.csv"
     sections = [argument for name in _SECTIONS for argument in ("--section", name)]
-    options = ["--clock-control", "none", "-k", "regex:jagtile_fwd", "--metrics", ",".join(_METRICS)]
+    options = ["--clock-control", "none", "-k", "regex:jagtile_(fwd|bwd)", "--metrics", ",".join(_METRICS)]
     subprocess.run(["ncu", *options, *sections, "-f", "-o", report, *launch], check=True, stdout=subprocess.DEVNULL)
     for path, page in ((details, ["details"]), (source, ["source", "--csv"])):
         with path.open("w") as file:

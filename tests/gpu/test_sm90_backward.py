@@ -31,7 +31,7 @@ pytestmark = [
 CASES = (
     ("bwd_bf16_d8", {}),
     ("bwd_bf16_d32_causal", {}),
-    ("bwd_fp16_d32", {"block_n": 192, "held": "none", "overlap": False}),
+    ("bwd_fp16_d32", {"block_m": 64, "block_n": 192, "held": "none", "overlap": False}),
     (
         "bwd_fp16_d32_causal",
         {"block_m": 128, "num_stages": 2, "dq": "red", "held": "v", "overlap": False, "late_dq": False},
