@@ -24,13 +24,13 @@ __device__ __forceinline__ float bucket_cost(int bucket) {
   return __int_as_float((kWorkBuckets - 1 - bucket + (127 << 4)) << 19) - 1.0f;
 }
 
-// The next place in a bucket, in the order of lanes, for each of these lanes of the warp.
-__device__ __forceinline__ int place_in_bucket(int* bucket_begin, int bucket, unsigned lanes) {
-  const unsigned peers = __match_any_sync(lanes, bucket);
+// The next place in a bucket, in the order of lanes, for each lane of the warp; none where the bucket is -1.
+__device__ __forceinline__ int place_in_bucket(int* bucket_begin, int bucket) {
+  const unsigned peers = __match_any_sync(0xffffffff, bucket);
   const int leader = __ffs(peers) - 1, lane = threadIdx.x & 31;
   int position = 0;
-  if (lane == leader) position = atomicAdd(&bucket_begin[bucket], __popc(peers));
-  return __shfl_sync(peers, position, leader) + __popc(peers & ((1u << lane) - 1));
+  if (lane == leader && bucket >= 0) position = atomicAdd(&bucket_begin[bucket], __popc(peers));
+  return __shfl_sync(0xffffffff, position, leader) + __popc(peers & ((1u << lane) - 1));
 }
 
 struct Sum {

@@ -24,10 +24,11 @@ __device__ __forceinline__ void build_query_list(const Params& p) {
   WorkItem* items_by_sequence = items + p.max_items + before.items;  // of this CTA
   builder.for_each_tile([&](int before_chunk, int tile) {
     const bool active = tile < builder.tiles && before_chunk + tile < own_most;
-    const unsigned lanes = __ballot_sync(0xffffffff, active);
+    WorkItem item = {};
+    if (active) item = query_item(builder, tile);
+    const int place = place_in_bucket(memory.begins, active ? work_bucket(item.kv_blocks) : -1);
     if (active) {
-      const WorkItem item = query_item(builder, tile);
-      items[place_in_bucket(memory.begins, work_bucket(item.kv_blocks), lanes)] = item;
+      items[place] = item;
       // Of a sequence the last rows, which see the most keys, come first.
       const int* first_tile = &memory.chunk.first_tile[builder.owner(tile)];
       const int end = min(first_tile[1], own_most - before_chunk);

@@ -121,12 +121,9 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
       pieces += pieces_here.all;
       slots += slots_here.all;
     }
-    int longer = 0, others = 0;
     const bool whole = active && cut.pieces == 1;
-    const unsigned lanes = __ballot_sync(0xffffffff, whole);
-    if (whole) {
-      others = place_in_bucket(memory.begins, bucket_of(p, item, cut.blocks), lanes);
-    } else if (active) {
+    int longer = 0, others = place_in_bucket(memory.begins, whole ? bucket_of(p, item, cut.blocks) : -1);
+    if (active && !whole) {
       if (cut.longer > 0) longer = atomicAdd(&memory.begins[bucket_of(p, item, cut.blocks + 1)], cut.longer);
       others = atomicAdd(&memory.begins[bucket_of(p, item, cut.blocks)], cut.pieces - cut.longer);
     }
