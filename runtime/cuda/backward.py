@@ -7,6 +7,7 @@ import torch
 from jagtile.runtime.artifact import Artifact, ArtifactMeta
 from jagtile.runtime.cuda import backward_params, driver, tensor_map, work_list
 from jagtile.runtime.cuda.block import ParameterBlock
+from jagtile.runtime.cuda.list_builder import ListBuilder
 from jagtile.runtime.cuda.params import work_list_bytes
 from jagtile.runtime.cuda.tensor_map import addressable
 from jagtile.runtime.dropout import Dropout
@@ -14,7 +15,6 @@ from jagtile.runtime.errors import UnsupportedError
 
 _LOG2_E = 1.4426950408889634
 _BUILDER = "jagtile_build_work_list"
-_BUILDER_THREADS = 1024
 _PREPARE = "jagtile_backward_prepare"
 _FINISH = "jagtile_backward_finish"
 _ROW_THREADS = 256  # of prepare and finish (templates/cuda/include/backward_rows.cuh)
@@ -40,9 +40,8 @@ class CudaBackwardKernel:
             driver.bind_primary_context(self._device)
             module = driver.load_module(artifact.path.read_bytes())
             self._kernel = driver.function(module, self.meta.symbol, self._smem)
-            self._builder, self._prepare, self._finish = (
-                driver.function(module, symbol) for symbol in (_BUILDER, _PREPARE, _FINISH)
-            )
+            self._builder = ListBuilder(module, _BUILDER)
+            self._prepare, self._finish = (driver.function(module, symbol) for symbol in (_PREPARE, _FINISH))
         self._launch = driver.Launcher(self._device)
         self._maps = tensor_map.MapCache(self.meta.spec.split("_")[1], rows)
         self._block = ParameterBlock(backward_params.BLOCK_BYTES)
@@ -157,7 +156,7 @@ class CudaBackwardKernel:
         )
         launch, arguments = self._launch, block.arguments
         if found is None:
-            launch(self._builder, 1, _BUILDER_THREADS, 0, stream, arguments)
+            self._builder.build(launch, items.max_items, stream, arguments)
             work_list.keep(cu_seqlens_q, cu_seqlens_k, key, items)
         row_ctas = -(-(-(-total_q // _ROW_TOKENS) * heads) // (_ROW_THREADS // 32))
         launch(self._prepare, row_ctas, _ROW_THREADS, 0, stream, arguments)

@@ -10,6 +10,7 @@ from jagtile.runtime.artifact import Artifact, ArtifactMeta
 from jagtile.runtime.cuda import driver, params, tensor_map, work_list
 from jagtile.runtime.cuda.block import ParameterBlock
 from jagtile.runtime.cuda.head_packs import ROWS, HeadPacks, packed, unpacked
+from jagtile.runtime.cuda.list_builder import ListBuilder
 from jagtile.runtime.cuda.operands import fill_maps, fill_rows, forward_copies
 from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
@@ -17,7 +18,6 @@ from jagtile.runtime.errors import UnsupportedError
 _LOG2_E = 1.4426950408889634
 _BUILDER = "jagtile_build_work_list"
 _SPLIT_BUILDER = "jagtile_build_split_work_list"
-_BUILDER_THREADS = 1024
 _SMALLEST_SCALE = 1e-30
 
 
@@ -50,7 +50,7 @@ class CudaForwardKernel:
             driver.bind_primary_context(self._device)
             module = driver.load_module(artifact.path.read_bytes())
             self._kernel = driver.function(module, self.meta.symbol, self._smem)
-            self._builder = driver.function(module, _SPLIT_BUILDER if self._partial_bytes else _BUILDER)
+            self._builder = ListBuilder(module, _SPLIT_BUILDER if self._partial_bytes else _BUILDER)
         self._launch = driver.Launcher(self._device)
         self._tilings: dict[tuple[int, int], _Tiling] = {}
         self._block = ParameterBlock(params.BLOCK_BYTES)
@@ -127,7 +127,7 @@ class CudaForwardKernel:
                 partials.data_ptr(),
             )
         if found is None:
-            self._launch(self._builder, 1, _BUILDER_THREADS, 0, stream, block.arguments)
+            self._builder.build(self._launch, items.max_items - packs.extra_items, stream, block.arguments)
             work_list.keep(cu_seqlens_q, cu_seqlens_k, key, items)
         self._launch(self._kernel, min(self._slots, tiles), self._threads, self._smem, stream, block.arguments)
 

@@ -296,3 +296,27 @@ extern "C" __global__ void __launch_bounds__(32) neighbours(unsigned short* out,
   out[2 * lane + blockIdx.x] = blockIdx.x + 1;
   if (blockIdx.x == 1 && lane < overlap) out[2 * lane] = 0;
 }
+
+// Every CTA of a cluster has 64 floats and puts out those of the next. mistake 1: it changes its own while they are read; 2: it
+// may end before; 3: it reads what another writes; 4: it reads beyond shared memory.
+extern "C" __global__ void __cluster_dims__(4) __launch_bounds__(64) around(float* out, int mistake) {
+  __shared__ float values[64];
+  const int thread = threadIdx.x, next = (blockIdx.x + 1) % 4;
+  if (mistake != 3) values[thread] = 64.0f * blockIdx.x + thread;
+  cluster_arrive();
+  cluster_wait();
+  if (mistake == 3) values[thread] = 64.0f * blockIdx.x + thread;
+  out[64 * blockIdx.x + thread] = variable_of(values, next)[thread];
+  if (mistake == 1) values[thread] = 0.0f;
+  if (mistake == 2) return;
+  cluster_arrive();
+  if (mistake == 4) out[thread] = variable_of(values, next)[thread + 64];
+  cluster_wait();
+}
+
+// Reads of another CTA that may not have begun.
+extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(32) too_soon(float* out) {
+  __shared__ float values[32];
+  values[threadIdx.x] = 0.0f;
+  out[32 * blockIdx.x + threadIdx.x] = variable_of(values, 1 - blockIdx.x)[threadIdx.x];
+}

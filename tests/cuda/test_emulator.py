@@ -165,6 +165,40 @@ def test_the_halves_of_a_word_may_be_two_ctas_own() -> None:
         snippets()("neighbours", 2, 32, out, 1)
 
 
+@pytest.mark.parametrize("processors", [1, 4, 6])
+@pytest.mark.parametrize("seed", range(3))
+def test_ctas_of_a_cluster_read_each_others_shared_memory(processors: int, seed: int) -> None:
+    out = torch.full((8, 64), float("nan"))
+    snippets()("around", 8, 64, out, 0, machine=Machine(processors, seed))
+    assert torch.equal(out.flatten(), torch.arange(8 * 64.0).view(2, 4, 64).roll(-1, 1).flatten())
+
+
+@pytest.mark.parametrize(
+    ("mistake", "report"),
+    [
+        (1, "race on shared address 0x.* of CTA .: the (read|write)"),
+        (2, "the CTA's end is not ordered after the read by CTA|of CTA ., which has ended"),
+        (3, "race on shared address 0x.* of CTA .: the (read|write)"),
+        (4, "shared addresses 0x"),
+    ],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_races_in_a_cluster_are_reported(mistake: int, report: str, seed: int) -> None:
+    with pytest.raises(EmulatorError, match=report):
+        snippets()("around", 4, 64, torch.zeros(4, 64), mistake, machine=Machine(seed=seed))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_cta_that_may_not_have_begun_is_not_to_be_read(seed: int) -> None:
+    with pytest.raises(EmulatorError, match="which may not have begun yet"):
+        snippets()("too_soon", 2, 32, torch.zeros(2, 32), machine=Machine(seed=seed))
+
+
+def test_a_grid_is_of_whole_clusters() -> None:
+    with pytest.raises(EmulatorError, match="6 CTAs in clusters of 4"):
+        snippets()("around", 6, 64, torch.zeros(8, 64), 0)
+
+
 @pytest.mark.parametrize(
     ("statement", "report"),
     [

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from jagtile.runtime import UnsupportedError
-from jagtile.runtime.cuda import forward, head_packs, params, tensor_map, work_list
+from jagtile.runtime.cuda import forward, head_packs, list_builder, params, tensor_map, work_list
 
 HEADS, DIM, BLOCK_M, BLOCK_N, SLOTS = 4, 64, 128, 96, 132
 PARTIAL_BYTES = 64 * (DIM + 2) * 4
@@ -88,7 +88,8 @@ def load(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Callable[..., forwa
             lambda name, grid, _threads, _smem, _stream, _arguments: driver.launch(name, grid, loaded._block.data)
         ),
     )
-    monkeypatch.setattr(forward, "driver", fake)
+    for module in (forward, list_builder):
+        monkeypatch.setattr(module, "driver", fake)
     facts = {
         "block_m": BLOCK_M,
         "block_n": BLOCK_N,
@@ -273,6 +274,23 @@ def test_a_list_is_built_once_for_all_layers(driver, kernel):
     for _ in range(3):
         launch(kernel, cu_q, cu_k)
     assert driver.names == ["jagtile_build_work_list", *["attention"] * 3]
+
+
+@pytest.mark.parametrize("blocks", [list_builder.MOST_ALONE, list_builder.MOST_ALONE + 1])
+def test_a_cluster_builds_what_is_too_long_for_one_cta(driver, load, blocks):
+    cu = offsets(*range(0, 10 * blocks + 1, 10))
+    launch(load(), cu, cu, tensors(BLOCK_M - 1))  # no more blocks than sequences
+    name, grid, block = driver.launches[0]
+    assert block["max_items"] == blocks
+    alone = blocks == list_builder.MOST_ALONE
+    assert (name, grid) == (("jagtile_build_work_list", 1) if alone else ("jagtile_build_work_list_cluster", 8))
+
+
+def test_room_for_pieces_does_not_make_a_list_long(driver, split_kernel):
+    launch(split_kernel, offsets(*range(1001)), offsets(*range(1001)), tensors(BLOCK_M - 1))
+    name, _, block = driver.launches[0]
+    assert block["max_items"] > list_builder.MOST_ALONE
+    assert name == "jagtile_build_split_work_list"
 
 
 def test_a_list_is_built_anew_for_changed_offsets_and_for_another_stream(driver, kernel):

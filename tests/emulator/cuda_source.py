@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from emulator.ptx import Operand, PtxError, Statement, split_commas
 
 _ASM = re.compile(r"\basm\s*(?:volatile\s*)?\(")
-_KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s*(?:__launch_bounds__\(([^)]*)\)\s*)?(\w+)\s*\(')
+_KERNEL = re.compile(
+    r'extern\s+"C"\s+__global__\s+void\s*(?:__cluster_dims__\((\w+)\)\s*)?(?:__launch_bounds__\(([^)]*)\)\s*)?(\w+)\s*\('
+)
 _DECLARATOR = r"\w+(?:\s*\[[^\]]*\])*"
 _STATIC_SHARED = re.compile(
     r"(?<!extern )__shared__\s+(?:(?:__align__|alignas)\((\d+)\)\s*)?([\w:<>]+(?: [\w:<>]+)*?)\s+"
@@ -27,6 +29,7 @@ class Translation:
     shared_variables: int = 0
     kernels: dict[str, list[str]] = field(default_factory=dict)  # name -> types of parameters
     bounds: dict[str, str] = field(default_factory=dict)  # name -> threads and CTAs an SM
+    clusters: dict[str, str] = field(default_factory=dict)  # name -> CTAs of a cluster
 
     def translate(self, text: str) -> str:
         text = self._asm_statements(text)
@@ -78,9 +81,11 @@ class Translation:
                 types.append(kind.removeprefix("const ") if not kind.endswith("*") else kind)
                 by_reference = "__grid_constant__" in parameter
                 parameters.append(f"const {types[-1]}& {name}" if by_reference else f"{kind} {name}")
-            self.kernels[match[2]] = types
-            self.bounds[match[2]] = match[1] or "0"
-            result.append(text[position : match.start()] + f'extern "C" void {match[2]}({", ".join(parameters)})')
+            cluster, bounds, kernel = match.groups()
+            self.kernels[kernel] = types
+            self.bounds[kernel] = bounds or "0"
+            self.clusters[kernel] = cluster or "1"
+            result.append(text[position : match.start()] + f'extern "C" void {kernel}({", ".join(parameters)})')
             position = end + 1
         return "".join([*result, text[position:]])
 
@@ -93,6 +98,7 @@ class Translation:
             lines.append(f'extern "C" void emu_entry_{name}(void** arguments) {{ {name}({arguments}); }}')
             lines.append(f'extern "C" const unsigned emu_sizes_{name}[] = {{{sizes}0}};')
             lines.append(f'extern "C" const unsigned emu_bounds_{name}[2] = {{{self.bounds[name]}}};')
+            lines.append(f'extern "C" const unsigned emu_cluster_{name} = {self.clusters[name]};')
         return "\n".join(lines) + "\n"
 
 

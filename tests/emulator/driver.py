@@ -191,6 +191,9 @@ class Machine:
         if threads and block[0] * block[1] * block[2] > threads:
             raise EmulatorError(f"{name}: {block} threads, __launch_bounds__ allow {threads}")
         ctas = max(ctas, 1)
+        cluster = ctypes.c_uint.in_dll(library, f"emu_cluster_{name}").value
+        if grid[0] % cluster:
+            raise EmulatorError(f"{name}: a grid of {grid[0]} CTAs in clusters of {cluster}")
         registers = min(65536 // (threads * ctas) // 8 * 8, 256) if threads else 0  # ptxas's choice, by the bounds
         parameters = _Parameters(library, name, arguments)
         flat = [word for span in [*parameters.spans, *self._tensors.found()] for word in span]
@@ -202,7 +205,8 @@ class Machine:
             unsigned3(*block),
             ctypes.c_uint(smem),
             registers,
-            self.processors * ctas,
+            cluster,
+            max(self.processors * ctas, cluster),
             ctypes.c_uint64(self.seed),
         )
         self.seed += 1

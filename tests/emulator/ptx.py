@@ -41,7 +41,7 @@ _SPECIAL = {
     "%ntid.x": "uint32_t(emu::block.x)",
     "%nctaid.x": "uint32_t(emu::grid.x)",
     "%smid": "uint32_t(emu::self->block.x)",
-    "%cluster_ctarank": "uint32_t(0)",
+    "%cluster_ctarank": "emu::cluster_rank()",
 }
 
 
@@ -614,9 +614,14 @@ def _redux(i: Instruction, m: re.Match[str]) -> str:
     )
 
 
-@instruction(r"barrier\.cluster\.(arrive|wait)(?:\.(?:release|relaxed|acquire))?(?:\.aligned)?")
-def _cluster_barrier(i: Instruction, m: re.Match[str]) -> str:
-    return "emu::preempt();"  # clusters of one
+@instruction(r"barrier\.cluster\.arrive(\.release|\.relaxed)?\.aligned")
+def _cluster_arrive(i: Instruction, m: re.Match[str]) -> str:
+    return _call("cluster_arrive", _flag(m[1] != ".relaxed"))
+
+
+@instruction(r"barrier\.cluster\.wait(?:\.acquire)?\.aligned")
+def _cluster_wait(i: Instruction, m: re.Match[str]) -> str:
+    return _call("cluster_wait")
 
 
 # ---- mbarriers -------------------------------------------------------------------------------------------------------

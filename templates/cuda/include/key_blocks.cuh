@@ -7,26 +7,20 @@
 #pragma once
 
 #include "cuda/include/backward_params.cuh"
+#include "cuda/include/list_builder.cuh"
 #include "cuda/include/work_list.cuh"
 
 struct KeyBlocks {
+  static constexpr bool kOfKeys = true;
   const BackwardParams& p;
 
-  __device__ __forceinline__ int count(int seq) const {
-    const int length =
-        offset_at(p.cu_seqlens_k, seq + 1, p.wide_offsets & 2) - offset_at(p.cu_seqlens_k, seq, p.wide_offsets & 2);
-    return (max(length, 0) + p.block_n - 1) / p.block_n;
-  }
+  __device__ __forceinline__ int size() const { return p.block_n; }
 
-  // Queries that see no key are left out: the sequence begins with the first that does.
-  __device__ __forceinline__ WorkItem item(int seq, int block) const {
-    WorkItem item = {};
-    item.q_begin = offset_at(p.cu_seqlens_q, seq, p.wide_offsets & 1);
-    item.q_length = max(offset_at(p.cu_seqlens_q, seq + 1, p.wide_offsets & 1) - item.q_begin, 0);
-    item.k_begin = offset_at(p.cu_seqlens_k, seq, p.wide_offsets & 2);
-    item.k_length = offset_at(p.cu_seqlens_k, seq + 1, p.wide_offsets & 2) - item.k_begin;
-    item.row = block * p.block_n;
-    item.turn = item.k_begin / p.block_n + seq + block;
+  // Block number `block` of sequence number `index`. Queries that see no key are left out: the sequence begins with the first
+  // that does.
+  __device__ __forceinline__ WorkItem item(const Sequence& sequence, int index, int block) const {
+    WorkItem item = {sequence.q_begin, sequence.q_length, sequence.k_begin, sequence.k_length, block * p.block_n};
+    item.turn = item.k_begin / p.block_n + index + block;
     int first_row = 0;
     if (p.causal) {
       if (p.bottom_right && item.q_length > item.k_length) {
@@ -42,7 +36,9 @@ struct KeyBlocks {
   }
 
   // Steps of a sequence's longest tile, its first.
-  __device__ __forceinline__ int longest(int seq) const { return item(seq, 0).q_blocks * p.gqa_ratio; }
+  __device__ __forceinline__ int longest(const Sequence& sequence) const {
+    return item(sequence, 0, 0).q_blocks * p.gqa_ratio;
+  }
 
   // Pairs side by side, of tiles of `steps` steps: all SMs together make pairs x steps of them from a key block of a pair to
   // its next. Each pair gets on by pairs x steps / SMs meanwhile, so what all of them read anew goes by the square of pairs:
@@ -54,76 +50,114 @@ struct KeyBlocks {
   }
 };
 
-// The sequences in the order of work.
-struct SortedKeyBlocks {
-  const BackwardParams& p;
-  const int* sequences;
-
-  __device__ __forceinline__ int count(int place) const { return KeyBlocks{p}.count(sequences[place]); }
-};
-
-// Sets a bit for each query that sees a key: whether its dQ is complete in one block of keys or summed up. All 1024 threads.
-__device__ __forceinline__ void mark_queries(const KeyBlocks& blocks) {
-  const BackwardParams& p = blocks.p;
-  const int lane = threadIdx.x % 32;
-  for (int word = threadIdx.x; word < (p.total_q + 31) / 32; word += 1024) p.direct[word] = p.summed[word] = 0;
-  __syncthreads();
-  // A lane looks at a sequence, all of a warp mark its queries.
-  for (int base = threadIdx.x - lane; base < p.batch; base += 1024) {
-    WorkItem item = {};
-    if (base + lane < p.batch) item = blocks.item(base + lane, 0);
-    for (int i = 0; i < min(p.batch - base, 32); ++i) {
-      // Offsets may promise more tokens than there are.
-      const int begin = max(__shfl_sync(0xffffffff, item.q_begin, i), 0);
-      const int end = min(begin + __shfl_sync(0xffffffff, item.q_length, i), p.total_q);
-      const int keys = __shfl_sync(0xffffffff, item.k_length, i);
-      if (begin >= end || keys <= 0) continue;
-      unsigned* const marks = keys <= p.block_n ? p.direct : p.summed;
-      for (int word = begin / 32 + lane; 32 * word < end; word += 32) {
-        const int first = max(begin - 32 * word, 0), last = min(end - 32 * word, 32);
-        atomicOr(&marks[word], 0xffffffffu >> (32 - (last - first)) << first);
-      }
-    }
+// Sets these bits of a word for each token from `begin` to `end`, every `step` words from the one of lane `lane` on.
+__device__ __forceinline__ void mark_tokens(unsigned* marks, int begin, int end, int lane, int step) {
+#pragma unroll 1
+  for (int word = begin / 32 + lane; 32 * word < end; word += step) {
+    const int first = max(begin - 32 * word, 0), last = min(end - 32 * word, 32);
+    atomicOr(&marks[word], 0xffffffffu >> (32 - (last - first)) << first);
   }
 }
 
-// One CTA of 1024 threads, any batch size: counting sort of sequences by their longest tile, then the place of each item.
-extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(const __grid_constant__ BackwardParams p) {
-  __shared__ int warp_sums[32];
-  __shared__ int bucket_begin[kWorkBuckets];
-  __shared__ int bucket_end[kWorkBuckets];
-  const KeyBlocks blocks = {p};
-  WorkListHeader* header = static_cast<WorkListHeader*>(p.work_list);
-  WorkItem* items = work_items(p.work_list);
-  int* sequences = reinterpret_cast<int*>(items + p.max_items);  // in place of a second order of items
-  int* first_item = reinterpret_cast<int*>(items + 2 * p.max_items);
-  mark_queries(blocks);
-
-  if (threadIdx.x < kWorkBuckets) bucket_end[threadIdx.x] = 0;
-  __syncthreads();
-  for (int seq = threadIdx.x; seq < p.batch; seq += 1024) atomicAdd(&bucket_end[work_bucket(blocks.longest(seq))], 1);
-  __syncthreads();
-  int begin;
-  block_exclusive_scan(threadIdx.x < kWorkBuckets ? bucket_end[threadIdx.x] : 0, begin, warp_sums);
-  if (threadIdx.x < kWorkBuckets) bucket_begin[threadIdx.x] = bucket_end[threadIdx.x] = begin;
-  __syncthreads();
-  for (int base = 0; base < p.batch; base += 1024) {
-    const int seq = base + threadIdx.x;
-    const unsigned lanes = __ballot_sync(0xffffffff, seq < p.batch);
-    if (seq < p.batch) sequences[place_in_bucket(bucket_end, work_bucket(blocks.longest(seq)), lanes)] = seq;
+// Sets a bit for each query of a lane's sequence that sees a key: whether its dQ is complete in one block of keys or summed up.
+// A lane marks a short sequence, all of the warp a long one.
+__device__ __forceinline__ void mark_queries(const BackwardParams& p, const WorkItem& item) {
+  constexpr int kShort = 256;
+  // Offsets may promise more tokens than there are.
+  const int begin = max(item.q_begin, 0), end = item.k_length > 0 ? min(begin + item.q_length, p.total_q) : 0;
+  unsigned* const marks = item.k_length <= p.block_n ? p.direct : p.summed;
+  if (end - begin <= kShort) mark_tokens(marks, begin, end, 0, 1);
+  for (unsigned left = __ballot_sync(0xffffffff, end - begin > kShort); left != 0; left &= left - 1) {
+    const int lane = __ffs(left) - 1;
+    const int keys = __shfl_sync(0xffffffff, item.k_length, lane);
+    mark_tokens(keys <= p.block_n ? p.direct : p.summed, __shfl_sync(0xffffffff, begin, lane), __shfl_sync(0xffffffff, end, lane),
+                threadIdx.x % 32, 32);
   }
+}
+
+// All CTAs of a list: counting sort of sequences by their longest tile, then the place of each item.
+template <int kCtas>
+__device__ __forceinline__ void build_key_list(const BackwardParams& p) {
+  using Builder = ListBuilder<kCtas, kWorkBuckets, KeyBlocks>;
+  __shared__ typename Builder::Memory memory;
+  __shared__ int bucket_begin[kWorkBuckets + 1];
+  WorkItem* items = work_items(p.work_list);
+  int* ranks = reinterpret_cast<int*>(items + p.max_items);           // of sequences, in place of a second order of items
+  int* first_item = reinterpret_cast<int*>(items + 2 * p.max_items);  // by rank
+  const KeyBlocks blocks{p};
+  Builder builder(blocks, memory);
+  const Chunk& chunk = memory.chunk;
+
+  const int thread = threadIdx.x;
+#pragma unroll 1
+  for (int word = blockIdx.x * kBuilderThreads + thread; word < (p.total_q + 31) / 32; word += kCtas * kBuilderThreads) {
+    p.direct[word] = p.summed[word] = 0;
+  }
+  int longest = 0;
+  builder.for_each_chunk([&](int sequences) {
+#pragma unroll 1
+    for (int i = thread; i < sequences; i += kBuilderThreads) {
+      const int steps = blocks.longest(chunk.sequence(i));
+      atomicAdd(&memory.counts[work_bucket(steps)], 1);
+      longest = max(longest, steps);
+    }
+  });
+  memory.totals[0].add_costs(0, longest);
+  Totals before;
+  longest = builder.over_all(memory.totals[0], before).longest;
+  const int begin = builder.begin_buckets(work_bucket(longest));
+  if (thread < kWorkBuckets) bucket_begin[thread] = begin;
+  if (thread == 0) bucket_begin[kWorkBuckets] = p.batch;
   __syncthreads();
 
-  const int count = min(count_tiles(SortedKeyBlocks{p, sequences}, first_item, warp_sums), p.max_items);
-  if (threadIdx.x == 0) first_item[p.batch] = count;
-  __syncthreads();
+  builder.for_each_chunk([&](int sequences) {
+#pragma unroll 1
+    for (int base = 0; base < sequences; base += kBuilderThreads) {
+      const int i = base + thread;
+      WorkItem item = {};
+      if (i < sequences) item = blocks.item(chunk.sequence(i), 0, 0);
+      const int steps = item.q_blocks * p.gqa_ratio;
+      const int rank = place_in_bucket(memory.begins, i < sequences ? work_bucket(steps) : -1);
+      if (i < sequences) {
+        ranks[builder.loaded + i] = rank;
+        first_item[rank] = chunk.first_tile[i + 1] - chunk.first_tile[i];
+      }
+      mark_queries(p, item);
+      __syncthreads();  // sequences that are sorted alike stay in order
+    }
+  });
+  builder.await_others();
+
+  // From the items of each rank those before it, a share of the ranks a CTA.
+  int own_items = 0;
+#pragma unroll 1
+  for (int rank = builder.begin + thread; rank < builder.end; rank += kBuilderThreads) own_items += first_item[rank];
+  memory.totals[1].add(own_items, 0);
+  const int count = min(builder.over_all(memory.totals[1], before).items, p.max_items);
+#pragma unroll 1
+  for (int base = builder.begin, next = before.items; base < builder.end; base += kBuilderThreads) {
+    const int rank = base + thread;
+    const Sum found = sum_over_threads(rank < builder.end ? first_item[rank] : 0, memory.warp_sums);
+    if (rank < builder.end) first_item[rank] = next + found.before;
+    next += found.all;
+  }
+  if (blockIdx.x == 0 && thread == 0) {
+    first_item[p.batch] = count;
+    *static_cast<WorkListHeader*>(p.work_list) = {count};
+  }
+  builder.await_others();
+
   const int heads = p.heads / p.gqa_ratio;
-  for (int index = threadIdx.x; index < count; index += 1024) {
-    const int rank = sequence_of(first_item, p.batch, index), block = index - first_item[rank];
-    const int bucket = work_bucket(blocks.longest(sequences[rank]));
-    WorkItem item = blocks.item(sequences[rank], block);
+  builder.for_each_tile([&](int, int tile) {
+    if (tile >= builder.tiles) return;
+    const int owner = builder.owner(tile), block = tile - chunk.first_tile[owner], index = builder.loaded + owner;
+    const int rank = ranks[index];
+    int place = first_item[rank] + block;
+    if (place >= count) return;  // offsets promise more tokens than there are
+    const Sequence sequence = chunk.sequence(owner);
+    const int bucket = work_bucket(blocks.longest(sequence));
+    WorkItem item = blocks.item(sequence, index, block);
     const float pairs = blocks.pairs(bucket_cost(bucket));  // the same for all of a bucket, whose sequences share places
-    int place = index;
     if (pairs < heads) {
       const int groups = static_cast<int>(ceilf(heads / pairs));
       item.heads = (heads + groups - 1) / groups;
@@ -131,17 +165,25 @@ extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(co
       // All heads, and the key blocks of a few sequences in turn.
       item.heads = heads;
       const int members = static_cast<int>(pairs / heads + 0.5f);
-      const int first = rank - (rank - bucket_begin[bucket]) % members, end = min(first + members, bucket_end[bucket]);
-      place = first_item[first];
+      const int first = rank - (rank - bucket_begin[bucket]) % members, end = min(first + members, bucket_begin[bucket + 1]);
+      int begin = first_item[first];
+      place = begin;
       for (int other = first; other < end; ++other) {
-        place += min(first_item[other + 1] - first_item[other], other < rank ? block + 1 : block);
+        const int next = first_item[other + 1];
+        place += min(next - begin, other < rank ? block + 1 : block);
+        begin = next;
       }
     }
     if (place < p.max_items) items[place] = item;
-  }
-  if (threadIdx.x == 0) {
-    header->items = count;
-    header->next_tile = 0;
-    header->finished_ctas = 0;
-  }
+  });
+}
+
+extern "C" __global__ void __launch_bounds__(kBuilderThreads, 1)
+jagtile_build_work_list(const __grid_constant__ BackwardParams p) {
+  build_key_list<1>(p);
+}
+
+extern "C" __global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kBuilderThreads, 1)
+jagtile_build_work_list_cluster(const __grid_constant__ BackwardParams p) {
+  build_key_list<kClusterCtas>(p);
 }

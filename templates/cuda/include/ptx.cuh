@@ -25,6 +25,18 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// All threads of a cluster of CTAs arrive, and wait for each other. What was written before is seen behind.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// A variable in shared memory, as another CTA of the cluster has it.
+template <typename T>
+__device__ __forceinline__ const T* variable_of(const T* variable, int cta) {
+  const T* found;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(found) : "l"(variable), "r"(cta));
+  return found;
+}
+
 // Whether `value` is true in any thread of a warpgroup; the same in all, and known to the compiler to be.
 __device__ __forceinline__ bool any_of_warpgroup(int barrier, bool value) {
   uint32_t any;

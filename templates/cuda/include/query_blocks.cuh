@@ -1,25 +1,17 @@
-// The forward's work list: blocks of query rows, with the key blocks that they visit.
+// The items of a forward's work list: blocks of query rows, with the key blocks that they visit.
 #pragma once
 
+#include "cuda/include/list_builder.cuh"
 #include "cuda/include/params.cuh"
-#include "cuda/include/work_list.cuh"
 
 struct QueryBlocks {
+  static constexpr bool kOfKeys = false;
   const Params& p;
 
-  __device__ __forceinline__ int count(int seq) const {
-    const int length =
-        offset_at(p.cu_seqlens_q, seq + 1, p.wide_offsets & 1) - offset_at(p.cu_seqlens_q, seq, p.wide_offsets & 1);
-    return (max(length, 0) + p.block_m - 1) / p.block_m;
-  }
+  __device__ __forceinline__ int size() const { return p.block_m; }
 
-  __device__ __forceinline__ WorkItem item(int seq, int block) const {
-    WorkItem item = {};
-    item.q_begin = offset_at(p.cu_seqlens_q, seq, p.wide_offsets & 1);
-    item.q_length = offset_at(p.cu_seqlens_q, seq + 1, p.wide_offsets & 1) - item.q_begin;
-    item.k_begin = offset_at(p.cu_seqlens_k, seq, p.wide_offsets & 2);
-    item.k_length = offset_at(p.cu_seqlens_k, seq + 1, p.wide_offsets & 2) - item.k_begin;
-    item.row = block * p.block_m;
+  __device__ __forceinline__ WorkItem item(const Sequence& sequence, int block) const {
+    WorkItem item = {sequence.q_begin, sequence.q_length, sequence.k_begin, sequence.k_length, block * p.block_m};
     int visible = item.k_length;
     if (p.causal) {
       const int last_row = min(item.row + p.block_m, item.q_length) - 1;
@@ -29,10 +21,39 @@ struct QueryBlocks {
     item.kv_blocks = (visible + p.block_n - 1) / p.block_n;
     return item;
   }
-
-  __device__ __forceinline__ int cost(const WorkItem& item) const { return item.kv_blocks; }
 };
 
-extern "C" __global__ void __launch_bounds__(1024, 1) jagtile_build_work_list(const __grid_constant__ Params p) {
-  build_work_list(QueryBlocks{p});
+// Item number `tile` of the chunk that a builder has in shared memory.
+template <typename Builder>
+__device__ __forceinline__ WorkItem query_item(const Builder& builder, int tile) {
+  const int owner = builder.owner(tile);
+  return builder.blocks.item(builder.memory.chunk.sequence(owner), tile - builder.memory.chunk.first_tile[owner]);
+}
+
+// Counts the first tiles of all, as many as there is room for, by bucket(item). `before`: those of the CTAs before; `own_most`:
+// how many of this one's tiles are among them.
+template <typename Builder, typename Bucket>
+__device__ __forceinline__ Totals count_query_blocks(Builder& builder, int room, Totals& before, int& own_most,
+                                                     Bucket bucket) {
+  own_most = room;
+#pragma unroll 1
+  for (int attempt = 0;; ++attempt) {
+    int longest = 0;
+    unsigned long long cost = 0;
+    const int tiles = builder.for_each_tile([&](int before_chunk, int tile) {
+      if (tile >= builder.tiles || before_chunk + tile >= own_most) return;
+      const WorkItem item = query_item(builder, tile);
+      atomicAdd(&builder.memory.counts[bucket(item)], 1);
+      longest = max(longest, item.kv_blocks);
+      cost += item.kv_blocks;
+    });
+    Totals& totals = builder.memory.totals[attempt];
+    totals.add_costs(cost, longest);
+    if (threadIdx.x == 0) totals.items = max(min(tiles, own_most), 0);
+    const Totals all = builder.over_all(totals, before);
+    if (all.items <= room) return all;
+    own_most = room - before.items;  // offsets promise more tokens than there are: the last tiles are left out
+    builder.clear_counts();
+    __syncthreads();
+  }
 }

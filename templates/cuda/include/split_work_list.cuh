@@ -29,6 +29,8 @@ __device__ __forceinline__ int* piece_tickets(const Params& p) {
 struct Cut {
   int pieces, blocks, longer;
 
+  __device__ __forceinline__ explicit Cut(int kv_blocks) : pieces(1), blocks(kv_blocks), longer(0) {}
+
   __device__ __forceinline__ Cut(int kv_blocks, int longest_piece) {
     pieces = max((kv_blocks + longest_piece - 1) / longest_piece, 1);
     blocks = kv_blocks / pieces;
@@ -58,104 +60,98 @@ __device__ __forceinline__ int interleaved(int sorted, int alone, int all) {
   return place + static_cast<int>(min(((place + 1LL) * alone + others - 1) / others, static_cast<long long>(alone)));
 }
 
-// One CTA of 1024 threads, any batch size: count, cut, counting sort by kind and cost, write.
-extern "C" __global__ void __launch_bounds__(1024, 1)
-jagtile_build_split_work_list(const __grid_constant__ Params p) {
-  __shared__ int warp_sums[32];
-  __shared__ int bucket_begin[2 * kWorkBuckets];
-  __shared__ int longest;
-  __shared__ unsigned long long total;
-  WorkListHeader* header = static_cast<WorkListHeader*>(p.work_list);
+// All CTAs of a list: count, counting sort by kind and cost, write. Where keys are cut, which the work in all decides, pieces
+// are counted anew.
+template <int kCtas>
+__device__ __forceinline__ void build_split_list(const Params& p) {
+  using Builder = ListBuilder<kCtas, 2 * kWorkBuckets, QueryBlocks>;
+  __shared__ typename Builder::Memory memory;
+  __shared__ int alone;  // items of the first kind
   WorkItem* items = work_items(p.work_list);
-  WorkItem* items_by_sequence = items + p.max_items;
-  int* first_tile = reinterpret_cast<int*>(items + 2 * p.max_items);
-  int* tickets = piece_tickets(p);
-
   const QueryBlocks blocks{p};
-  auto row_block = [&](int tile) {
-    const int seq = sequence_of(first_tile, p.batch, tile);
-    return blocks.item(seq, tile - first_tile[seq]);
-  };
+  Builder builder(blocks, memory);
+  int* tickets = piece_tickets(p);
+  for (int i = blockIdx.x * kBuilderThreads + threadIdx.x; i < p.results; i += kCtas * kBuilderThreads) tickets[i] = 0;
 
-  const int tiles = min(count_tiles(blocks, first_tile, warp_sums), p.max_items - p.extra_items);
-  for (int i = threadIdx.x; i < p.results; i += 1024) tickets[i] = 0;
-  bucket_begin[threadIdx.x] = 0;
-  if (threadIdx.x == 0) {
-    longest = 0;
-    total = 0;
-  }
-  __syncthreads();
+  Totals before;
+  int own_most;
+  const Totals all = count_query_blocks(builder, p.max_items - p.extra_items, before, own_most,
+                                        [&](const WorkItem& item) { return bucket_of(p, item, item.kv_blocks); });
+  const int piece_limit = longest_piece(p, all.cost(), all.longest);
+  const bool cuts = all.longest > piece_limit;
 
-  int own_longest = 0;
-  unsigned long long own_total = 0;
-  for (int tile = threadIdx.x; tile < tiles; tile += 1024) {
-    const int kv_blocks = row_block(tile).kv_blocks;
-    own_longest = max(own_longest, kv_blocks);
-    own_total += kv_blocks;
+  int count = all.items;
+  if (cuts) {
+    builder.clear_counts();
+    __syncthreads();
+    int pieces = 0, slots = 0;
+    builder.for_each_tile([&](int before_chunk, int tile) {
+      if (tile >= builder.tiles || before_chunk + tile >= own_most) return;
+      const WorkItem item = query_item(builder, tile);
+      const Cut cut(item.kv_blocks, piece_limit);
+      if (cut.longer > 0) atomicAdd(&memory.counts[bucket_of(p, item, cut.blocks + 1)], cut.longer);
+      atomicAdd(&memory.counts[bucket_of(p, item, cut.blocks)], cut.pieces - cut.longer);
+      pieces += cut.pieces;
+      if (cut.pieces > 1) slots += cut.pieces;
+    });
+    Totals& totals = memory.totals[2];
+    totals.add(pieces, slots);
+    count = builder.over_all(totals, before).items;
   }
-  atomicMax(&longest, own_longest);
-  atomicAdd(&total, own_total);
-  __syncthreads();
-  const int piece_limit = longest_piece(p, total, longest);
-
-  for (int tile = threadIdx.x; tile < tiles; tile += 1024) {
-    const WorkItem item = row_block(tile);
-    const Cut cut(item.kv_blocks, piece_limit);
-    if (cut.longer > 0) atomicAdd(&bucket_begin[bucket_of(p, item, cut.blocks + 1)], cut.longer);
-    atomicAdd(&bucket_begin[bucket_of(p, item, cut.blocks)], cut.pieces - cut.longer);
-  }
-  __syncthreads();
-  int begin;
-  const int count = block_exclusive_scan(bucket_begin[threadIdx.x], begin, warp_sums);
-  bucket_begin[threadIdx.x] = begin;
-  __syncthreads();
-  const int alone = bucket_begin[kWorkBuckets];
+  const int begin = builder.begin_buckets(work_bucket(min(all.longest, piece_limit)));
+  if (threadIdx.x == kWorkBuckets) alone = begin;
+  builder.leave();
   __syncthreads();
 
   // In the order of sequences from the last to the first, so that of each its last rows, the dearest, come first.
-  int items_left = count, slots = 0;
-  for (int base = 0; base < tiles; base += 1024) {
-    const int tile = base + threadIdx.x;
-    const bool active = tile < tiles;
+  WorkItem* items_by_sequence = items + p.max_items + count - 1 - before.items;
+  int pieces = 0, slots = before.slots;  // of the tiles before
+  builder.for_each_tile([&](int before_chunk, int tile) {
+    const bool active = tile < builder.tiles && before_chunk + tile < own_most;
     WorkItem item = {};
-    if (active) item = row_block(tile);
-    const Cut cut(item.kv_blocks, piece_limit);
-    int place = threadIdx.x, slot = 0, found = min(tiles - base, 1024), found_slots = 0;
-    if (longest > piece_limit) {
-      found = block_exclusive_scan(active ? cut.pieces : 0, place, warp_sums);
-      found_slots = block_exclusive_scan(active && cut.pieces > 1 ? cut.pieces : 0, slot, warp_sums);
+    if (active) item = query_item(builder, tile);
+    int place = before_chunk + tile, slot = 0;
+    Cut cut(item.kv_blocks);
+    if (cuts) {
+      cut = Cut(item.kv_blocks, piece_limit);
+      const Sum pieces_here = sum_over_threads(active ? cut.pieces : 0, memory.warp_sums);
+      const Sum slots_here = sum_over_threads(active && cut.pieces > 1 ? cut.pieces : 0, memory.warp_sums);
+      place = pieces + pieces_here.before;
+      slot = slots + slots_here.before;
+      pieces += pieces_here.all;
+      slots += slots_here.all;
     }
-    WorkItem* in_sequence = items_by_sequence + items_left - 1 - place;
-    items_left -= found;
-    slot += slots;
-    slots += found_slots;
-
     const bool whole = active && cut.pieces == 1;
-    const unsigned lanes = __ballot_sync(0xffffffff, whole);
-    if (whole) {
-      const int sorted = place_in_bucket(bucket_begin, bucket_of(p, item, item.kv_blocks), lanes);
-      items[interleaved(sorted, alone, count)] = item;
-      *in_sequence = item;
-    } else if (active) {
-      int* longer_begin = &bucket_begin[bucket_of(p, item, cut.blocks + 1)];
-      int longer = cut.longer > 0 ? atomicAdd(longer_begin, cut.longer) : 0;
-      int others = atomicAdd(&bucket_begin[bucket_of(p, item, cut.blocks)], cut.pieces - cut.longer);
+    int longer = 0, others = place_in_bucket(memory.begins, whole ? bucket_of(p, item, cut.blocks) : -1);
+    if (active && !whole) {
+      if (cut.longer > 0) longer = atomicAdd(&memory.begins[bucket_of(p, item, cut.blocks + 1)], cut.longer);
+      others = atomicAdd(&memory.begins[bucket_of(p, item, cut.blocks)], cut.pieces - cut.longer);
+    }
+    if (active) {
       item.kv_blocks = 0;
+#pragma unroll 1
       for (int piece = 0; piece < cut.pieces; ++piece) {
-        item.piece = packed_piece(slot, piece, cut.pieces);
+        if (!whole) item.piece = packed_piece(slot, piece, cut.pieces);
         item.first_block = item.kv_blocks;
         item.kv_blocks += cut.blocks + (piece < cut.longer);
         items[interleaved(piece < cut.longer ? longer++ : others++, alone, count)] = item;
-        *in_sequence-- = item;
+        items_by_sequence[-(place + piece)] = item;
       }
     }
-    __syncthreads();
+    __syncthreads();  // blocks of one sequence stay neighbours: they share in L2
+  });
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    *static_cast<WorkListHeader*>(p.work_list) = {count, min(all.longest, piece_limit), static_cast<float>(all.cost())};
   }
-  if (threadIdx.x == 0) {
-    header->items = count;
-    header->longest = max(min(longest, piece_limit), 0);
-    header->total = static_cast<float>(total);
-    header->next_tile = 0;
-    header->finished_ctas = 0;
-  }
+  builder.await_leave();
+}
+
+extern "C" __global__ void __launch_bounds__(kBuilderThreads, 1)
+jagtile_build_split_work_list(const __grid_constant__ Params p) {
+  build_split_list<1>(p);
+}
+
+extern "C" __global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kBuilderThreads, 1)
+jagtile_build_split_work_list_cluster(const __grid_constant__ Params p) {
+  build_split_list<kClusterCtas>(p);
 }

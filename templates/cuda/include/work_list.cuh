@@ -1,11 +1,10 @@
 // The device-built work list: an item is a block of rows of a sequence (queries in a forward, keys in a backward), a tile is
 // an item and a head. In a forward most heads are worked off one after the other, sequence by sequence: what runs at a time
 // shares what it visits, which stays in L2. The last heads go together, dearest items first, so that no long tile is left to
-// end alone. key_blocks.cuh has the backward's order.
+// end alone. key_blocks.cuh has the backward's order, list_builder.cuh what all builders share.
 #pragma once
 #include <cstdint>
 
-#include "cuda/include/offsets.cuh"
 #include "cuda/include/pipeline.cuh"
 
 struct alignas(16) WorkItem {  // 32 bytes, read as two int4
@@ -44,33 +43,6 @@ struct alignas(64) WorkListHeader {
 // Dearest first, then, from max_items on, sequence by sequence and the dearest of each first.
 __device__ __forceinline__ WorkItem* work_items(void* work_list) {
   return reinterpret_cast<WorkItem*>(static_cast<char*>(work_list) + sizeof(WorkListHeader));
-}
-
-// Exclusive prefix sum over a CTA of 1024 threads; returns the total.
-__device__ __forceinline__ int block_exclusive_scan(int value, int& prefix, int* warp_sums) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  int inclusive = value;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(0xffffffff, inclusive, step);
-    if (lane >= step) inclusive += other;
-  }
-  if (lane == 31) warp_sums[warp] = inclusive;
-  __syncthreads();
-  if (warp == 0) {
-    int sum = warp_sums[lane];
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(0xffffffff, sum, step);
-      if (lane >= step) sum += other;
-    }
-    warp_sums[lane] = sum;
-  }
-  __syncthreads();
-  prefix = inclusive - value + (warp ? warp_sums[warp - 1] : 0);
-  const int total = warp_sums[31];
-  __syncthreads();
-  return total;
 }
 
 // Heads that go together at the end: enough that every CTA has `shares` times the work of the longest tile before it. `P`
@@ -122,113 +94,5 @@ __device__ __forceinline__ void rewind_work_list(WorkListHeader* list) {
   if (atomicAdd(&list->finished_ctas, 1) == static_cast<int>(gridDim.x) - 1) {
     list->next_tile = 0;
     list->finished_ctas = 0;
-  }
-}
-
-constexpr int kWorkBuckets = 512;
-
-// Costs fall into buckets of at most 1/16 relative width (float exponent and four mantissa bits), dearest first.
-__device__ __forceinline__ int work_bucket(int cost) {
-  const int bits = __float_as_int(static_cast<float>(cost + 1)) >> 19;
-  return kWorkBuckets - 1 - min(bits - (127 << 4), kWorkBuckets - 1);
-}
-
-// The smallest cost of a bucket.
-__device__ __forceinline__ float bucket_cost(int bucket) {
-  return __int_as_float((kWorkBuckets - 1 - bucket + (127 << 4)) << 19) - 1.0f;
-}
-
-// The sequence that block number `tile` belongs to: first_tile[found] <= tile < first_tile[found + 1].
-__device__ __forceinline__ int sequence_of(const int* first_tile, int batch, int tile) {
-  int low = 0, high = batch;
-  while (high - low > 1) {
-    const int middle = (low + high) >> 1;
-    (first_tile[middle] <= tile ? low : high) = middle;
-  }
-  return low;
-}
-
-// Blocks of all sequences; the number of the first of each goes to `first_tile`. All 1024 threads.
-template <typename Blocks>
-__device__ __forceinline__ int count_tiles(const Blocks& blocks, int* first_tile, int* warp_sums) {
-  int tiles = 0;
-  for (int base = 0; base < blocks.p.batch; base += 1024) {
-    const int seq = base + threadIdx.x;
-    int prefix;
-    const int found = block_exclusive_scan(seq < blocks.p.batch ? blocks.count(seq) : 0, prefix, warp_sums);
-    if (seq < blocks.p.batch) first_tile[seq] = tiles + prefix;
-    tiles += found;
-  }
-  return tiles;
-}
-
-// The next place in a bucket, in the order of lanes, for each of these lanes of the warp.
-__device__ __forceinline__ int place_in_bucket(int* bucket_begin, int bucket, unsigned lanes) {
-  const unsigned peers = __match_any_sync(lanes, bucket);
-  const int leader = __ffs(peers) - 1, lane = threadIdx.x & 31;
-  int position = 0;
-  if (lane == leader) position = atomicAdd(&bucket_begin[bucket], __popc(peers));
-  return __shfl_sync(peers, position, leader) + __popc(peers & ((1u << lane) - 1));
-}
-
-// One CTA of 1024 threads, any batch size: count, counting sort by cost, write. `Blocks` has the parameters `p`, and says
-// how many blocks a sequence has, what one of them is and costs.
-template <typename Blocks>
-__device__ __forceinline__ void build_work_list(const Blocks& blocks) {
-  const auto& p = blocks.p;
-  __shared__ int warp_sums[32];
-  __shared__ int bucket_begin[kWorkBuckets];
-  __shared__ int longest;
-  __shared__ unsigned long long total;
-  WorkListHeader* header = static_cast<WorkListHeader*>(p.work_list);
-  WorkItem* items = work_items(p.work_list);
-  WorkItem* items_by_sequence = items + p.max_items;
-  int* first_tile = reinterpret_cast<int*>(items + 2 * p.max_items);
-
-  const int tiles = min(count_tiles(blocks, first_tile, warp_sums), p.max_items);
-  if (threadIdx.x < kWorkBuckets) bucket_begin[threadIdx.x] = 0;
-  if (threadIdx.x == 0) {
-    longest = 0;
-    total = 0;
-  }
-  __syncthreads();
-
-  int own_longest = 0;
-  unsigned long long own_total = 0;
-  for (int tile = threadIdx.x; tile < tiles; tile += 1024) {
-    const int seq = sequence_of(first_tile, p.batch, tile);
-    const int cost = blocks.cost(blocks.item(seq, tile - first_tile[seq]));
-    atomicAdd(&bucket_begin[work_bucket(cost)], 1);
-    own_longest = max(own_longest, cost);
-    own_total += cost;
-  }
-  atomicMax(&longest, own_longest);
-  atomicAdd(&total, own_total);
-  __syncthreads();
-  int begin;
-  block_exclusive_scan(threadIdx.x < kWorkBuckets ? bucket_begin[threadIdx.x] : 0, begin, warp_sums);
-  if (threadIdx.x < kWorkBuckets) bucket_begin[threadIdx.x] = begin;
-  __syncthreads();
-
-  // Chunk by chunk and warp by warp, so that blocks of one sequence stay neighbours: they share in L2.
-  for (int base = 0; base < tiles; base += 1024) {
-    const int tile = base + threadIdx.x;
-    const bool active = tile < tiles;
-    const unsigned lanes = __ballot_sync(0xffffffff, active);
-    if (active) {
-      const int seq = sequence_of(first_tile, p.batch, tile), first = first_tile[seq];
-      const WorkItem item = blocks.item(seq, tile - first);
-      items[place_in_bucket(bucket_begin, work_bucket(blocks.cost(item)), lanes)] = item;
-      const int end = min(first + blocks.count(seq), tiles);
-      items_by_sequence[first + end - 1 - tile] = item;  // the last rows, which see the most keys, come first
-    }
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) {
-    header->items = tiles;
-    header->longest = longest;
-    header->total = static_cast<float>(total);
-    header->next_tile = 0;
-    header->finished_ctas = 0;
   }
 }

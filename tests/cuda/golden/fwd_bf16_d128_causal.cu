@@ -33,7 +33,7 @@
 #include "cuda/include/params.cuh"
 #include "cuda/include/pipeline.cuh"
 #include "cuda/include/ptx.cuh"
-#include "cuda/include/query_blocks.cuh"
+#include "cuda/include/query_work_list.cuh"
 #include "cuda/include/softmax.cuh"
 #include "cuda/include/work_list.cuh"
 

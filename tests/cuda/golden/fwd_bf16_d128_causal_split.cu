@@ -37,7 +37,6 @@
 #include "cuda/include/partials.cuh"
 #include "cuda/include/pipeline.cuh"
 #include "cuda/include/ptx.cuh"
-#include "cuda/include/query_blocks.cuh"
 #include "cuda/include/softmax.cuh"
 #include "cuda/include/split_work_list.cuh"
 

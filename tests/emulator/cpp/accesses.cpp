@@ -21,13 +21,20 @@ inline void access(const void* pointer, uint64_t bytes, bool write, void* place)
     const uint32_t smem = static_cast<uint32_t>(offset), size = static_cast<uint32_t>(bytes);
     window(*fiber.cta, smem, size);
     generic_access(*fiber.warp, smem, size, write, place);
+    if (fiber.cta->cluster->has_peers()) {
+      global_access(*fiber.warp, pointer, bytes, write ? Access::kWrite : Access::kRead, place);
+    }
     if (write) mark_written(fiber, smem, size);
     return;
   }
   if (address >= &__ehdr_start && address < &_end) return;
   if (address >= reinterpret_cast<char*>(&fiber) && address < reinterpret_cast<char*>(&fiber + 1)) return;
   fiber.caller = place;
-  check_global(pointer, bytes, write);
+  if (Cta* peer = peer_with(*fiber.cta, pointer)) {
+    window(*peer, static_cast<uint32_t>(address - peer->shared), static_cast<uint32_t>(bytes));
+  } else {
+    check_global(pointer, bytes, write);
+  }
   global_access(*fiber.warp, pointer, bytes, write ? Access::kWrite : Access::kRead, place);
 }
 

@@ -199,11 +199,13 @@ void* dynamic_shared() { return current().cta->shared + kSharedBegin; }
 
 void* static_shared(int id, uint32_t bytes, uint32_t alignment) {
   Cta& cta = *current().cta;
-  auto [at, fresh] = cta.statics.try_emplace(id, 0);
+  Cluster& cluster = *cta.cluster;
+  auto [at, fresh] = cluster.statics.try_emplace(id, 0);
   if (fresh) {
-    at->second = (cta.end + alignment - 1) / alignment * alignment;
-    cta.end = at->second + bytes;
-    if (cta.end > kWindowBytes) fail("more than %u bytes of shared memory", kWindowBytes);
+    at->second = (cluster.end + alignment - 1) / alignment * alignment;
+    cluster.end = at->second + bytes;
+    if (cluster.end > kWindowBytes) fail("more than %u bytes of shared memory", kWindowBytes);
+    for (Cta* other : cluster.ctas) other->end = cluster.end;
   }
   return cta.shared + at->second;
 }

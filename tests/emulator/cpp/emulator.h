@@ -45,6 +45,11 @@ void sync_warp(uint32_t mask);
 bool elect(uint32_t mask, uint32_t& leader);
 void set_registers(int count, bool grow);
 
+void cluster_arrive(bool releases);
+void cluster_wait();
+uint32_t cluster_rank();
+void* pointer_in_cluster(const void* pointer, uint32_t rank);  // of shared memory, the same variable of another CTA
+
 enum class Reduce { kNone, kOr, kAnd, kPopc };
 constexpr int kAllThreads = -1;
 uint32_t barrier(int id, int threads, bool aligned, bool wait, Reduce reduce, bool value);

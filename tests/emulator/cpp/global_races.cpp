@@ -4,6 +4,9 @@
 // (not .read). Between CTAs clocks go through the words that atomic operations meet on. A release, or a relaxed one
 // after a fence, leaves its warp's clock there; whoever reads it by an atomic operation or a strong load takes it,
 // fence or not: a missing fence of the reader is not found. Additions are in no order with each other.
+//
+// Shared memory of clusters is looked at here too, besides in races.cpp, since other CTAs read it; their barrier passes
+// clocks on.
 #include <unordered_map>
 
 #include "machine.h"
@@ -35,11 +38,11 @@ size_t grid_warps = 0, cta_warps = 0, first = 0;  // `first`: where the shared p
 std::unordered_map<uint64_t, std::unique_ptr<Page>> pages;
 std::unordered_map<uint64_t, Clock> meetings;  // by address: the shared part of clocks
 
+uint64_t last_number = 0;
+Page* last = nullptr;  // that was looked at
+
 Page* page_of(uint64_t word, bool make) {
-  static uint64_t last_number = 0;
-  static Page* last = nullptr;
   const uint64_t number = word / kPageWords;
-  if (pages.empty()) last = nullptr;
   if (last != nullptr && last_number == number) return last;
   const auto found = pages.find(number);
   if (found == pages.end() && !make) return nullptr;
@@ -57,9 +60,8 @@ std::string name(size_t actor) {
 
 void check(const Clock& clock, const char* what, size_t actor, const char* before, const Seen& other, uint64_t word) {
   if (other.time <= clock[first + other.actor]) return;
-  fail("race on global memory at 0x%llx: the %s by %s is not ordered after the %s by %s @%p",
-       static_cast<unsigned long long>(word * kWord), what, name(actor).c_str(), before, name(other.actor).c_str(),
-       other.place);
+  fail("race on %s: the %s by %s is not ordered after the %s by %s @%p", name_of(word * kWord).c_str(), what,
+       name(actor).c_str(), before, name(other.actor).c_str(), other.place);
 }
 
 void note(std::vector<Seen>& seen, const Seen& now) {
@@ -101,8 +103,8 @@ size_t actor_of(const Warp& warp) {
   return static_cast<size_t>(warp.cta->index) * cta_warps + static_cast<size_t>(warp.index);
 }
 
-void join_shared(Clock& clock, const Clock& shared) {
-  for (size_t i = 0; i < shared.size(); ++i) clock[first + i] = std::max(clock[first + i], shared[i]);
+void join_meeting(Clock& clock, const Clock& meeting) {
+  for (size_t i = 0; i < meeting.size(); ++i) clock[first + i] = std::max(clock[first + i], meeting[i]);
 }
 
 void leave(Clock& meeting, const Clock& clock) {
@@ -114,6 +116,7 @@ void leave(Clock& meeting, const Clock& clock) {
 
 void start_global_races(size_t ctas, size_t warps) {
   pages.clear();
+  last = nullptr;
   meetings.clear();
   cta_warps = warps;
   grid_warps = ctas * warps <= kMostWarps ? ctas * warps : 0;
@@ -128,6 +131,30 @@ void add_shared_clock(Warp& warp) {
 
 void tick(Warp& warp) {
   if (grid_warps) ++warp.clock[first + actor_of(warp)];
+}
+
+void join_shared(Clock& clock, const Clock& other) {
+  for (size_t i = first; i < other.size(); ++i) clock[i] = std::max(clock[i], other[i]);
+}
+
+void forget_accesses(const void* begin, uint64_t bytes) {
+  last = nullptr;
+  const uint64_t from = reinterpret_cast<uint64_t>(begin) / kWord / kPageWords;
+  for (uint64_t page = from; page < from + bytes / kWord / kPageWords; ++page) pages.erase(page);
+}
+
+void check_unread(const Clock& clock, const Cta& cta) {
+  if (grid_warps == 0) return;
+  const uint64_t begin = reinterpret_cast<uint64_t>(cta.shared) / kWord;
+  for (uint64_t word = begin; word < begin + cta.end / kWord; ++word) {
+    const Page* page = page_of(word, false);
+    if (page == nullptr) continue;
+    for (const Seen& read : page->words[word % kPageWords].reads) {
+      if (read.time <= clock[first + read.actor]) continue;
+      fail("race on %s: the CTA's end is not ordered after the read by %s @%p", name_of(word * kWord).c_str(),
+           name(read.actor).c_str(), read.place);
+    }
+  }
 }
 
 void global_access(Warp& warp, const void* pointer, uint64_t bytes, Access access, void* place) {
@@ -166,6 +193,10 @@ void strong_access(const void* pointer, unsigned bytes, Strong kind, bool releas
     const uint32_t smem = shared_address(pointer);
     acquire_flag(smem);
     if (releases) release_flag(smem);
+    if (fiber.cta->cluster->has_peers()) {
+      const Access access = kind == Strong::kLoad ? Access::kRead : Access::kAdd;
+      global_access(*fiber.warp, pointer, bytes, access, fiber.caller);
+    }
     return;
   }
   const bool writes = kind != Strong::kLoad;
@@ -174,7 +205,7 @@ void strong_access(const void* pointer, unsigned bytes, Strong kind, bool releas
   Warp& warp = *fiber.warp;
   Clock& meeting = meetings[address];
   if (meeting.empty()) meeting.resize(2 * grid_warps, 0);
-  join_shared(warp.clock, meeting);
+  join_meeting(warp.clock, meeting);
   if (!writes) return;
   if (releases) {
     leave(meeting, warp.clock);

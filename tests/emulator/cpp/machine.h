@@ -116,6 +116,8 @@ struct Warp {
   int registers = 0, registers_asked = 0;  // a thread; the latter by the last setmaxnreg
   Clock clock, fenced_clock;               // the latter: what was known at the last fence
   uint32_t stores = 0;                     // bulk stores so far
+  bool at_cluster_barrier = false;         // it has arrived and not waited
+  uint64_t cluster_phase = 0;              // in which it arrived
 };
 
 struct NamedBarrier {
@@ -135,12 +137,23 @@ struct Mbarrier {
   std::vector<Fiber*> waiting;
 };
 
+struct Cluster {  // CTAs that run at the same time and read each other's shared memory; often of one
+  std::vector<Cta*> ctas;
+  std::map<int, uint32_t> statics;  // addresses in the window of each
+  uint32_t end = 0;
+  uint64_t phase = 0;  // how often all have arrived at the barrier
+  std::vector<Fiber*> waiting;
+
+  bool has_peers() const { return ctas.size() > 1; }
+};
+
 struct Cta {
   Dim3 block{};
   int index = 0;
+  std::shared_ptr<Cluster> cluster;
+  Clock arriving, arrived;  // at the cluster's barrier: of this phase, of the last
   char* shared = nullptr;  // of kWindowBytes; address 0 is its first byte
   uint32_t dynamic_bytes = 0, end = 0;
-  std::map<int, uint32_t> statics;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<std::unique_ptr<Warpgroup>> groups;
@@ -157,6 +170,7 @@ struct AsyncOperation {
 };
 
 // ---- schedule.cpp
+std::string name_of(uint64_t address);  // of shared or global memory
 struct Random {
   uint64_t state = 1;
   uint64_t next() {
@@ -190,6 +204,11 @@ void release_to(Fiber& fiber, uint32_t mbarrier);                   // what an a
 void expect_arrivals(Cta& cta, uint32_t mbarrier, uint32_t count);  // in this phase, besides those of every phase
 void recheck_thread_barriers(Cta& cta);                             // after a thread has exited
 
+// ---- clusters.cpp
+Cta* peer_with(const Cta& cta, const void* pointer);  // whose shared memory it is in, if another CTA's of the cluster
+void recheck_cluster_barrier(Cluster& cluster);        // after a thread has exited
+void end_of_shared(Cta& cta);                          // all of its threads have exited
+
 // ---- races.cpp
 void start_races(Cta& cta);
 void generic_access(Warp& warp, uint32_t address, uint32_t bytes, bool write, void* place);
@@ -209,6 +228,9 @@ enum class Access { kRead, kCopied, kWrite, kAdd, kExchange };
 void start_global_races(size_t ctas, size_t warps);
 void add_shared_clock(Warp& warp);
 void tick(Warp& warp);
+void join_shared(Clock& clock, const Clock& other);  // the part that all CTAs share
+void forget_accesses(const void* begin, uint64_t bytes);
+void check_unread(const Clock& clock, const Cta& cta);  // that nobody reads its shared memory after this
 void global_access(Warp& warp, const void* pointer, uint64_t bytes, Access access, void* place);
 size_t global_stores_of(const Warp& warp);  // the actor that its bulk stores are
 void stored_globally(size_t actor, const Clock& clock, uint32_t number, const void* pointer, uint64_t bytes, bool adds,

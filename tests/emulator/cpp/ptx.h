@@ -39,9 +39,11 @@ inline unsigned lane_id(bool of_warp = false) {
   const unsigned index = (self->thread.z * block.y + self->thread.y) * block.x + self->thread.x;
   return of_warp ? index / 32 : index % 32;
 }
-template <typename T>
-inline T in_cluster(T address, uint32_t rank) {
-  if (rank != 0) fail("mapa of CTA %u: clusters are of one CTA here", rank);
+inline uint64_t in_cluster(uint64_t address, uint32_t rank) {
+  return reinterpret_cast<uint64_t>(pointer_in_cluster(reinterpret_cast<const void*>(address), rank));
+}
+inline uint32_t in_cluster(uint32_t address, uint32_t rank) {
+  if (rank != cluster_rank()) fail("mapa of CTA %u: shared addresses of 32 bits are those of the own CTA here", rank);
   return address;
 }
 

@@ -27,7 +27,7 @@ struct Launch {
   void (*entry)(void**) = nullptr;
   void** arguments = nullptr;
   uint32_t smem = 0;
-  int registers = 0;
+  int registers = 0, cluster = 1;  // CTAs of one
   double async_rate = 0.0, preemption = 0.0;
   std::vector<std::unique_ptr<Cta>> resident;
   std::vector<Warp*> ready;
@@ -156,16 +156,21 @@ void exited(Fiber& fiber) {
     if (warp.open[i]->aligned) try_finish(warp, i);
   }
   recheck_thread_barriers(*fiber.cta);
+  recheck_cluster_barrier(*fiber.cta->cluster);
+  if (fiber.cta->live == 0) end_of_shared(*fiber.cta);
 }
 
-void start_cta(int index) {
+void start_cta(int index, const std::shared_ptr<Cluster>& cluster) {
   auto cta = std::make_unique<Cta>();
   cta->index = index;
+  cta->cluster = cluster;
+  cluster->ctas.push_back(cta.get());
   cta->block = {index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y};
   cta->shared = mapped(free_windows, kWindowBytes);
   std::memset(cta->shared, 0xFF, kWindowBytes);  // NaN in every format: what is read before it is written shows
   cta->dynamic_bytes = launch->smem;
-  cta->end = (kSharedBegin + launch->smem + 127) / 128 * 128;
+  cta->end = cluster->end = (kSharedBegin + launch->smem + 127) / 128 * 128;
+  if (launch->cluster > 1) forget_accesses(cta->shared, kWindowBytes);
   cta->unfenced_writer.assign(kWindowBytes / kGranule, 0);
   const int threads = static_cast<int>(block.x * block.y * block.z);
   cta->live = threads;
@@ -202,6 +207,11 @@ void start_cta(int index) {
   start_races(*cta);
   for (auto& fiber : cta->fibers) make_ready(*fiber);
   launch->resident.push_back(std::move(cta));
+}
+
+void start_cluster(int first) {
+  const auto cluster = std::make_shared<Cluster>();
+  for (int index = first; index < first + launch->cluster; ++index) start_cta(index, cluster);
 }
 
 void run_pending() {
@@ -271,7 +281,9 @@ std::string stuck() {
 void retire_finished() {
   auto& resident = launch->resident;
   for (size_t i = 0; i < resident.size();) {
-    if (resident[i]->live > 0) {
+    int live = 0;
+    for (const Cta* cta : resident[i]->cluster->ctas) live += cta->live;
+    if (live > 0) {
       ++i;
       continue;
     }
@@ -289,7 +301,10 @@ void run_to_end(int ctas, int slots) {
   int started = 0;
   size_t finished_checks = 0;
   while (true) {
-    while (static_cast<int>(launch->resident.size()) < slots && started < ctas) start_cta(started++);
+    for (; static_cast<int>(launch->resident.size()) + launch->cluster <= slots && started < ctas;
+         started += launch->cluster) {
+      start_cluster(started);
+    }
     if (launch->resident.empty()) break;
     if (!launch->pending.empty() && (launch->ready.empty() || rng.chance(launch->async_rate))) {
       run_pending();
@@ -335,6 +350,16 @@ void fail(const char* text, ...) {
   if (fiber.state == Fiber::State::kExited) throw std::runtime_error(launch->error);
   to_scheduler();
   std::abort();
+}
+
+std::string name_of(uint64_t address) {
+  for (auto& cta : launch->resident) {
+    const uint64_t offset = address - reinterpret_cast<uint64_t>(cta->shared);
+    if (offset < kWindowBytes) {
+      return format("shared address 0x%x of CTA %d", static_cast<unsigned>(offset), cta->index);
+    }
+  }
+  return format("global memory at 0x%llx", static_cast<unsigned long long>(address));
 }
 
 Fiber& current() { return *static_cast<Fiber*>(self); }
@@ -422,10 +447,10 @@ void queue(Cta& cta, bool touches_shared, std::function<void()> run) {
 
 }  // namespace emu
 
-// Runs a kernel to its end; null, or what went wrong. `registers`: a thread's at launch. `slots`: CTAs resident at a
-// time.
+// Runs a kernel to its end; null, or what went wrong. `registers`: a thread's at launch. `cluster`: CTAs of one. `slots`:
+// CTAs resident at a time.
 extern "C" const char* emu_launch(void (*entry)(void**), void** arguments, const unsigned* grid, const unsigned* block,
-                                  unsigned smem, int registers, int slots, uint64_t seed) {
+                                  unsigned smem, int registers, int cluster, int slots, uint64_t seed) {
   static std::string error;
   emu::Launch state;
   emu::launch = &state;
@@ -442,6 +467,7 @@ extern "C" const char* emu_launch(void (*entry)(void**), void** arguments, const
   state.arguments = arguments;
   state.smem = smem;
   state.registers = registers;
+  state.cluster = cluster;
   error.clear();
   try {
     const size_t warps = (size_t{block[0]} * block[1] * block[2] + 31) / 32;

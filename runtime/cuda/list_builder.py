@@ -1,0 +1,26 @@
+"""Launches of the kernels that build work lists (templates/cuda/include/list_builder.cuh)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jagtile.runtime.cuda import driver
+
+MOST_ALONE = 1024  # blocks of a list that one CTA builds, a thread each
+CLUSTER_CTAS = 8
+_THREADS = 1024
+
+
+class ListBuilder:
+    """The two builders of a module: one CTA for a short list, a cluster of them for a long one."""
+
+    def __init__(self, module: Any, symbol: str) -> None:
+        self._alone = driver.function(module, symbol)
+        self._cluster = driver.function(module, f"{symbol}_cluster")
+
+    def build(self, launch: driver.Launcher, most_blocks: int, stream: int, arguments: int) -> None:
+        """Launch, for a list of at most so many blocks."""
+        if most_blocks <= MOST_ALONE:
+            launch(self._alone, 1, _THREADS, 0, stream, arguments)
+        else:
+            launch(self._cluster, CLUSTER_CTAS, _THREADS, 0, stream, arguments)

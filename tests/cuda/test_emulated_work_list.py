@@ -1,0 +1,149 @@
+"""Work lists as an emulated device builds them, by one CTA and by a cluster, against lists built on the host."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from emulator import kernels
+from emulator.driver import EmulatorError, emulated
+
+from jagtile.generator import list_oracle
+from jagtile.generator.tile import Variant
+from jagtile.runtime import cuda
+from jagtile.runtime.artifact import Artifact
+from jagtile.runtime.cuda import list_builder, params, work_list
+
+SPLIT = "fwd_bf16_d64_causal/split_m64_n32_s2_q1_c1"
+PERSISTENT = "fwd_bf16_d64/persistent_m64_n64_s2_q1_c1"
+NAMES = [SPLIT, PERSISTENT]
+CHUNK = 2048  # sequences that a CTA looks at at a time
+_seeds = itertools.count(1)
+
+
+@cache
+def built(name: str, *edit: str) -> Artifact:
+    return kernels.artifact(Variant.parse(f"sm_90a/{name}"), kernels.substitution(*edit) if edit else None)
+
+
+def assert_right(
+    artifact: Artifact,
+    queries: Sequence[int],
+    keys: Sequence[int],
+    heads: int = 2,
+    bottom_right: bool = False,
+    tokens: int | None = None,
+    processors: int = 3,
+) -> None:
+    """Build the list of a batch whose q has so many tokens, without running the attention kernel."""
+    cu_q, cu_k = (torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) for lengths in (queries, keys))
+    q = torch.zeros(tokens or max(sum(queries), 1), heads, 64, dtype=torch.bfloat16)
+    k = torch.zeros(sum(keys), heads, 64, dtype=torch.bfloat16)
+    with emulated(processors, seed=1000 * next(_seeds)):
+        kernel = cuda.load(artifact, torch.device("cuda", 0))
+        launch, attention = kernel._launch, kernel._kernel
+        kernel._launch = lambda function, *more: None if function is attention else launch(function, *more)
+        kernel.forward(q, k, k, cu_q, cu_k, torch.empty_like(q), None, 0.1, bottom_right)
+        (entry,) = work_list._ENTRIES.values()
+        scalars = params.SCALARS.unpack_from(kernel._block.data, params.SCALARS_OFFSET)
+        split = params.SPLIT_SCALARS.unpack_from(kernel._block.data, params.SPLIT_OFFSET)
+    block = dict(zip([*params.POINTERS, *params.INTEGERS], scalars, strict=False))
+    how = list_oracle.Blocking(block["block_m"], block["block_n"], bool(block["causal"]), bottom_right)
+    list_oracle.assert_right_queries(
+        list_oracle.read(bytes(entry.built.buffer.numpy()), block["max_items"]),
+        *(cu.numpy().astype(np.int64) for cu in (cu_q, cu_k)),
+        how,
+        extra_items=split[1] if "split" in artifact.meta.symbol else None,
+    )
+
+
+@pytest.fixture(params=["one CTA", "a cluster"])
+def builders(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who builds every list of the test, whatever its length."""
+    monkeypatch.setattr(list_builder, "MOST_ALONE", 1 << 30 if request.param == "one CTA" else 0)
+
+
+def lengths(batch: int, longest: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.choice((0, 1, 64, 65, rng.randint(1, longest))) for _ in range(batch)]
+
+
+@pytest.mark.usefixtures("builders")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("batch", [1, 7, 8, 9, 64, 1023, 2049, 5000])
+def test_any_number_of_sequences(name: str, batch: int) -> None:
+    queries, keys = (lengths(batch, 130, batch + which) for which in (0, 1))
+    assert_right(built(name), [*queries, 3], [*keys, 3], bottom_right=batch % 2 == 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("batch", [1023, 1024, 1025])
+def test_lists_around_the_length_from_which_a_cluster_builds_them(name: str, batch: int) -> None:
+    ones = [1] * batch
+    assert_right(built(name), ones, ones, tokens=64)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("batch", [8 * CHUNK - 3, 8 * CHUNK + 5])
+def test_more_sequences_than_fit_into_the_shared_memory_of_a_cluster(name: str, batch: int) -> None:
+    some = lengths(batch, 70, batch)
+    assert_right(built(name), some, some)
+
+
+@pytest.mark.usefixtures("builders")
+@pytest.mark.parametrize("name", NAMES)
+def test_one_long_sequence_among_thousands_of_single_tokens(name: str) -> None:
+    skewed = [*[1] * 2500, 100_000, *[1] * 1200]
+    assert_right(built(name), skewed, skewed)
+    assert_right(built(name), [1] * len(skewed), skewed, bottom_right=True)
+
+
+@pytest.mark.usefixtures("builders")
+@pytest.mark.parametrize("name", NAMES)
+def test_sequences_that_are_empty_and_batches_of_them(name: str) -> None:
+    assert_right(built(name), [0] * 3000, [1] * 3000)
+    assert_right(built(name), [0] * 3000, [0] * 2999 + [5])
+    assert_right(built(name), [*[0] * 2500, 70, *[0] * 500], [1] * 3001)
+
+
+@pytest.mark.usefixtures("builders")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("keys", [200, 2000])
+def test_tiles_beyond_the_room_that_wrong_offsets_promise_are_left_out(name: str, keys: int) -> None:
+    assert_right(built(name), [200] * 300, [keys] * 300, tokens=3000)
+    assert_right(built(name), [50, 60_000, 70], [keys, 900, keys], tokens=3000)
+
+
+@pytest.mark.usefixtures("builders")
+def test_keys_are_cut_in_a_long_list_too() -> None:
+    queries, keys = lengths(2100, 90, 5), lengths(2100, 300, 6)
+    keys[::300] = [9000] * 7
+    assert_right(built(SPLIT), queries, keys, heads=1, processors=30)
+
+
+@pytest.mark.usefixtures("builders")
+@pytest.mark.parametrize("name", NAMES)
+def test_sequences_of_tiles_beyond_those_held_are_searched_for(name: str) -> None:
+    artifact = built(name, "constexpr int kHeldTiles = 4096;", "constexpr int kHeldTiles = 64;")
+    some = lengths(3000, 200, 9)
+    assert_right(artifact, some, some)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "report"),
+    [
+        ("      cluster_arrive();\n      cluster_wait();\n", "", "may not have begun yet"),
+        ("    if (kCtas > 1) cluster_wait();\n", "", "the CTA's end is not ordered after the read"),
+    ],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_emulator_finds_missing_barriers_of_the_cluster(name: str, old: str, new: str, report: str) -> None:
+    some = lengths(2000, 90, 2)
+    artifact = built(name, old, new)
+    with pytest.raises(EmulatorError, match=report):
+        assert_right(artifact, some, some)
