@@ -40,6 +40,7 @@ class Sm90BackwardConfig(TileConfig):
     kv_stages: int = field(metadata={"short": "k"})  # K and V buffers each: the next tiles' arrive meanwhile
     held: str = field(metadata={"short": "h"})  # what of K and V registers hold, as A operands: "none", "v" or "kv"
     late_dq: bool = field(metadata={"short": "l"})  # dQ of a step is multiplied in the next one
+    early_dv: bool = field(metadata={"short": "e"})  # dV is multiplied before dP is there: P is packed before dS
 
     @property
     def warpgroups(self) -> int:
@@ -119,6 +120,12 @@ def early_lse(spec: KernelSpec, config: Sm90BackwardConfig) -> bool:
     return not config.late_dq and fragment_registers(spec, config) + config.block_m // 4 <= limit
 
 
+def stats_in_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> bool:
+    """Whether registers have room for what several columns have of lse and delta, as compiling shows."""
+    late_p = not config.early_dv and config.kv_stages > 1
+    return config.late_dq or late_p or early_lse(spec, config)
+
+
 def held_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     """Registers a thread for a warpgroup's rows of K and V, four for each 16 columns."""
     k, v = "k" in config.held, "v" in config.held
@@ -127,12 +134,20 @@ def held_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
 
 def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     """Registers a thread for accumulators and A fragments, where the most of them are alive: beside dK, dV and what is
-    held of K and V, S and dP with P packed, or dQ with P and dS packed. ``late_dq`` has dQ beside S and dP, ``overlap``
-    the packed dS of the step before. Near the limit two more count, as compiling shows, for the places of K and V where
-    these are the same in every tile.
+    held of K and V, S and dP, or dQ with P and dS packed.
+
+    ``early_dv`` has P packed beside S and dP, ``late_dq`` then dQ too, and ``overlap`` the packed dS of the step
+    before. Near the limit two more count, as compiling shows, for the places of K and V where these are the same in
+    every tile.
+
+    Without it, dQ of the step before is multiplied when S and dP are gone, and dP when the dS of the step before is. What
+    counts beside them, with and without ``overlap``, is what compiling shows.
     """
     kept = spec.head_dim // 2 + spec.head_dim_v // 2 + held_registers(spec, config)
     scores, packed, dq = config.block_m // 2, config.block_m // 4, dq_columns(spec, config) // 2
+    if not config.early_dv:
+        beside = 8 if not config.overlap else 40 if config.block_m == 64 else 16
+        return kept + max(2 * scores, dq + 2 * packed) + beside
     with_p = 2 * scores + packed
     most = with_p + dq if config.late_dq else max(with_p, dq + 2 * packed)
     if config.kv_stages == 1 and (config.late_dq or config.held == "kv"):
@@ -173,6 +188,7 @@ class Sm90BackwardSpace:
             "kv_stages": (2, 1, 3),
             "held": ("kv", "v", "none"),
             "late_dq": (True, False),
+            "early_dv": (True, False),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
@@ -208,11 +224,11 @@ class Sm90BackwardSpace:
         """128 keys, and what registers and shared memory have room for: first steps of 128 queries, a late dQ, then
         K and V in registers, then the overlap, then two buffers of K and V.
         """
-        wide_steps = Sm90BackwardConfig(128, 128, 2, 1, "bulk", False, 2, "kv", False)
+        wide_steps = Sm90BackwardConfig(128, 128, 2, 1, "bulk", False, 2, "kv", False, True)
         if self.rejection(spec, wide_steps) is None:
             return wide_steps
         for late, held, overlap, kv_stages in product((True, False), ("kv", "v", "none"), (True, False), (2, 1)):
-            config = Sm90BackwardConfig(64, 128, 3 if late else 2, 1, "bulk", overlap, kv_stages, held, late)
+            config = Sm90BackwardConfig(64, 128, 3 if late else 2, 1, "bulk", overlap, kv_stages, held, late, True)
             if self.rejection(spec, config) is None:
                 return config
         raise AssertionError(f"no default tile for {spec.name}")
@@ -236,7 +252,7 @@ class Sm90BackwardSpace:
             "dq_split": split,
             "dq_columns": columns,
             "early_lse": early_lse(spec, config),
-            "stats_type": "StatsInRegisters<kBlockM>" if config.late_dq or early_lse(spec, config) else "StatsInMemory",
+            "stats_type": "StatsInRegisters<kBlockM>" if stats_in_registers(spec, config) else "StatsInMemory",
             "dq_stages": dq_stages(spec, config),
             "dq_parts": 1 if split == "alternate" else config.warpgroups,
             "dq_part_bytes": 64 * columns * 4,

@@ -26,7 +26,7 @@ from jagtile.runtime.artifact import Artifact
 def config(
     dq: str, keys: int = 128, stages: int = 2, ctas: int = 1, kv: int = 1, **knobs: bool | int | str
 ) -> Sm90BackwardConfig:
-    return replace(Sm90BackwardConfig(64, keys, stages, ctas, dq, False, kv, "none", False), **knobs)
+    return replace(Sm90BackwardConfig(64, keys, stages, ctas, dq, False, kv, "none", False, True), **knobs)
 
 
 # Every mechanism of the template once.
@@ -41,6 +41,13 @@ CASES: tuple[tuple[str, Sm90BackwardConfig], ...] = (
     ("bwd_fp16_d32_causal", config("bulk", kv=2, held="v", block_m=128)),
     ("bwd_bf16_d64_causal", config("bulk", overlap=True, kv=2, held="kv")),
     ("bwd_bf16_d32", config("red", block_m=128)),
+    (
+        "bwd_bf16_d64_causal",
+        config("bulk", kv=2, block_m=128, overlap=True, late_dq=True, early_dv=False),
+    ),
+    ("bwd_bf16_d128_causal", config("bulk", late_dq=True, early_dv=False)),
+    ("bwd_fp16_d64", config("red", stages=3, kv=2, held="kv", overlap=True, late_dq=True, early_dv=False)),
+    ("bwd_bf16_d64", config("bulk", block_m=128, early_dv=False)),
 )
 LENGTHS = (0, 1, 63, 0, 65, 129)
 QUERIES, KEYS = (5, 0, 130, 1, 64, 140), (150, 70, 0, 1, 20, 70)
@@ -75,7 +82,7 @@ def test_gradients_match_the_oracle(name: str, tile: Sm90BackwardConfig) -> None
 
 
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
-@pytest.mark.parametrize("case", [CASES[2], CASES[8]], ids=lambda case: case[1].name)
+@pytest.mark.parametrize("case", [CASES[2], CASES[8], CASES[10], CASES[11]], ids=lambda case: case[1].name)
 def test_queries_without_keys_and_keys_without_queries(
     case: tuple[str, Sm90BackwardConfig], alignment: CausalAlignment
 ) -> None:
@@ -83,8 +90,10 @@ def test_queries_without_keys_and_keys_without_queries(
 
 
 def test_warpgroups_that_are_a_step_apart() -> None:
-    for seed in range(8):  # each under another schedule
-        assert_right(built(*CASES[0]), workload("bwd_bf16_d64", (200, 3), (300, 130), (2, 1)), seed, with_dlse=False)
+    for case in (CASES[0], CASES[10], CASES[12]):
+        for seed in range(8):  # each under another schedule
+            w = workload(case[0], (200, 3), (300, 130), (2, 1))
+            assert_right(built(*case), w, seed, with_dlse=False)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
@@ -104,6 +113,8 @@ def test_each_launch_makes_the_list_ready_for_the_next() -> None:
         config("red"),
         config("red", late_dq=True),
         config("bulk", kv=2, held="kv", late_dq=True),
+        config("bulk", kv=2, held="kv", block_m=128, overlap=True, late_dq=True, early_dv=False),
+        config("red", block_m=128, late_dq=True, early_dv=False),
     ],
     ids=lambda tile: tile.name,
 )
@@ -133,7 +144,7 @@ def test_in_order_additions_come_out_the_same_whatever_the_schedule(tile: Sm90Ba
 
 
 @pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
-@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[8]], ids=lambda case: case[1].name)
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[8], CASES[10], CASES[11]], ids=lambda case: case[1].name)
 def test_gradients_in_order_match_the_oracle(
     deterministic: None, case: tuple[str, Sm90BackwardConfig], alignment: CausalAlignment
 ) -> None:
@@ -173,7 +184,7 @@ def test_sums_are_for_queries_whose_keys_are_in_several_blocks(
 
 def test_tiles_with_and_without_sums_take_turns() -> None:
     lengths = (70, 300, 1, 129, 128, 260, 5, 64)
-    for case in (CASES[0], CASES[3], CASES[6], CASES[9]):
+    for case in (CASES[0], CASES[3], CASES[6], CASES[9], CASES[10], CASES[12]):
         assert_right(built(*case), workload(case[0], lengths, lengths, (3, 1)), with_dlse=False)
 
 

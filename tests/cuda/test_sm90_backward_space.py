@@ -24,7 +24,7 @@ from jagtile.runtime.errors import IllegalConfigError
 
 SPACE = Sm90BackwardSpace()
 D128 = KernelSpec.parse("bwd_bf16_d128")
-BASE = Sm90BackwardConfig(64, 128, 2, 1, "bulk", overlap=False, kv_stages=1, held="none", late_dq=False)
+BASE = Sm90BackwardConfig(64, 128, 2, 1, "bulk", overlap=False, kv_stages=1, held="none", late_dq=False, early_dv=True)
 SPECS = [
     KernelSpec.parse(name)
     for name in (
@@ -52,12 +52,12 @@ def test_every_spec_has_a_legal_default_of_128_keys(spec: KernelSpec) -> None:
 @pytest.mark.parametrize(
     ("name", "tile"),
     [
-        ("d32", "m128_n128_s2_c1_dbulk_o0_k2_hkv_l0"),
-        ("d64", "m64_n128_s3_c1_dbulk_o0_k2_hkv_l1"),
-        ("d72_dv40", "m64_n128_s3_c1_dbulk_o0_k2_hkv_l1"),
-        ("d96", "m64_n128_s2_c1_dbulk_o0_k1_hv_l0"),
-        ("d64_dv128", "m64_n128_s2_c1_dbulk_o0_k2_hv_l0"),
-        ("d128", "m64_n128_s2_c1_dbulk_o0_k1_hnone_l0"),
+        ("d32", "m128_n128_s2_c1_dbulk_o0_k2_hkv_l0_e1"),
+        ("d64", "m64_n128_s3_c1_dbulk_o0_k2_hkv_l1_e1"),
+        ("d72_dv40", "m64_n128_s3_c1_dbulk_o0_k2_hkv_l1_e1"),
+        ("d96", "m64_n128_s2_c1_dbulk_o0_k1_hv_l0_e1"),
+        ("d64_dv128", "m64_n128_s2_c1_dbulk_o0_k2_hv_l0_e1"),
+        ("d128", "m64_n128_s2_c1_dbulk_o0_k1_hnone_l0_e1"),
     ],
 )
 def test_the_default_takes_what_there_is_room_for(name: str, tile: str) -> None:
@@ -146,6 +146,9 @@ def test_registers_where_the_most_are_alive() -> None:
     held = replace(BASE, kv_stages=2, held="kv")
     assert fragment_registers(d64, held) == 32 + 32 + 32 + 32 + 16 + 16 + 16
     assert fragment_registers(d64, replace(held, late_dq=True)) == fragment_registers(d64, held) + 32  # dQ too
+    together = replace(BASE, block_m=128, early_dv=False)
+    assert fragment_registers(d64, together) == 32 + 32 + 64 + 64 + 8  # P and dS are packed when S and dP are done with
+    assert fragment_registers(d64, replace(together, late_dq=True)) == fragment_registers(d64, together)
 
 
 def test_names_parse_back() -> None:
@@ -168,7 +171,14 @@ def test_rendering_is_reproducible_and_as_reviewed(name: str) -> None:
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 @pytest.mark.parametrize(
-    "change", [{}, {"dq": "red"}, {"block_n": 64, "num_stages": 3}, {"kv_stages": 2, "held": "v", "late_dq": True}]
+    "change",
+    [
+        {},
+        {"dq": "red"},
+        {"block_n": 64, "num_stages": 3},
+        {"kv_stages": 2, "held": "v", "late_dq": True},
+        {"late_dq": True, "overlap": True, "early_dv": False},
+    ],
 )
 def test_rendered_lines_are_tidy(spec: KernelSpec, change: dict[str, int]) -> None:
     config = replace(SPACE.default(spec), **change)
@@ -185,7 +195,15 @@ def _matrix() -> list[Variant]:
     variants = [Variant("sm_90a", spec, SPACE.default(spec)) for spec in SPECS]
     others = [Variant("sm_90a", spec, rng.choice(legal_configs(SPACE, spec))) for spec in SPECS]
     wide_steps = replace(BASE, block_m=128, kv_stages=2, held="kv")
-    return [*variants, *others, Variant("sm_90a", KernelSpec.parse("bwd_fp16_d32_causal"), wide_steps)]
+    together = replace(BASE, block_m=128, kv_stages=2, overlap=True, late_dq=True, early_dv=False)
+    return [
+        *variants,
+        *others,
+        Variant("sm_90a", KernelSpec.parse("bwd_fp16_d32_causal"), wide_steps),
+        Variant("sm_90a", KernelSpec.parse("bwd_bf16_d64"), together),
+        Variant("sm_90a", KernelSpec.parse("bwd_fp16_d64_causal"), replace(together, overlap=False, kv_stages=1)),
+        Variant("sm_90a", D128, replace(BASE, late_dq=True, early_dv=False)),
+    ]
 
 
 @pytest.mark.nvcc

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cuda/include/fragments.cuh"
 #include "cuda/include/ptx.cuh"
 
 constexpr int kNoQuery = 1 << 30;  // the first query that sees a key which none sees
@@ -73,5 +74,18 @@ __device__ __forceinline__ void gradients_of_scores(float (&dp)[kRegisters], con
     dp[i + 1] = probabilities[i + 1] * (dp[i + 1] - offset.y);
     dp[i + 2] = probabilities[i + 2] * (dp[i + 2] - offset.x);
     dp[i + 3] = probabilities[i + 3] * (dp[i + 3] - offset.y);
+  }
+}
+
+// P and dS = P * (dP - delta), packed side by side: what they are made of is then needed no more, pair by pair.
+template <Pack kPack, int kSteps, typename Stats>
+__device__ __forceinline__ void pack_gradients(uint32_t (&probabilities)[kSteps][4], uint32_t (&ds)[kSteps][4],
+                                               const float (&p)[8 * kSteps], const float (&dp)[8 * kSteps],
+                                               const Stats& delta) {
+#pragma unroll
+  for (int i = 0; i < 4 * kSteps; ++i) {
+    const float2 offset = delta[i / 2];
+    ds[i / 4][i % 4] = kPack(p[2 * i] * (dp[2 * i] - offset.x), p[2 * i + 1] * (dp[2 * i + 1] - offset.y));
+    probabilities[i / 4][i % 4] = kPack(p[2 * i], p[2 * i + 1]);
   }
 }
