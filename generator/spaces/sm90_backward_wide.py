@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import ClassVar, NamedTuple, cast
 
 from jagtile.generator.spaces.sm90 import (
@@ -27,6 +28,7 @@ MAX_REGISTERS = 256
 # Registers a thread beside its accumulators with which ptxas 13.0 neither serialises wgmma (C7512) nor spills, of the
 # cases that the grid has: 200 accumulators fit 232 registers, 224 fit 256, 224 don't fit 232.
 SPARE_REGISTERS = 32
+DS_SPARE_REGISTERS = 8  # and so many more beside packed dS
 
 
 @dataclass(frozen=True, order=True)
@@ -38,10 +40,7 @@ class Sm90BackwardWideConfig(TileConfig):
     q_stages: int = field(metadata={"short": "q"})  # Q buffers
     dout_stages: int = field(metadata={"short": "o"})  # dO buffers
     dq_panels: int = field(metadata={"short": "d"})  # panels of dQ that dV's warpgroup makes; the rest are dK's
-
-
-# (block_n, q_stages, dout_stages), the most keys first: the more, the fewer additions to dQ. The last is always legal.
-_DEFAULT_TILES = ((112, 2, 2), (112, 2, 1), (96, 2, 2), (96, 2, 1), (80, 2, 2), (80, 2, 1))
+    dq: str = field(metadata={"short": "a"})  # how dQ is added up: "bulk" through shared memory, "red" from registers
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,18 @@ class SmemLayout:
     q_bytes: int
     dout_bytes: int
     p_bytes: int
+    dq_bytes: int
     control_bytes: int
+
+    @property
+    def dq_begin(self) -> int:
+        """Where dQ begins."""
+        return self.k_bytes + self.v_bytes + self.q_bytes + self.dout_bytes + 2 * self.p_bytes
 
     @property
     def control_begin(self) -> int:
         """Where tiles and barriers begin."""
-        return self.k_bytes + self.v_bytes + self.q_bytes + self.dout_bytes + 2 * self.p_bytes
+        return self.dq_begin + self.dq_bytes
 
     @property
     def total(self) -> int:
@@ -67,16 +72,32 @@ class SmemLayout:
 
 
 def smem_layout(spec: KernelSpec, config: Sm90BackwardWideConfig) -> SmemLayout:
-    """The regions' sizes: panels of 64 columns (128 bytes)."""
+    """The regions' sizes: panels of 64 columns (128 bytes), and dQ's buffers in what is left."""
     k_panels, v_panels = panel_count(spec.head_dim), panel_count(spec.head_dim_v)
-    return SmemLayout(
+    without_dq = SmemLayout(
         k_bytes=config.block_n * k_panels * 128,
         v_bytes=config.block_n * v_panels * 128,
         q_bytes=config.q_stages * BLOCK_M * k_panels * 128,
         dout_bytes=config.dout_stages * BLOCK_M * v_panels * 128,
         p_bytes=BLOCK_M * panel_count(config.block_n) * 128,
+        dq_bytes=0,
         control_bytes=CONTROL_BYTES,
     )
+    if config.dq == "red":
+        return without_dq
+    # More buffers than panels would be of no use: dS of the next step comes after this one's panels.
+    fit = max(SMEM_BYTES - without_dq.total, 0) // dq_panel_bytes(spec)
+    return replace(without_dq, dq_bytes=min(fit, max(2, k_panels)) * dq_panel_bytes(spec))
+
+
+def dq_panel_bytes(spec: KernelSpec) -> int:
+    """A panel of a step's dQ, float32."""
+    return BLOCK_M * min(64, spec.head_dim) * 4
+
+
+def dq_stages(spec: KernelSpec, config: Sm90BackwardWideConfig) -> int:
+    """Buffers of dQ's panels."""
+    return smem_layout(spec, config).dq_bytes // dq_panel_bytes(spec)
 
 
 class PerWarpgroup(NamedTuple):
@@ -86,13 +107,21 @@ class PerWarpgroup(NamedTuple):
     dk: int
 
 
-def accumulators(spec: KernelSpec, config: Sm90BackwardWideConfig) -> PerWarpgroup:
-    """Accumulators a thread: dV or dK, and S or dP or a panel of dQ, whichever is larger."""
+def accumulators(
+    spec: KernelSpec, config: Sm90BackwardWideConfig, *, with_ds: bool | None = None
+) -> PerWarpgroup:
+    """Accumulators a thread: dV or dK, and S or dP or a panel of dQ, whichever is larger; packed dS beside the latter."""
     block, dq = config.block_n // 2, min(64, spec.head_dim) // 2
+    with_ds = ds_in_registers(spec, config) if with_ds is None else with_ds
     return PerWarpgroup(
         dv=panel_count(spec.head_dim_v) * block + max(block, dq if config.dq_panels else 0),
-        dk=panel_count(spec.head_dim) * block + max(block, dq),
+        dk=panel_count(spec.head_dim) * block + max(block, dq + (block // 2 + DS_SPARE_REGISTERS if with_ds else 0)),
     )
+
+
+def ds_in_registers(spec: KernelSpec, config: Sm90BackwardWideConfig) -> bool:
+    """Whether dK's warpgroup, where it makes all of dQ, has room for dS as A fragments."""
+    return not config.dq_panels and math_registers(accumulators(spec, config, with_ds=True)) is not None
 
 
 def math_registers(needed: PerWarpgroup) -> PerWarpgroup | None:
@@ -108,7 +137,7 @@ def math_registers(needed: PerWarpgroup) -> PerWarpgroup | None:
 
 
 def _dq_adders(config: Sm90BackwardWideConfig) -> int:
-    """Warpgroups that add to a block's dQ."""
+    """Warpgroups, or the warp, that add to a block's dQ."""
     return 2 if config.dq_panels else 1
 
 
@@ -154,6 +183,7 @@ class Sm90BackwardWideSpace:
             "q_stages": (2, 3),
             "dout_stages": (2, 1, 3),
             "dq_panels": tuple(sorted(range(panel_count(spec.head_dim)), key=lambda count: abs(count - _even(spec)))),
+            "dq": ("bulk", "red"),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
@@ -168,7 +198,13 @@ class Sm90BackwardWideSpace:
             )
         if not 0 <= config.dq_panels < panel_count(spec.head_dim):
             return f"dq_panels must leave one of {panel_count(spec.head_dim)} to dK's warpgroup, got {config.dq_panels}"
+        if config.dq not in ("bulk", "red"):
+            return f"dq must be bulk or red, got {config.dq}"
+        if config.dq == "bulk" and config.dq_panels:
+            return f"with dq bulk dK's warpgroup hands all of dQ over: dq_panels must be 0, got {config.dq_panels}"
         smem = smem_layout(spec, config).total
+        if config.dq == "bulk" and not dq_stages(spec, config):
+            smem += dq_panel_bytes(spec)
         if smem > SMEM_BYTES:
             return f"shared memory {smem} B > {SMEM_BYTES} B"
         needed = accumulators(spec, config)
@@ -185,10 +221,10 @@ class Sm90BackwardWideSpace:
         return None
 
     def default(self, spec: KernelSpec) -> TileConfig:
-        """The most keys that fit (docs/hopper-backward.md)."""
-        for block_n, q_stages, dout_stages in _DEFAULT_TILES:
-            config = Sm90BackwardWideConfig(block_n, q_stages, dout_stages, _even(spec))
-            if self.rejection(spec, config) is None:
+        """The most keys that fit; with them bulk additions through two buffers or more (docs/hopper-backward.md)."""
+        for block_n, dq, dout_stages in product((112, 96, 80), ("bulk", "red"), (2, 1)):
+            config = Sm90BackwardWideConfig(block_n, 2, dout_stages, 0 if dq == "bulk" else _even(spec), dq)
+            if self.rejection(spec, config) is None and (dq == "red" or dq_stages(spec, config) > 1):
                 return config
         raise AssertionError(f"no default tile for {spec.name}")
 
@@ -209,6 +245,9 @@ class Sm90BackwardWideSpace:
             "dq_widths": sorted(set(dq_columns), reverse=True),
             "dq_with_dk": _dq_with_dk(spec, config),
             "dq_adders": _dq_adders(config),
+            "dq_panel_bytes": dq_panel_bytes(spec),
+            "dq_stages": dq_stages(spec, config),
+            "ds_in_registers": ds_in_registers(spec, config),
             "element": ELEMENT[spec.dtype],
             "pack": f"pack_{spec.dtype}",
             "loader_registers": LOADER_REGISTERS,

@@ -12,32 +12,39 @@ from emulator.backward_checks import assert_right, backward
 
 from jagtile.generator.oracle import errors
 from jagtile.generator.oracle_gradients import gradient_tolerance, reference_gradients
-from jagtile.generator.spaces.sm90_backward_wide import Sm90BackwardWideConfig, Sm90BackwardWideSpace
+from jagtile.generator.spaces.sm90_backward_wide import Sm90BackwardWideSpace
 from jagtile.generator.spec import KernelSpec
-from jagtile.generator.tile import Variant
+from jagtile.generator.tile import Knob, Variant, config_from_dict
 from jagtile.generator.workloads import Workload
 from jagtile.runtime.artifact import Artifact
 
 # Every mechanism of the template once: (spec, what differs from its default config).
-CASES: tuple[tuple[str, dict[str, int]], ...] = (
+CASES: tuple[tuple[str, dict[str, Knob]], ...] = (
     ("bwd_bf16_d256", {}),
-    ("bwd_bf16_d192_causal", {"dout_stages": 1, "dq_panels": 0}),
-    ("bwd_fp16_d192_dv128_causal", {}),
+    ("bwd_bf16_d256_causal", {"dq_panels": 0, "dq": "bulk"}),  # one buffer, dS in shared memory
+    ("bwd_bf16_d192", {}),  # a buffer each panel, dS in registers
+    ("bwd_bf16_d192_causal", {"dq_panels": 0, "dq": "red"}),
+    ("bwd_fp16_d192_dv128_causal", {}),  # two buffers
     ("bwd_bf16_d136_dv200_causal", {"block_n": 32, "q_stages": 3}),  # panels that are not full, pieces of 8 columns
+    ("bwd_bf16_d136_dv200_causal", {"block_n": 32, "q_stages": 3, "dq_panels": 1, "dq": "red"}),
+    ("bwd_fp16_d40_dv256", {}),  # one panel, narrower than 64 columns
 )
 EDGES = (0, 1, 63, 64, 65, 0, 129)
 
 
+def case_id(part: str | dict[str, Knob]) -> str:
+    return part if isinstance(part, str) else "-".join(part) or "default"
+
+
 @cache
-def built(name: str, change: tuple[tuple[str, int], ...] = ()) -> Artifact:
+def built(name: str, change: tuple[tuple[str, Knob], ...] = ()) -> Artifact:
     spec = KernelSpec.parse(name)
     base = Sm90BackwardWideSpace().default(spec).to_dict()
-    base.pop("algorithm")
-    return kernels.artifact(Variant("sm_90a", spec, Sm90BackwardWideConfig(**{**base, **dict(change)})))
+    return kernels.artifact(Variant("sm_90a", spec, config_from_dict("sm_90a", {**base, **dict(change)})))
 
 
-@pytest.mark.parametrize(("name", "change"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(x) or "default")
-def test_gradients_match_the_oracle(name: str, change: dict[str, int]) -> None:
+@pytest.mark.parametrize(("name", "change"), CASES, ids=case_id)
+def test_gradients_match_the_oracle(name: str, change: dict[str, Knob]) -> None:
     spec = KernelSpec.parse(name)
     kind = (spec.head_dim, spec.head_dim_v, spec.causal)
     artifact = built(name, tuple(change.items()))
@@ -55,16 +62,16 @@ def test_any_scale(scale: float) -> None:
     assert_right(built("bwd_fp16_d192_dv128_causal"), w, scale=scale, with_dlse=False)
 
 
-@pytest.mark.parametrize("name", ["bwd_bf16_d256", "bwd_fp16_d192_dv128_causal"])
-def test_deterministic_gradients_are_bitwise_equal_under_any_schedule(name: str) -> None:
-    spec = KernelSpec.parse(name)
+@pytest.mark.parametrize(("name", "change"), CASES[:5], ids=case_id)
+def test_deterministic_gradients_are_bitwise_equal_under_any_schedule(name: str, change: dict[str, Knob]) -> None:
+    spec, artifact = KernelSpec.parse(name), built(name, tuple(change.items()))
     w = Workload("several key blocks", (130, 70, 66), (200, 0, 230), 2, 1, spec.head_dim, spec.head_dim_v, spec.causal)
     b = w.make("cpu", spec.dtype, 9)
     dout = torch.randn((w.total_q, w.num_heads, w.head_dim_v), generator=torch.Generator().manual_seed(9)).to(b.q.dtype)
     torch.use_deterministic_algorithms(True)
     try:
-        first, second = (backward(built(name), w, b, dout, processors=processors) for processors in (2, 5))
-        assert_right(built(name), w)
+        first, second = (backward(artifact, w, b, dout, processors=processors) for processors in (2, 5))
+        assert_right(artifact, w)
     finally:
         torch.use_deterministic_algorithms(False)
     for one, other in zip(first, second, strict=True):

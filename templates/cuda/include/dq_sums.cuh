@@ -87,6 +87,27 @@ __device__ __forceinline__ void add_panel(const float (&dq)[kRegisters], float* 
   if (row + 8 < length) for_each_piece<kColumns, kFirst>(dq, 1, quad, swap, AddPieces{at + 8 * kColumns});
 }
 
+// A thread's accumulators of one row, stored to the row.
+struct StagePieces {
+  float* row;
+  __device__ __forceinline__ void operator()(int lane_place, int place, float a, float b, float c, float d) const {
+    *reinterpret_cast<float4*>(row + lane_place + place) = {a, b, c, d};
+  }
+  __device__ __forceinline__ void operator()(int lane_place, int place, float a, float b) const {
+    *reinterpret_cast<float2*>(row + lane_place + place) = {a, b};
+  }
+};
+
+// A panel of a warpgroup's dQ into shared memory, as its sums are; `row` is the thread's upper row among the 64, `token` that
+// row's token.
+template <typename Sums, int kPanel, int kFirst, int kRegisters>
+__device__ __forceinline__ void stage_sums(const float (&dq)[kRegisters], float* panel, int row, int quad, int token) {
+  constexpr int kColumns = Sums::columns(kPanel);
+  const int swap = Sums::group_swap(kPanel, token);
+  for_each_piece<kColumns, kFirst>(dq, 0, quad, swap, StagePieces{panel + row * kColumns});
+  for_each_piece<kColumns, kFirst>(dq, 1, quad, swap, StagePieces{panel + (row + 8) * kColumns});
+}
+
 // A thread's accumulators of one row, scaled and packed, into the row of dq.
 template <Pack kPack>
 struct WritePieces {

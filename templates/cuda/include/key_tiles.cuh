@@ -45,11 +45,12 @@ __device__ __forceinline__ void claim_key_tile(Tile& tile, const Claims& claims,
   reinterpret_cast<int4*>(&tile.item)[1] = from[1];
 }
 
-// Fills the ring of `control` with this CTA's tiles, in one lane of a warp. Each is claimed when the last queries of the one
-// before are on their way, no sooner: tiles that are neighbours in the order of work read the same from L2 only if they start
-// together, and where additions have an order others would wait for a tile that nobody works on.
-template <int kBlockN, typename Control>
-__device__ __forceinline__ void claim_key_tiles(Control& control) {
+// Fills the ring of `control` with this CTA's tiles, in one lane of a warp, and calls load(item, kv head) for each. Each is
+// claimed when the last queries of the one before are on their way, no sooner: tiles that are neighbours in the order of work
+// read the same from L2 only if they start together, and where additions have an order others would wait for a tile that
+// nobody works on.
+template <int kBlockN, typename Control, typename Load>
+__device__ __forceinline__ void claim_key_tiles(Control& control, Load load) {
   const Claims& claims = control.claims;
   RingPosition<sizeof(control.tiles) / sizeof(Tile)> at;
   RingPosition<1> loaded_at;
@@ -64,10 +65,17 @@ __device__ __forceinline__ void claim_key_tiles(Control& control) {
     }
     claim_key_tile<kBlockN>(claimed, claims, tile);
     control.tile.arrive_full(at);
+    load(claimed.item, claimed.head);
     control.loaded.wait_full(loaded_at);
     loaded_at.advance();
   }
   rewind_work_list(claims.list);
+}
+
+// Likewise, where another warp loads all of the tile.
+template <int kBlockN, typename Control>
+__device__ __forceinline__ void claim_key_tiles(Control& control) {
+  claim_key_tiles<kBlockN>(control, [](const WorkItem&, int) {});
 }
 
 template <int kTilePanels, int kPanelBytes>

@@ -18,6 +18,11 @@ struct RingPosition {
     }
   }
 
+  // The place after `count` advances, for who has few registers and counts anyway.
+  __device__ __forceinline__ static RingPosition after(uint32_t count) {
+    return {static_cast<int>(count % kSlots), count / kSlots % 2};
+  }
+
   // Up to once round the ring.
   __device__ __forceinline__ void advance_by(int steps) {
     slot += steps;
