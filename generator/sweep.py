@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import click
@@ -93,7 +94,7 @@ def _sweep(
 
 def values_of(config: TileConfig) -> tuple[Knob, ...]:
     """The values of a config's knobs, in order."""
-    return tuple(value for name, value in config.to_dict().items() if name != "algorithm")
+    return tuple(getattr(config, knob.name) for knob in fields(config))
 
 
 def _time(record: TuningRecord, control: str, reference: float) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from functools import cached_property
 from typing import ClassVar, Protocol, cast
 
@@ -22,20 +22,25 @@ Knob = int | str | bool
 class TileConfig:
     """Base of all tile configs. Each field is a knob with a small finite domain; ``short`` metadata names it.
 
-    ``name`` is canonical and can be parsed back: ``persistent_m128_n128_s2``.
+    ``name`` is canonical and can be parsed back: ``persistent_m128_n128_s2``. A knob at its default, if it has one, is
+    left out of names and records: those from before the knob existed mean what they meant.
     """
 
     algorithm: ClassVar[str]
 
     @property
     def name(self) -> str:
-        """Canonical name: the algorithm and every knob, in field order."""
-        knobs = (f"{f.metadata['short']}{_text(getattr(self, f.name))}" for f in fields(self))
+        """Canonical name: the algorithm and every knob that is said, in field order."""
+        knobs = (f"{f.metadata['short']}{_text(getattr(self, f.name))}" for f in self._said())
         return "_".join((self.algorithm, *knobs))
 
     def to_dict(self) -> dict[str, Knob]:
         """The config as plain JSON values, the algorithm included."""
-        return {"algorithm": self.algorithm, **{f.name: getattr(self, f.name) for f in fields(self)}}
+        return {"algorithm": self.algorithm, **{f.name: getattr(self, f.name) for f in self._said()}}
+
+    def _said(self) -> list[Field[Knob]]:
+        """The fields that are not at their default; most have none."""
+        return [f for f in fields(self) if f.default is MISSING or getattr(self, f.name) != f.default]
 
 
 def _text(value: Knob) -> str:
@@ -181,9 +186,10 @@ def config_from_dict(target: str, values: Mapping[str, object]) -> TileConfig:
     space = space_for(target, str(values.get("algorithm")))
     wanted = {f.name: type_name for f in fields(space.config_type) for type_name in (str(f.type),)}
     given = {name: value for name, value in values.items() if name != "algorithm"}
-    if wanted.keys() != given.keys():
-        unlike = ", ".join(sorted(wanted.keys() ^ given.keys()))
-        raise ValueError(f"{target}/{space.algorithm} has the knobs {', '.join(wanted)}; missing or unknown: {unlike}")
+    optional = {f.name for f in fields(space.config_type) if f.default is not MISSING}
+    if unlike := (wanted.keys() ^ given.keys()) - (optional - given.keys()):
+        listed = ", ".join(sorted(unlike))
+        raise ValueError(f"{target}/{space.algorithm} has the knobs {', '.join(wanted)}; missing or unknown: {listed}")
     for name, value in given.items():
         if type(value).__name__ != wanted[name]:
             raise ValueError(f"{target}/{space.algorithm}: {name} must be {wanted[name]}, got {value!r}")
@@ -197,17 +203,22 @@ def parse_config(target: str, name: str) -> TileConfig:
     values: dict[str, Knob] = {}
     parts = rest.split("_") if rest else []
     all_fields = fields(space.config_type)
-    if len(parts) == len(all_fields):
-        for field, part in zip(all_fields, parts, strict=True):
-            short = str(field.metadata["short"])
-            if not part.startswith(short):
-                break
-            text = part[len(short) :]
+    for field in all_fields:
+        short = str(field.metadata["short"])
+        if parts and parts[0].startswith(short):
+            text = parts.pop(0)[len(short) :]
             values[field.name] = text if field.type == "str" else bool(int(text)) if field.type == "bool" else int(text)
-    if len(values) != len(all_fields):
-        form = "_".join((algorithm, *(f"{f.metadata['short']}<{f.name}>" for f in all_fields)))
-        raise ValueError(f"config {name!r} is not of the form {form}")
+        elif field.default is MISSING:
+            break
+    if parts or any(f.default is MISSING and f.name not in values for f in all_fields):
+        raise ValueError(f"config {name!r} is not of the form {'_'.join((algorithm, *map(_form, all_fields)))}")
     return space.config_type(**values)
+
+
+def _form(knob: Field[Knob]) -> str:
+    """How a name says a knob, in brackets where it may leave it out."""
+    text = f"{knob.metadata['short']}<{knob.name}>"
+    return text if knob.default is MISSING else f"[{text}]"
 
 
 def all_configs(space: Space, spec: KernelSpec) -> Iterator[TileConfig]:

@@ -35,6 +35,9 @@ ROW_REGISTERS = {(1, 1): (56, 256), (1, 2): (56, 200), (1, 3): (56, 104), (2, 1)
 ROW_FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 160, (1, 3): 72, (2, 1): 184, (3, 1): 124}
 # With few registers at launch ptxas refuses (C7602) an instruction of more accumulators, whatever setmaxnreg adds.
 INSTRUCTION_LIMIT = {(1, 1): 128, (1, 2): 96, (1, 3): 48, (1, 4): 32, (2, 1): 128, (3, 1): 96, (4, 1): 64}
+# staged: O leaves through the Q buffer, by TMA. direct: from registers, and the Q buffer is handed back before the last
+# product.
+EPILOGUES = ("staged", "direct")
 
 
 @dataclass(frozen=True, order=True)
@@ -47,6 +50,7 @@ class Sm90ForwardConfig(TileConfig):
     num_stages: int = field(metadata={"short": "s"})  # K and V buffers each
     q_stages: int = field(metadata={"short": "q"})  # Q buffers a warpgroup; with 2 its epilogue overlaps the next tile
     ctas_per_sm: int = field(metadata={"short": "c"})
+    epilogue: str = field(default="staged", metadata={"short": "e"})  # a tile's end: one of EPILOGUES
 
     @property
     def warpgroups(self) -> int:
@@ -142,6 +146,7 @@ class Sm90ForwardSpace:
             "num_stages": (2, 3, 4),
             "q_stages": (1, 2),
             "ctas_per_sm": (1, 2, 3, 4),
+            "epilogue": EPILOGUES,
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
@@ -156,6 +161,10 @@ class Sm90ForwardSpace:
             return f"{config.ctas_per_sm} CTAs an SM with block_m {config.block_m} need more than 64K registers"
         if config.num_stages < 2 or config.q_stages not in (1, 2):
             return f"num_stages must be at least 2 and q_stages 1 or 2, got {config.num_stages} and {config.q_stages}"
+        if config.epilogue not in EPILOGUES:
+            return f"epilogue must be one of {', '.join(EPILOGUES)}, got {config.epilogue!r}"
+        if config.epilogue != "staged" and by_rows(spec):
+            return f"epilogue {config.epilogue}: rows that TMA cannot address leave from registers as it is"
         smem = smem_layout(spec, config).total
         room = smem_room(config.ctas_per_sm)
         if smem > room:
@@ -214,6 +223,7 @@ class Sm90ForwardSpace:
             "ctas_per_sm": config.ctas_per_sm,
             "causal": int(spec.causal),
             "by_rows": int(by_rows(spec)),
+            "out_rows": int(config.epilogue != "staged"),
         }
 
     def compile_flags(self, spec: KernelSpec, config: TileConfig) -> tuple[str, ...]:

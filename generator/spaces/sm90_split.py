@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from jagtile.generator.spaces.sm90 import tma_rejection
 from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig, Sm90ForwardSpace
@@ -48,7 +48,15 @@ class Sm90SplitSpace(Sm90ForwardSpace):
             "block_m": (128, 64, 192),
             "block_n": (128, 64, 96, 32, 80, 112, 48, 160, 192),
             "num_stages": (3, 2, 4, 6),
+            "epilogue": ("staged",),
         }
+
+    def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
+        """As the persistent forward's; the sum of the pieces of a tile's keys leaves through the Q buffer."""
+        epilogue = cast(Sm90SplitConfig, config).epilogue
+        if epilogue != "staged":
+            return f"epilogue must be staged where keys are split, got {epilogue!r}"
+        return super().rejection(spec, config)
 
     def default(self, spec: KernelSpec) -> TileConfig:
         """The first legal one of a few tiles with much memory in flight (docs/performance-log.md, section 16)."""

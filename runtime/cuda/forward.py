@@ -11,7 +11,7 @@ from jagtile.runtime.cuda import driver, params, tensor_map, work_list
 from jagtile.runtime.cuda.block import ParameterBlock
 from jagtile.runtime.cuda.head_packs import ROWS, HeadPacks, packed, unpacked
 from jagtile.runtime.cuda.list_builder import ListBuilder
-from jagtile.runtime.cuda.operands import fill_maps, fill_rows, forward_copies
+from jagtile.runtime.cuda.operands import fill_maps, fill_out_rows, fill_rows, forward_copies
 from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
 
@@ -43,6 +43,7 @@ class CudaForwardKernel:
         self._threads, self._smem = launch["num_threads"], launch["smem_bytes"]
         self._causal = launch["causal"]
         self._by_rows = launch.get("by_rows", 0)  # rows are copied without tensor maps
+        self._out_rows = launch.get("out_rows", 0)  # out is stored from registers
         self._partial_bytes = launch.get("partial_bytes", 0)  # the result of one piece of keys, where keys are split
         self._dtype = self.meta.spec.split("_")[1]
         self._slots = torch.cuda.get_device_properties(self._device).multi_processor_count * launch["ctas_per_sm"]
@@ -87,6 +88,8 @@ class CudaForwardKernel:
         elif not fill_maps(block, map_cache, q, k, v, out):
             forward_copies(self.forward, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
             return
+        if self._out_rows:
+            fill_out_rows(block, out)
 
         stream: int = torch._C._cuda_getCurrentRawStream(self._device)
         key = (*list_key, bottom_right, stream)

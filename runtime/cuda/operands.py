@@ -45,6 +45,12 @@ def fill_rows(block: ParameterBlock, q: torch.Tensor, k: torch.Tensor, v: torch.
     )
 
 
+def fill_out_rows(block: ParameterBlock, out: torch.Tensor) -> None:
+    """As ``fill_rows``, of ``out`` alone, for kernels that store it from registers."""
+    token, head, _ = out.stride()
+    params.OUT_ROWS.pack_into(block.data, params.OUT_ROWS_OFFSET, out.data_ptr(), _BYTES * token, _BYTES * head)
+
+
 def forward_copies(
     forward: Callable[..., None],
     q: torch.Tensor,

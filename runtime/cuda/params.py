@@ -29,10 +29,13 @@ SPLIT_POINTERS = ("partials",)
 SPLIT_SCALARS = struct.Struct(f"<{len(SPLIT_INTEGERS)}i{len(SPLIT_POINTERS)}Q")
 SPLIT_OFFSET = SCALARS_OFFSET + SCALARS.size
 
-# In place of the maps, for kernels that copy rows themselves: each tensor's address and two strides in bytes.
+# In place of the maps, for kernels that copy rows themselves: each tensor's address and two strides in bytes. The last
+# one also for kernels that store out from registers.
 ROW_TENSORS = ("q", "k", "v", "out")
 ROWS = struct.Struct(f"<{3 * len(ROW_TENSORS)}Q")
 ROWS_OFFSET = SPLIT_OFFSET + SPLIT_SCALARS.size
+OUT_ROWS = struct.Struct("<3Q")
+OUT_ROWS_OFFSET = ROWS_OFFSET + ROWS.size - OUT_ROWS.size
 BLOCK_BYTES = -(-(ROWS_OFFSET + ROWS.size) // 64) * 64
 
 WORK_LIST_HEADER_BYTES = 64

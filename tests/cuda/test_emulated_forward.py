@@ -21,7 +21,7 @@ from jagtile.runtime import cuda
 from jagtile.runtime.artifact import Artifact
 
 # Every mechanism of the template once: (spec, what differs from its default config).
-CASES: tuple[tuple[str, dict[str, int]], ...] = (
+CASES: tuple[tuple[str, dict[str, int | str]], ...] = (
     ("fwd_bf16_d64", {}),
     ("fwd_bf16_d64_causal", {"block_m": 64, "block_n": 32, "ctas_per_sm": 2, "q_stages": 2}),
     ("fwd_bf16_d128_causal", {"block_n": 64, "q_stages": 2}),
@@ -29,6 +29,9 @@ CASES: tuple[tuple[str, dict[str, int]], ...] = (
     ("fwd_bf16_d32_causal", {"block_m": 256, "block_n": 16, "num_stages": 3}),
     ("fwd_fp16_d64_dv128", {"block_m": 64, "block_n": 32, "q_stages": 1}),
     ("fwd_bf16_d256", {}),
+    ("fwd_bf16_d256_causal", {"block_n": 32, "q_stages": 1, "epilogue": "direct"}),
+    ("fwd_fp16_d72_causal", {"block_m": 192, "block_n": 48, "q_stages": 1, "epilogue": "direct"}),
+    ("fwd_bf16_d32_dv8", {"block_m": 64, "block_n": 32, "ctas_per_sm": 2, "q_stages": 1, "epilogue": "direct"}),
     # Rows that TMA cannot address: pieces of 4, 8 and 16 bytes, rows that begin in the middle of a word.
     ("fwd_bf16_d1", {}),
     ("fwd_fp16_d33_causal", {"block_m": 64, "block_n": 32, "ctas_per_sm": 2, "q_stages": 1}),
@@ -41,7 +44,7 @@ _seeds = itertools.count(1)  # no two runs share a schedule
 
 
 @cache
-def built(name: str, change: tuple[tuple[str, int], ...]) -> Artifact:
+def built(name: str, change: tuple[tuple[str, int | str], ...]) -> Artifact:
     spec = KernelSpec.parse(name)
     base = Sm90ForwardSpace().default(spec).to_dict()
     base.pop("algorithm")
@@ -84,7 +87,7 @@ def assert_right(artifact: Artifact, w: Workload, b: JaggedBatch, scale: float =
 
 
 @pytest.mark.parametrize(("name", "change"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(x) or "default")
-def test_numbers_match_the_oracle(name: str, change: dict[str, int]) -> None:
+def test_numbers_match_the_oracle(name: str, change: dict[str, int | str]) -> None:
     artifact = built(name, tuple(change.items()))
     spec = KernelSpec.parse(name)
     kind = (spec.head_dim, spec.head_dim_v, spec.causal)

@@ -14,7 +14,7 @@ from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig, Sm90Forward
 from jagtile.generator.spaces.sm90_packed import Sm90PackedSpace
 from jagtile.generator.spaces.sm90_split import Sm90SplitSpace
 from jagtile.generator.spec import KernelSpec
-from jagtile.generator.tile import Variant, config_from_dict, legal_configs
+from jagtile.generator.tile import Variant, config_from_dict, legal_configs, parse_config
 from jagtile.runtime.errors import IllegalConfigError
 
 SPACE = Sm90ForwardSpace()
@@ -63,9 +63,10 @@ def test_every_spec_has_a_legal_default(spec: KernelSpec) -> None:
         ({"block_m": 192}, "160 registers a thread > 132"),
         ({"block_n": 208, "num_stages": 1}, "num_stages"),
         ({"block_m": 64, "ctas_per_sm": 2}, "shared memory"),
+        ({"epilogue": "late"}, "epilogue must be one of"),
     ],
 )
-def test_an_illegal_tile_is_refused_with_its_arithmetic(change: dict[str, int], reason: str) -> None:
+def test_an_illegal_tile_is_refused_with_its_arithmetic(change: dict[str, int | str], reason: str) -> None:
     config = replace(BASE, **change)
     rejection = SPACE.rejection(D128, config)
     assert rejection is not None
@@ -131,6 +132,21 @@ def test_names_parse_back() -> None:
         variant = Variant("sm_90a", D128, config)
         assert Variant.parse(variant.name) == variant
         assert config_from_dict("sm_90a", config.to_dict()) == config
+
+
+def test_an_epilogue_that_is_not_named_is_the_first_there_was() -> None:
+    assert parse_config("sm_90a", "persistent_m128_n128_s2_q1_c1") == BASE
+    assert config_from_dict("sm_90a", BASE.to_dict()) == BASE
+    direct = replace(BASE, epilogue="direct")
+    assert parse_config("sm_90a", "persistent_m128_n128_s2_q1_c1_edirect") == direct
+    assert config_from_dict("sm_90a", {**BASE.to_dict(), "epilogue": "direct"}) == direct
+    for name in ("persistent_m128_n128_s2_q1", "persistent_m128_n128_s2_q1_c1_x1", "persistent_m128_edirect"):
+        with pytest.raises(ValueError, match=r"not of the form persistent_.*_c<ctas_per_sm>_\[e<epilogue>\]"):
+            parse_config("sm_90a", name)
+
+
+def test_rows_that_are_stored_from_registers_anyway_have_one_epilogue() -> None:
+    assert "as it is" in str(SPACE.rejection(KernelSpec.parse("fwd_bf16_d33"), replace(BASE, epilogue="direct")))
 
 
 @pytest.mark.parametrize("name", ["fwd_bf16_d128_causal", "fwd_fp16_d33_causal"])

@@ -61,6 +61,8 @@ MECHANISMS = {
     "two CTAs an SM": {"block_m": 64, "block_n": 32, "ctas_per_sm": 2, "q_stages": 2},
     "three CTAs an SM": {"block_m": 64, "block_n": 48, "num_stages": 2, "ctas_per_sm": 3, "q_stages": 2},
     "four CTAs an SM": {"block_m": 64, "block_n": 32, "num_stages": 2, "ctas_per_sm": 4, "q_stages": 1},
+    "O from registers": {"q_stages": 1, "epilogue": "direct"},
+    "O from registers, three math warpgroups": {"block_m": 192, "block_n": 48, "q_stages": 1, "epilogue": "direct"},
     SPLIT: {},
     f"{SPLIT}, one math warpgroup": {"block_m": 64, "block_n": 32, "num_stages": 3},
     f"{SPLIT}, two CTAs an SM": {"block_m": 64, "block_n": 32, "num_stages": 2, "ctas_per_sm": 2, "q_stages": 2},

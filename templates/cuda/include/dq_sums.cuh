@@ -29,17 +29,6 @@ struct DqSums {
   }
 };
 
-// Four neighbouring columns, packed, of the group that this lane and the one beside it have four each of: the even lane gets
-// those of the lower half, the odd one those of the upper half. `low` and `high` are the lane's two pairs. All lanes of a warp.
-__device__ __forceinline__ uint2 neighbouring_columns(uint32_t low, uint32_t high, unsigned lane) {
-  const bool odd = lane % 2;
-  const uint32_t other = __shfl_xor_sync(0xffffffff, odd ? low : high, 1);
-  return odd ? uint2{other, high} : uint2{low, other};
-}
-
-// The first of them within the group, for the lane whose place in it is `quad` % 4.
-__device__ __forceinline__ unsigned first_neighbour(unsigned quad) { return 8 * (quad % 2) + 4 * (quad / 2 % 2); }
-
 // Calls `put(lane's place, place, values...)`, four or two values, for a thread's accumulators of one row of a panel: `half` 0
 // for the upper of its two rows, 1 for the lower; the panel's accumulators begin at `kFirst`. Places are constants, so that
 // lane's places, of which there are few, can be base addresses.

@@ -69,3 +69,14 @@ __device__ __forceinline__ void stage_columns(const float (&values)[kColumns / 2
                         kPack(values[4 * group + 6], values[4 * group + 7]));
   }
 }
+
+// Four neighbouring columns, packed, of the group that this lane and the one beside it have four each of: the even lane gets
+// those of the lower half, the odd one those of the upper half. `low` and `high` are the lane's two pairs. All lanes of a warp.
+__device__ __forceinline__ uint2 neighbouring_columns(uint32_t low, uint32_t high, unsigned lane) {
+  const bool odd = lane % 2;
+  const uint32_t other = __shfl_xor_sync(0xffffffff, odd ? low : high, 1);
+  return odd ? uint2{other, high} : uint2{low, other};
+}
+
+// The first of them within the group, for the lane whose place in it is `quad` % 4.
+__device__ __forceinline__ unsigned first_neighbour(unsigned quad) { return 8 * (quad % 2) + 4 * (quad / 2 % 2); }

@@ -36,7 +36,7 @@ struct alignas(64) Params {
   int extra_items;           // of max_items, those for pieces of keys beyond the first of a row block
   int results;               // of one piece and warpgroup, at most; as many tickets and partials there are
   void* partials;
-  // Of kernels that copy rows themselves (cp.async), in place of the maps:
+  // Of kernels that copy rows themselves (cp.async), in place of the maps; `out` of those that store it from registers, too:
   RowTensor q;
   RowTensor k;
   RowTensor v;

@@ -1,6 +1,6 @@
-// Tiles without TMA, for head dims whose rows do not begin at multiples of 16 bytes: whole warps copy rows by cp.async into
-// the panels that TMA would have filled, 64 columns of 128-byte rows, swizzled. What follows a row's last column is never
-// written: it stays as clear_tiles left it.
+// Rows of tokens without TMA. Tiles of head dims whose rows do not begin at multiples of 16 bytes: whole warps copy rows by
+// cp.async into the panels that TMA would have filled, 64 columns of 128-byte rows, swizzled. What follows a row's last
+// column is never written: it stays as clear_tiles left it. And O, from registers.
 #pragma once
 #include <cstdint>
 
@@ -130,6 +130,30 @@ __device__ __forceinline__ void store_rows(const float (&values)[kRegisters], co
       } else {
         if (columns >= 1) row[8 * group] = static_cast<uint16_t>(pair);
         if (columns >= 2) row[8 * group + 1] = static_cast<uint16_t>(pair >> 16);
+      }
+    }
+  }
+}
+
+// As store_rows, of rows at multiples of 8 bytes: four lanes write 32 of them, a whole sector. All lanes of a warp.
+template <Pack kPack, int kColumns, int kRegisters>
+__device__ __forceinline__ void store_aligned_rows(const float (&values)[kRegisters], const RowTensor& tensor, int token,
+                                                   int head, int rows, int lane) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const bool exists = 8 * h < rows;
+    uint16_t* row = reinterpret_cast<uint16_t*>(row_address(tensor, token + 8 * h, head));
+#pragma unroll
+    for (int group = 0; group < kColumns / 16; ++group) {
+      const int i = 8 * group + 2 * h;
+      const uint2 words = neighbouring_columns(kPack(values[i], values[i + 1]), kPack(values[i + 4], values[i + 5]), lane);
+      if (exists) *reinterpret_cast<uint2*>(row + first_neighbour(lane) + 16 * group) = words;
+    }
+    if constexpr (kColumns % 16 != 0) {
+      constexpr int kLast = kColumns - 8;
+      if (exists) {
+        *reinterpret_cast<uint32_t*>(row + kLast + 2 * (lane % 4)) =
+            kPack(values[kLast / 2 + 2 * h], values[kLast / 2 + 2 * h + 1]);
       }
     }
   }

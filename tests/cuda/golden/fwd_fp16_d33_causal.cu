@@ -292,10 +292,13 @@ jagtile_fwd_fp16_d33_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant_
       }
       control.v.wait_full(v_at);
       issue_output(output, probabilities, v_tiles + v_at.slot * kVBytes);
+      control.q.arrive_empty(q_at);  // no score is computed again
       wgmma_wait<0>();
       pin_registers(output);
       if (leader) control.v.arrive_empty(v_at);
       v_at.advance();
+    } else {
+      control.q.arrive_empty(q_at);
     }
     if (blocks < item.kv_blocks) {
       // Blocks that only other warpgroups' rows see are handed back unread.
@@ -329,7 +332,6 @@ jagtile_fwd_fp16_d33_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant_
     scale_rows(output, inverse);
     const int first_row = item.row + thread_row;
     store_rows<pack_fp16, kColumnsV>(output, p.out, item.q_begin + first_row, head, item.q_length - first_row, thread_column);
-    control.q.arrive_empty(q_at);
     control.tile.arrive_empty(tile_at);
     q_at.advance_by(kWarpgroups);
   }
