@@ -13,6 +13,7 @@ from typing import NamedTuple, cast
 import torch
 from torch.nested._internal.nested_tensor import NestedTensor, nested_view_from_values_offsets_lengths
 
+from jagtile.runtime import njt_answers  # noqa: F401  for its rules
 from jagtile.runtime.api import CausalAlignment, attend
 from jagtile.runtime.autograd import is_eager, is_real
 from jagtile.runtime.checks import bottom_right, check_flag, check_operands, softmax_scale
@@ -20,7 +21,8 @@ from jagtile.runtime.dropout import arguments_of, check_dropout_p
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.fallback import why_no_kernel
 from jagtile.runtime.holes import close_holes, offsets_of, open_holes
-from jagtile.runtime.njt_autograd import NestedAttention, form_of
+from jagtile.runtime.njt_autograd import nested_attention
+from jagtile.runtime.njt_form import form_of
 
 Sdpa = Callable[..., torch.Tensor]
 
@@ -92,11 +94,11 @@ def sdpa(
     dropout_p = check_dropout_p(dropout_p)
     if trained:
         if why_no_kernel(packed.q, packed.v, is_causal, trained=True) is None:
-            dropout = (
-                arguments_of(dropout_p, packed.q, packed.v, is_causal, by_kernel=True) if dropout_p else (0.0, None)
-            )
-            call = (*packed, *kind, *dropout)
-            return cast(torch.Tensor, NestedAttention.apply(query, key, value, call))  # type: ignore[no-untyped-call]
+            state = None
+            if dropout_p:
+                dropout_p, state = arguments_of(dropout_p, packed.q, packed.v, is_causal, by_kernel=True)
+            options = (*packed[5:], *kind, dropout_p)
+            return cast(torch.Tensor, nested_attention(query, key, value, packed[:5], options, state))
         packed = pack(query, key, value, enable_gqa=enable_gqa)  # once more, for autograd to see
     return wrap(attend(packed, *kind, dropout_p, False)[0], cast(NestedTensor, query))
 
