@@ -12,6 +12,7 @@ import torch
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.ops import backward, forward
 
+
 def is_eager() -> bool:
     """Whether no compiler, mode or transform looks on."""
     return not (

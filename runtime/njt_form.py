@@ -50,14 +50,14 @@ class Form(NamedTuple):
         token = stride[ragged_idx - 1]
         whole = self.strides[0] if self.strides[ragged_idx] == token else ragged * token
         size, strides = (self.size[0], *shape[: ragged_idx - 1], ragged, *shape[ragged_idx:]), (whole, *stride)
-        nested: Any = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        nested: NestedTensor = torch.Tensor._make_wrapper_subclass(
             NestedTensor,
             size,
             strides,
             0,
             torch.contiguous_format,
             values.dtype,
-            torch.jagged,  # type: ignore[attr-defined]
+            torch.jagged,
             values.device,
             False,
             False,
