@@ -80,13 +80,15 @@ class CudaBackwardKernel:
                     q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, dq, dk, dv, scale, bottom_right
                 )
             return
-        block = self._block
+        block, mapped = self._block, (q, dout, k, v, dk, dv)
+        dout_address, out_address, dq_address = dout.data_ptr(), out.data_ptr(), dq.data_ptr()
+        addresses = (q.data_ptr(), dout_address, k.data_ptr(), v.data_ptr(), dk.data_ptr(), dv.data_ptr())
         out_strides, dout_strides, dq_strides = out.stride(), dout.stride(), dq.stride()
         layout = (
             *(total_q > 1, total_k > 1, heads, heads_kv, q.stride(), dout_strides, k.stride(), v.stride()),
             *(dk.stride(), dv.stride(), out_strides, dq_strides),
         )
-        if not self._maps.fill(block, layout, (q, dout, k, v, dk, dv), (out, dq)):
+        if not self._maps.fill(block, layout, mapped, addresses, (out, dq), out_address | dq_address):
             self._backward_copies(
                 q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, dq, dk, dv, scale, bottom_right
             )
@@ -125,9 +127,9 @@ class CudaBackwardKernel:
             items.address,
             lse.data_ptr(),
             0 if dlse is None else dlse.data_ptr(),
-            out.data_ptr(),
-            dout.data_ptr(),
-            dq.data_ptr(),
+            out_address,
+            dout_address,
+            dq_address,
             delta,
             dq_sums,
             turns,

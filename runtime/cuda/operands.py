@@ -19,7 +19,7 @@ def fill_maps(
     """Write the four tensor maps into a block. False where TMA cannot address a tensor (see ``forward_copies``)."""
     (tokens_q, heads, _), (tokens_k, heads_kv, _) = q.shape, v.shape
     layout = (tokens_q > 1, tokens_k > 1, heads, heads_kv, q.stride(), k.stride(), v.stride(), out.stride())
-    return maps.fill(block, layout, (q, k, v, out))
+    return maps.fill(block, layout, (q, k, v, out), (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()))
 
 
 def fill_rows(block: ParameterBlock, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:

@@ -92,21 +92,20 @@ class MapCache:
         block: ParameterBlock,
         layout: Layout,
         mapped: tuple[torch.Tensor, ...],
+        addresses: tuple[int, ...],
         unmapped: tuple[torch.Tensor, ...] = (),
+        more_addresses: int = 0,
     ) -> bool:
         """Write the maps of ``mapped`` into a block. False where one, or one of ``unmapped``, is not ``addressable``.
 
-        Tensors of a layout that is remembered are, if their addresses are multiples of 16 bytes.
+        addresses: of ``mapped``; more_addresses: those of ``unmapped``, or'ed. Tensors of a layout that is remembered
+        are addressable if their addresses are multiples of 16 bytes.
         """
         maps = self._maps.get(layout)
         if maps is not None:
-            addresses = [tensor.data_ptr() for tensor in mapped]
-            bits = 0
             for address in addresses:
-                bits |= address
-            for tensor in unmapped:
-                bits |= tensor.data_ptr()
-            if bits % ALIGNMENT == 0:
+                more_addresses |= address
+            if more_addresses % ALIGNMENT == 0:
                 block.data[: len(maps)] = maps
                 block.addresses[:] = array("Q", addresses)
                 return True
