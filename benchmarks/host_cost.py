@@ -1,15 +1,20 @@
 """Host time of calls: 8 sequences, 243 tokens, 8 heads, D 64, bf16, with and without gradients.
 
-    PYTHONPATH=.pkg python benchmarks/host_cost.py [cpu|cuda]
+    PYTHONPATH=.pkg python benchmarks/host_cost.py [cpu|cuda] [--profile]
 
-Prints medians of 1000 calls in microseconds. "Dispatch" is with kernels that do nothing; on a GPU, where a launch does
-not wait for the kernel, calls with real ones are timed as well, and torch's own.
+Prints medians of 1000 calls in microseconds. "Dispatch" is with kernels that do nothing. On a GPU, where a launch does
+not wait for the kernel, there are also "launch", real calls; "one thread", the same with autograd's backward in the
+caller's thread instead of the device's; "no driver", all that real calls do but the driver's cuLaunchKernel; and
+"torch", its own. With --profile the dearest functions of each call follow, by cProfile, which sees one thread: of real
+calls on a GPU, of dispatch on the CPU.
 """
 
 from __future__ import annotations
 
+import argparse
+import cProfile
+import pstats
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +36,7 @@ CALLS = 1000
 BATCH = 200  # calls between two waits for the device, which holds so many launches
 LENGTHS = (1, 70, 30, 12, 50, 8, 40, 32)
 HEADS, HEAD_DIM = 8, 64
+PROFILED = 25  # functions of a call
 
 Call = Callable[[], object]
 
@@ -58,6 +64,20 @@ def no_kernels(dtype: torch.dtype, device_index: int) -> Iterator[None]:
         for table, kept in zip(tables, before, strict=True):
             table.clear()
             table.update(kept)
+
+
+@contextmanager
+def no_driver_launches() -> Iterator[None]:
+    """Loaded kernels do all but call the driver. To be used where real calls have built the lists of work."""
+    launchers = [kernel._launch for table in (routes.ROUTES, routes.BACKWARD_ROUTES) for kernel in table.values()]
+    before = [launcher._launch for launcher in launchers]
+    for launcher in launchers:
+        launcher._launch = lambda *arguments, done=(launcher._success,): done
+    try:
+        yield
+    finally:
+        for launcher, kept in zip(launchers, before, strict=True):
+            launcher._launch = kept
 
 
 def median_us(call: Call, device: str) -> float:
@@ -113,45 +133,79 @@ class Case:
         return torch.autograd.grad(out, self.nested_leaves, self.nested_dout)
 
 
-def main(device: str) -> None:
+def show(title: str, rows: dict[str, tuple[bool, Call]], device: str) -> None:
+    """Time calls, with grad or without."""
+    for name, (grad, function) in rows.items():
+        with torch.set_grad_enabled(grad):
+            try:
+                found = f"{median_us(function, device):8.1f}"
+            except (RuntimeError, TypeError) as error:  # torch's CPU kernels serve no such call; a target may lack one
+                found = f"       - ({type(error).__name__})"
+        print(f"{title:11}{name:38}{found}", flush=True)
+
+
+def show_profiles(calls: dict[str, tuple[bool, Call]], device: str) -> None:
+    """The functions that take most of each call, themselves."""
+    for name, (grad, function) in calls.items():
+        print(f"\n{name}, {CALLS} calls in one thread")
+        profile = cProfile.Profile()
+        with torch.set_grad_enabled(grad), torch.autograd.set_multithreading_enabled(False):
+            for round_ in range(CALLS // BATCH + 1):
+                for _ in range(BATCH):
+                    if round_ == 0:
+                        function()
+                    else:
+                        profile.runcall(function)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+        pstats.Stats(profile).sort_stats("tottime").print_stats(PROFILED)
+
+
+def main(device: str, profile: bool) -> None:
     torch.set_num_threads(1)  # torch's own operations on the CPU must not wait for other threads
     case = Case(device)
-    parts = {
-        "argument checks": lambda: checks.check_batch(case.q, case.k, case.v, case.cu, case.cu, None, None),
-        "allocate, route, launch nothing": lambda: ops.forward(*call),
-        "the same through the torch operator": lambda: torch.ops.jagtile.forward.default(*call),
-        "sdpa on nested tensors": lambda: jagtile.sdpa(*case.nested),
-    }
     call = (case.q, case.k, case.v, case.cu, case.cu, None, None, False, False, 0.125, False)
+    parts: dict[str, tuple[bool, Call]] = {
+        "  argument checks": (
+            False,
+            lambda: checks.check_batch(case.q, case.k, case.v, case.cu, case.cu, None, None),
+        ),
+        "  allocate, route, launch nothing": (False, lambda: ops.forward(*call)),
+        "  the same through the torch operator": (False, lambda: torch.ops.jagtile.forward.default(*call)),
+        "  sdpa on nested tensors": (False, lambda: jagtile.sdpa(*case.nested)),
+    }
     calls: dict[str, tuple[bool, Call]] = {
         "packed forward": (False, case.packed),
         "packed forward and backward": (True, case.packed_training),
         "nested forward": (False, case.through_torch),
         "nested forward and backward": (True, case.through_torch_training),
     }
-
-    def show(title: str, rows: dict[str, tuple[bool, Call]]) -> None:
-        for name, (grad, function) in rows.items():
-            with torch.set_grad_enabled(grad):
-                try:
-                    found = f"{median_us(function, device):8.1f}"
-                except (
-                    RuntimeError,
-                    TypeError,
-                ) as error:  # torch's CPU kernels serve no such call; a target may have no backward
-                    found = f"       - ({type(error).__name__})"
-            print(f"{title:10}{name:38}{found}", flush=True)
+    trained = {name: row for name, row in calls.items() if row[0]}
+    torchs = {
+        "packed forward": (False, case.torchs_varlen),
+        "packed forward and backward": (True, case.torchs_varlen_training),
+    }
 
     print(f"torch {torch.__version__}, {device}, median of {CALLS} calls, us")
-    with jagtile.enabled(), no_kernels(case.q.dtype, case.q.get_device()):
-        show("dispatch", calls | {f"  {name}": (False, part) for name, part in parts.items()})
+    with jagtile.enabled():
+        with no_kernels(case.q.dtype, case.q.get_device()):
+            show("dispatch", calls | parts, device)
+            if profile and device == "cpu":
+                show_profiles(calls, device)
+        if device == "cuda":
+            show("launch", calls, device)
+            with torch.autograd.set_multithreading_enabled(False):
+                show("one thread", trained, device)
+            with no_driver_launches():
+                show("no driver", calls, device)
+            if profile:
+                show_profiles(calls, device)
     if device == "cuda":
-        with jagtile.enabled():
-            show("launch", calls)
-        packed = {"packed forward": (False, case.torchs_varlen)}
-        packed["packed forward and backward"] = (True, case.torchs_varlen_training)
-        show("torch", {**calls, **packed})
+        show("torch", {**calls, **torchs}, device)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "cpu")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("device", nargs="?", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--profile", action="store_true")
+    main(**vars(parser.parse_args()))

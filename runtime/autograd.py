@@ -12,8 +12,6 @@ import torch
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.ops import backward, forward
 
-CALL = 10  # arguments of ``ops.forward`` before return_lse; dropout's, which may be left out, come after it
-
 
 def is_eager() -> bool:
     """Whether no compiler, mode or transform looks on."""
@@ -29,21 +27,31 @@ def is_real(x: torch.Tensor | None) -> bool:
     return x is None or ((type(x) is torch.Tensor or type(x) is torch.nn.Parameter) and (x.is_cuda or x.is_cpu))
 
 
-def keep_for_backward(ctx: Any, call: tuple[Any, ...], out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Save what ``gradients`` needs. call: q, k, v, both offsets, hints, is_causal, bottom_right, scale, dropout's."""
-    *call_, dropout_state = call
-    ctx.save_for_backward(*call_[:5], out, lse, dropout_state)
-    ctx.options = tuple(call_[5:])
+def keep_for_backward(
+    ctx: Any,
+    operands: tuple[torch.Tensor, ...],
+    options: tuple[Any, ...],
+    dropout_state: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Save what ``gradients`` needs. operands: q, k, v, both offsets; options: hints, is_causal, bottom_right, scale,
+    dropout_p.
+    """
+    ctx.save_for_backward(*operands, out, lse, dropout_state)
+    ctx.options = options
     ctx.set_materialize_grads(False)
 
 
 def gradients(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """dq, dk and dv of what ``keep_for_backward`` saved; differentiating them again is refused."""
-    *tensors, dropout_state = ctx.saved_tensors
-    dout = torch.zeros_like(tensors[5]) if dout is None else dout
+    q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dropout_state = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
     direct = not torch.is_grad_enabled() and is_eager() and is_real(dout) and is_real(dlse)
     differentiate = cast(Any, backward if direct else torch.ops.jagtile.backward.default)
-    found: tuple[torch.Tensor, ...] = differentiate(dout, dlse, *tensors, *ctx.options, dropout_state)
+    found: tuple[torch.Tensor, ...] = differentiate(
+        dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, *ctx.options, dropout_state
+    )
     return found
 
 
@@ -56,19 +64,57 @@ def refuse_second_derivative(ctx: Any, *grads: object) -> None:
 
 
 class PackedAttention(torch.autograd.Function):
-    """(out, lse) of ``ops.forward``'s arguments but return_lse, all of them."""
+    """out, or (out, lse), of packed operands. options, return_lse and the state of dropout as in ``ops.forward``."""
 
     @staticmethod
-    def forward(ctx: Any, *call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """As ``ops.forward``."""
-        out, lse = cast(Any, forward)(*call[:CALL], True, *call[CALL:])
-        keep_for_backward(ctx, call, out, lse)
-        return out, lse
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        options: tuple[Any, ...],
+        return_lse: bool,
+        dropout_state: torch.Tensor | None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """As ``ops.forward``. An lse that nobody asked for is kept without being an output: each costs host time."""
+        operands = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+        *call, dropout_p = options
+        out, lse = cast(Any, forward)(*operands, *call, True, dropout_p, dropout_state)
+        keep_for_backward(ctx, operands, options, dropout_state, out, lse)
+        return (out, lse) if return_lse else out
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None = None) -> tuple[Any, ...]:
         """As ``ops.backward``."""
-        dout, dlse = grads
-        found = gradients(ctx, dout, dlse)
-        wanted = (grad if needed else None for grad, needed in zip(found, ctx.needs_input_grad, strict=False))
-        return (*wanted, *(None,) * (len(ctx.needs_input_grad) - 3))
+        dq, dk, dv = gradients(ctx, dout, dlse)
+        needed = ctx.needs_input_grad
+        return (
+            dq if needed[0] else None,
+            dk if needed[1] else None,
+            dv if needed[2] else None,
+            *(None,) * (len(needed) - 3),
+        )
+
+
+# Autograd's own ``apply``: that of ``Function`` comes to it after looking at each argument for transforms and defaults.
+_apply: Any = super(torch.autograd.Function, PackedAttention).apply
+_unwrapped = torch._C._functorch.unwrap_if_dead
+
+
+def packed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    options: tuple[Any, ...],
+    return_lse: bool,
+    dropout_state: torch.Tensor | None,
+) -> Any:
+    """``PackedAttention`` in an eager call (``is_eager``)."""
+    return _apply(
+        *(_unwrapped(q), _unwrapped(k), _unwrapped(v), _unwrapped(cu_seqlens_q), _unwrapped(cu_seqlens_k)),
+        *(options, return_lse, dropout_state),
+    )

@@ -13,11 +13,11 @@ import torch
 from torch.autograd import forward_ad
 
 from jagtile.runtime.autograd import (
-    CALL,
     PackedAttention,
     is_eager,
     is_real,
     keep_for_backward,
+    packed_attention,
     refuse_second_derivative,
 )
 from jagtile.runtime.errors import UnsupportedError
@@ -25,6 +25,8 @@ from jagtile.runtime.ops import backward, forward
 from jagtile.runtime.trainable import requires_grad
 
 Forward = Callable[..., list[torch.Tensor]]
+
+_DROPOUT_AT = 10  # arguments of ``differentiable_forward`` before dropout's, which may be left out
 
 
 def forward_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Forward:
@@ -48,22 +50,38 @@ def _refuse_tangents(*operands: torch.Tensor) -> None:
         )
 
 
-def _forward_with_grad(*arguments: Any) -> list[torch.Tensor]:
+def _forward_with_grad(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    is_causal: bool,
+    bottom_right: bool,
+    scale: float,
+    return_lse: bool,
+    dropout_p: float = 0.0,
+    dropout_state: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
     """The backward needs the lse, which is dropped here where the caller does not ask for it."""
-    call, return_lse, dropout = arguments[:CALL], arguments[CALL], arguments[CALL + 1 :] or (0.0, None)
-    eager = is_eager() and all(map(is_real, call[:3]))
-    apply: Any = PackedAttention.apply if eager else torch.ops.jagtile.differentiable_forward.default
-    out, lse = apply(*call, *dropout)
+    operands = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+    options = (max_seqlen_q, max_seqlen_k, is_causal, bottom_right, scale, dropout_p)
+    if is_eager() and is_real(q) and is_real(k) and is_real(v):
+        found = packed_attention(*operands, options, return_lse, dropout_state)
+        return list(found) if return_lse else [found]
+    out, lse = torch.ops.jagtile.differentiable_forward.default(*operands, *options, dropout_state)
     return [out, lse] if return_lse else [out]
 
 
 def _differentiable_forward(*call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = cast(Forward, forward)(*call[:CALL], True, *call[CALL:])
+    out, lse = cast(Forward, forward)(*call[:_DROPOUT_AT], True, *call[_DROPOUT_AT:])
     return out, lse
 
 
 def _differentiable_forward_fake(*call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = cast(Forward, _forward_fake)(*call[:CALL], True)
+    out, lse = cast(Forward, _forward_fake)(*call[:_DROPOUT_AT], True)
     return out, lse
 
 
@@ -99,7 +117,8 @@ def _backward_fake(
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    keep_for_backward(ctx, inputs, *output)
+    *operands_and_options, dropout_state = inputs
+    keep_for_backward(ctx, tuple(operands_and_options[:5]), tuple(operands_and_options[5:]), dropout_state, *output)
 
 
 # The operators exist as long as this object does.

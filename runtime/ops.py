@@ -83,11 +83,14 @@ def backward(
 
     Shapes as in BackwardKernel; tensors whose last stride is not 1 are copied. Tokens without partners have zeros.
     """
-    q, k, v, out, dout = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v, out, dout))
-    total_q, _, head_dim = q.shape
-    total_k, _, head_dim_v = v.shape
+    if not (q.stride(2) == k.stride(2) == v.stride(2) == out.stride(2) == dout.stride(2) == 1):
+        q, k, v, out, dout = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v, out, dout))
+    total_q, heads, head_dim = q.shape
+    total_k, heads_kv, head_dim_v = v.shape
     batch = cu_seqlens_q.shape[0] - 1
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dq = q.new_empty(total_q, heads, head_dim)  # a shape as one argument would be twice as dear
+    dk = k.new_empty(total_k, heads_kv, head_dim)
+    dv = v.new_empty(total_k, heads_kv, head_dim_v)
     if batch and total_q and total_k:
         regime = regime_index(batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0)
         dropout = dropout_of(dropout_p, dropout_state) if dropout_p else None

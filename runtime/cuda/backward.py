@@ -20,7 +20,6 @@ _FINISH = "jagtile_backward_finish"
 _ROW_THREADS = 256  # of prepare and finish (templates/cuda/include/backward_rows.cuh)
 _ROW_TOKENS = 16  # of one head, a warp
 _MAX_ROWS = 1 << 31
-_MAP_WORDS = tensor_map.address_words(len(backward_params.MAPS))
 
 
 class CudaBackwardKernel:
@@ -44,7 +43,7 @@ class CudaBackwardKernel:
             self._prepare, self._finish = (driver.function(module, symbol) for symbol in (_PREPARE, _FINISH))
         self._launch = driver.Launcher(self._device)
         self._maps = tensor_map.MapCache(self.meta.spec.split("_")[1], rows)
-        self._block = ParameterBlock(backward_params.BLOCK_BYTES)
+        self._block = ParameterBlock(backward_params.BLOCK_BYTES, len(backward_params.MAPS))
 
     def backward(
         self,
@@ -80,25 +79,23 @@ class CudaBackwardKernel:
                     q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, dq, dk, dv, scale, bottom_right
                 )
             return
-        if not all(map(addressable, (q, k, v, out, dout, dq, dk, dv))):
+        block, mapped = self._block, (q, dout, k, v, dk, dv)
+        dout_address, out_address, dq_address = dout.data_ptr(), out.data_ptr(), dq.data_ptr()
+        addresses = (q.data_ptr(), dout_address, k.data_ptr(), v.data_ptr(), dk.data_ptr(), dv.data_ptr())
+        out_strides, dout_strides, dq_strides = out.stride(), dout.stride(), dq.stride()
+        layout = (
+            *(total_q > 1, total_k > 1, heads, heads_kv, q.stride(), dout_strides, k.stride(), v.stride()),
+            *(dk.stride(), dv.stride(), out_strides, dq_strides),
+        )
+        if not self._maps.fill(block, layout, mapped, addresses, (out, dq), out_address | dq_address):
             self._backward_copies(
                 q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, dq, dk, dv, scale, bottom_right
             )
             return
         if total_q * heads >= _MAX_ROWS:
             raise UnsupportedError(f"{total_q} queries of {heads} heads; served: fewer than {_MAX_ROWS} in all")
-        lse = lse.contiguous()
+        lse = lse if lse.is_contiguous() else lse.contiguous()
         dlse = None if dlse is None else dlse.contiguous()
-        block = self._block
-        mapped = (q, dout, k, v, dk, dv)
-        layout = (total_q > 1, total_k > 1, heads, heads_kv, *(tensor.stride() for tensor in mapped))
-        maps = self._maps.find(layout)
-        if maps is None:
-            block.data[: len(_MAP_WORDS) * tensor_map.MAP_BYTES] = self._maps.encode(layout, mapped)
-        else:
-            block.data[: len(maps)] = maps
-            for word, tensor in zip(_MAP_WORDS, mapped, strict=True):
-                block.words[word] = tensor.data_ptr()
 
         deterministic = torch.are_deterministic_algorithms_enabled()
         stream: int = torch._C._cuda_getCurrentRawStream(self._device)
@@ -129,17 +126,17 @@ class CudaBackwardKernel:
             items.address,
             lse.data_ptr(),
             0 if dlse is None else dlse.data_ptr(),
-            out.data_ptr(),
-            dout.data_ptr(),
-            dq.data_ptr(),
+            out_address,
+            dout_address,
+            dq_address,
             delta,
             dq_sums,
             turns,
             direct,
             direct + 4 * backward_params.bit_words(total_q),
-            *out.stride()[:2],
-            *dout.stride()[:2],
-            *dq.stride()[:2],
+            *out_strides[:2],
+            *dout_strides[:2],
+            *dq_strides[:2],
             items.batch,
             heads,
             heads // heads_kv,

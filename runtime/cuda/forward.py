@@ -54,7 +54,7 @@ class CudaForwardKernel:
             self._builder = ListBuilder(module, _SPLIT_BUILDER if self._partial_bytes else _BUILDER)
         self._launch = driver.Launcher(self._device)
         self._tilings: dict[tuple[int, int], _Tiling] = {}
-        self._block = ParameterBlock(params.BLOCK_BYTES)
+        self._block = ParameterBlock(params.BLOCK_BYTES, len(params.MAPS))
 
     def forward(
         self,

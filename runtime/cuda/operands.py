@@ -8,32 +8,18 @@ import torch
 
 from jagtile.runtime.cuda import params
 from jagtile.runtime.cuda.block import ParameterBlock
-from jagtile.runtime.cuda.tensor_map import ALIGNMENT, MapCache, address_words, addressable
+from jagtile.runtime.cuda.tensor_map import MapCache, addressable
 
 _BYTES = 2  # of an element
-_WORDS = address_words(len(params.MAPS))
 
 
 def fill_maps(
     block: ParameterBlock, maps: MapCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
 ) -> bool:
     """Write the four tensor maps into a block. False where TMA cannot address a tensor (see ``forward_copies``)."""
-    addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
-    layout = (
-        *(q.shape[0] > 1, v.shape[0] > 1, q.shape[1], v.shape[1]),
-        *(q.stride(), k.stride(), v.stride(), out.stride()),
-    )
-    found = maps.find(layout)
-    if found is not None and (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % ALIGNMENT == 0:
-        block.data[: len(found)] = found
-        words = block.words
-        words[_WORDS[0]], words[_WORDS[1]], words[_WORDS[2]], words[_WORDS[3]] = addresses
-        return True
-    if not (addressable(q) and addressable(k) and addressable(v) and addressable(out)):
-        return False
-    found = maps.encode(layout, (q, k, v, out))
-    block.data[: len(found)] = found
-    return True
+    (tokens_q, heads, _), (tokens_k, heads_kv, _) = q.shape, v.shape
+    layout = (tokens_q > 1, tokens_k > 1, heads, heads_kv, q.stride(), k.stride(), v.stride(), out.stride())
+    return maps.fill(block, layout, (q, k, v, out), (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()))
 
 
 def fill_rows(block: ParameterBlock, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:

@@ -38,7 +38,7 @@ class CudaPackedKernel:
         self._launch = driver.Launcher(self._device)
         rows = (self._block_m, self._block_n, self._block_n, self._block_m)
         self._maps = MapCache(self.meta.spec.split("_")[1], rows)
-        self._block = ParameterBlock(params.BLOCK_BYTES)
+        self._block = ParameterBlock(params.BLOCK_BYTES, len(params.MAPS))
 
     def forward(
         self,

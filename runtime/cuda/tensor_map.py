@@ -11,11 +11,16 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from array import array
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 
 from jagtile.runtime.cuda.driver import NoContextError, bind_primary_context, bindings, call
+
+if TYPE_CHECKING:
+    from jagtile.runtime.cuda.block import ParameterBlock
 
 MAP_BYTES = 128
 ALIGNMENT = 16  # of addresses and strides, in bytes
@@ -66,7 +71,8 @@ def address_comes_first() -> bool:
     return one[:8] == struct.pack("<Q", first) and other == struct.pack("<Q", second) + one[8:]
 
 
-# Whether there are two tokens or more of q and of k, heads, heads_kv, every tensor's strides: what maps depend on.
+# Whether there are two tokens or more of q and of k, heads, heads_kv, every tensor's strides: what maps depend on, and
+# whether TMA can address a tensor, beside its address.
 Layout = tuple[object, ...]
 
 
@@ -81,11 +87,35 @@ class MapCache:
     def __len__(self) -> int:
         return len(self._maps)
 
-    def find(self, layout: Layout) -> bytes | None:
-        """The remembered maps, in order, each to be given its address (``address_words``)."""
-        return self._maps.get(layout)
+    def fill(
+        self,
+        block: ParameterBlock,
+        layout: Layout,
+        mapped: tuple[torch.Tensor, ...],
+        addresses: tuple[int, ...],
+        unmapped: tuple[torch.Tensor, ...] = (),
+        more_addresses: int = 0,
+    ) -> bool:
+        """Write the maps of ``mapped`` into a block. False where one, or one of ``unmapped``, is not ``addressable``.
 
-    def encode(self, layout: Layout, tensors: tuple[torch.Tensor, ...]) -> bytes:
+        addresses: of ``mapped``; more_addresses: those of ``unmapped``, or'ed. Tensors of a layout that is remembered
+        are addressable if their addresses are multiples of 16 bytes.
+        """
+        maps = self._maps.get(layout)
+        if maps is not None:
+            for address in addresses:
+                more_addresses |= address
+            if more_addresses % ALIGNMENT == 0:
+                block.data[: len(maps)] = maps
+                block.addresses[:] = array("Q", addresses)
+                return True
+        if not all(map(addressable, (*mapped, *unmapped))):
+            return False
+        maps = self._encode_all(layout, mapped)
+        block.data[: len(maps)] = maps
+        return True
+
+    def _encode_all(self, layout: Layout, tensors: tuple[torch.Tensor, ...]) -> bytes:
         """The maps of addressable tensors, remembered where all but their addresses follows from the layout."""
         any_address = tensors[0].data_ptr()
         maps = b"".join(self._encode(*pair, any_address) for pair in zip(tensors, self._boxes, strict=True))
@@ -105,11 +135,6 @@ class MapCache:
         except NoContextError:
             bind_primary_context(tensor.device.index)
             return encode(*arguments)
-
-
-def address_words(maps: int) -> tuple[int, ...]:
-    """Where the addresses of so many maps are, in 8-byte words of a parameter block."""
-    return tuple(index * MAP_BYTES // 8 for index in range(maps))
 
 
 def addressable(tensor: torch.Tensor) -> bool:

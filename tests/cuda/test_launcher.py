@@ -14,6 +14,7 @@ import torch
 
 from jagtile.runtime import UnsupportedError
 from jagtile.runtime.cuda import forward, head_packs, list_builder, params, tensor_map, work_list
+from jagtile.runtime.cuda.block import ParameterBlock
 
 HEADS, DIM, BLOCK_M, BLOCK_N, SLOTS = 4, 64, 128, 96, 132
 PARTIAL_BYTES = 64 * (DIM + 2) * 4
@@ -167,6 +168,29 @@ def test_what_tma_cannot_address_is_copied(driver, kernel, odd):
     for index, (tensor, which) in enumerate(zip(qkvo, params.MAPS, strict=True)):
         assert block[which][0] % 16 == 0
         assert (block[which][0] == tensor.data_ptr()) == (index != odd)
+
+
+@pytest.mark.parametrize("odd", range(4))
+def test_an_odd_address_in_a_layout_that_is_remembered_is_copied(driver, kernel, odd):
+    qkvo = list(tensors())
+    launch(kernel, offsets(0, 500), offsets(0, 500), qkvo)
+    qkvo[odd] = torch.zeros(500 * HEADS * DIM + 1, dtype=torch.bfloat16)[1:].view(500, HEADS, DIM)
+    launch(kernel, offsets(0, 500), offsets(0, 500), qkvo)
+    block = driver.launches[-1][2]
+    for index, (tensor, which) in enumerate(zip(qkvo, params.MAPS, strict=True)):
+        assert block[which][0] % 16 == 0
+        assert (block[which][0] == tensor.data_ptr()) == (index != odd)
+
+
+def test_tensors_without_maps_must_be_addressable_too(driver, kernel):
+    q, k, _, _ = tensors()
+    odd = torch.zeros(500 * HEADS * DIM + 1, dtype=torch.bfloat16)[1:].view(500, HEADS, DIM)
+    maps, block = tensor_map.MapCache("bf16", (64,)), ParameterBlock(params.BLOCK_BYTES, 1)
+    for other, fits in ((odd, False), (k, True), (odd, False), (k, True)):
+        layout = (q.stride(), other.stride())
+        assert maps.fill(block, layout, (q,), (q.data_ptr(),), (other,), other.data_ptr()) == fits
+    assert driver.encoded == 1
+    assert struct.unpack_from("<Q", block.data) == (q.data_ptr(),)
 
 
 def test_one_head_of_keys_and_values_expanded_to_many_is_not_copied(driver, kernel):

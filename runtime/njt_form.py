@@ -1,0 +1,112 @@
+"""Packed values as nested tensors of a given raggedness, without the cost of torch's constructor.
+
+The constructor asks each new tensor for its sizes and marks them for compilers, by calls that go through Python once
+more; and it multiplies nested ints anew. Here the same tensor is put together from what its model has at hand. Whether
+it is the same is seen at the first one: where this torch makes others, the constructor makes all.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch._C import DispatchKey, DispatchKeySet
+from torch.nested._internal.nested_tensor import NestedTensor
+
+from jagtile.runtime.autograd import is_eager
+
+_ATTRIBUTES = ("_ragged_idx", "_size", "_strides", "_values", "_offsets", "_lengths", "_metadata_cache")
+_KEYS = DispatchKeySet(DispatchKey.NestedTensor).add(DispatchKey.AutogradNestedTensor)
+
+
+class Form(NamedTuple):
+    """What makes packed values (total, H, D) a nested tensor of a given raggedness."""
+
+    offsets: torch.Tensor
+    lengths: torch.Tensor | None
+    ragged_idx: int  # 2, or 1 where there are no heads
+    cache: dict[str, Any]  # torch's own, of minimal and maximal lengths
+    size: tuple[int, ...]  # of the model, with its nested int
+    strides: tuple[int, ...]
+
+    def nest(self, packed: torch.Tensor) -> NestedTensor:
+        """The nested tensor, which autograd does not follow."""
+        values = packed.transpose(0, 1) if self.ragged_idx == 2 else packed.squeeze(1)
+        if not is_eager():
+            return self._construct(values)
+        marks = _marks or _learn(self, values)
+        return self._assemble(values, marks) if marks.suffice else self._construct(values)
+
+    def _construct(self, values: torch.Tensor) -> NestedTensor:
+        with torch._C.DisableTorchFunctionSubclass():  # else the constructor's own questions are dispatched in Python
+            nested = NestedTensor(values, self.offsets, lengths=self.lengths, _ragged_idx=self.ragged_idx)
+        nested._metadata_cache = self.cache  # given to the constructor it would be prepared for the compiler once more
+        return nested
+
+    def _assemble(self, values: torch.Tensor, marks: _Marks) -> NestedTensor:
+        """As ``_construct``."""
+        ragged_idx = self.ragged_idx
+        shape, stride, ragged = values.shape, values.stride(), self.size[ragged_idx]
+        token = stride[ragged_idx - 1]
+        whole = self.strides[0] if self.strides[ragged_idx] == token else ragged * token
+        size, strides = (self.size[0], *shape[: ragged_idx - 1], ragged, *shape[ragged_idx:]), (whole, *stride)
+        nested: NestedTensor = torch.Tensor._make_wrapper_subclass(
+            NestedTensor,
+            size,
+            strides,
+            0,
+            torch.contiguous_format,
+            values.dtype,
+            torch.jagged,
+            values.device,
+            False,
+            False,
+            "sizes",
+            False,
+            True,
+            _KEYS,
+            storage_size=values.untyped_storage().size(),
+        )
+        nested._ragged_idx, nested._size, nested._strides = ragged_idx, size, strides
+        nested._values, nested._offsets, nested._lengths = values, self.offsets, self.lengths
+        nested._metadata_cache = self.cache
+        for name in marks.nested:
+            setattr(nested, name, {ragged_idx})
+        for name in marks.values:
+            setattr(values, name, {ragged_idx - 1})
+        return nested
+
+
+def form_of(tensor: NestedTensor) -> Form:
+    """Its form."""
+    return Form(
+        *(tensor._offsets, tensor._lengths, tensor._ragged_idx, tensor._metadata_cache), tensor._size, tensor._strides
+    )
+
+
+class _Marks(NamedTuple):
+    """The attributes by which this torch tells compilers the ragged dimension: names."""
+
+    nested: tuple[str, ...]
+    values: tuple[str, ...]
+    suffice: bool  # whether a nested tensor with these is what the constructor makes
+
+
+_marks: _Marks | None = None
+
+
+def _learn(form: Form, values: torch.Tensor) -> _Marks:
+    """From a nested tensor that the constructor makes."""
+    global _marks
+    seen = form._construct(values.detach())
+    marks = _Marks(tuple(set(seen.__dict__) - set(_ATTRIBUTES)), tuple(seen._values.__dict__), True)
+    assembled = form._assemble(values.detach(), marks)
+    _marks = marks._replace(suffice=_facts(assembled) == _facts(seen))
+    return _marks
+
+
+def _facts(nested: NestedTensor) -> tuple[object, ...]:
+    attributes = {name: value for name, value in nested.__dict__.items() if name != "_values"}
+    keys = str(torch._C._dispatch_keys(nested))
+    kind = (type(nested), nested.dtype, nested.device, nested.layout, nested.requires_grad)
+    return (attributes, nested._values.__dict__, keys, kind, nested.untyped_storage().size())

@@ -1,0 +1,82 @@
+"""Nested tensors put together without torch's constructor are those that it makes; rules answer as torch does."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from njt_cases import head_by_head, njt, with_holes, without_heads
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nested._internal.nested_tensor import NestedTensor
+from torch.nested._internal.ops import lookup_jagged
+
+from jagtile.runtime import njt_answers, njt_form
+
+
+def packed_like(model: NestedTensor) -> torch.Tensor:
+    values = model._values
+    heads, dim = (values.shape[0], values.shape[2]) if model._ragged_idx == 2 else (1, values.shape[1])
+    return torch.randn(values.shape[model._ragged_idx - 1], heads, dim + 4)
+
+
+@pytest.fixture
+def unlearned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(njt_form, "_marks", None)
+
+
+@pytest.mark.parametrize("model", [njt, head_by_head, without_heads, with_holes])
+def test_a_nested_tensor_is_what_torchs_constructor_makes(unlearned, model):
+    form = njt_form.form_of(model())
+    packed = packed_like(model())
+    made = form.nest(packed)
+    assert njt_form._marks.suffice
+    for again in (made, form.nest(packed)):
+        wanted = form._construct((packed.transpose(0, 1) if form.ragged_idx == 2 else packed.squeeze(1)).detach())
+        assert njt_form._facts(again) == njt_form._facts(wanted)
+        assert again._values.data_ptr() == packed.data_ptr()
+        for question in (torch.Tensor.numel, torch.Tensor.dim, torch.Tensor.stride, torch.Tensor.is_contiguous):
+            assert question(again) == question(wanted)
+        assert again.shape == wanted.shape
+
+
+def test_it_can_be_computed_with_saved_and_copied(unlearned):
+    model = njt()
+    made = njt_form.form_of(model).nest(model._values.transpose(0, 1).contiguous())
+    torch.testing.assert_close((made + model)._values, 2 * model._values)
+    file = io.BytesIO()
+    torch.save(made, file)
+    file.seek(0)
+    for other in (torch.load(file, weights_only=False), copy.deepcopy(made)):
+        torch.testing.assert_close(other._values, made._values)
+
+
+def test_a_torch_that_makes_others_makes_all(unlearned, monkeypatch):
+    constructed = []
+    init = NestedTensor.__init__
+
+    def other(self, values, offsets, **kind):
+        init(self, values, offsets, **kind)
+        self._new = object()
+        constructed.append(self)
+
+    monkeypatch.setattr(NestedTensor, "__init__", other)
+    form = njt_form.form_of(njt())
+    for _ in range(2):
+        assert form.nest(torch.randn(7, 2, 8)) is constructed[-1]
+    assert not njt_form._marks.suffice
+
+
+def test_modes_see_torchs_constructor(unlearned):
+    form = njt_form.form_of(njt())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        form.nest(torch.randn(7, 2, 8))
+    assert njt_form._marks is None
+
+
+@pytest.mark.parametrize("model", [njt, head_by_head, without_heads, with_holes])
+def test_rules_answer_as_torch_does(model):
+    nested = model()
+    for operator, rule in njt_answers._RULES:
+        assert rule(NestedTensor, operator, (NestedTensor,), (nested,), {}) == lookup_jagged(operator, nested)(nested)
