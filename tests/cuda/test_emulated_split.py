@@ -176,7 +176,7 @@ def build_list(name: str, w: Workload, processors: int) -> WorkList:
     names = [*params.POINTERS, *params.INTEGERS, "scale_log2", *params.SPLIT_INTEGERS, *params.SPLIT_POINTERS]
     block = dict(zip(names, scalars, strict=True))
     data = bytes(entry.built.buffer.numpy())
-    count, longest, total, next_tile, finished = struct.unpack_from("<iifii", data)
+    count, longest, total, _, next_tile, finished = struct.unpack_from("<iifiii", data)
     assert next_tile == finished == 0
     assert count <= block["max_items"]
 

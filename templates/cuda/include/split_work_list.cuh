@@ -141,7 +141,8 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
     __syncthreads();  // blocks of one sequence stay neighbours: they share in L2
   });
   if (blockIdx.x == 0 && threadIdx.x == 0) {
-    *static_cast<WorkListHeader*>(p.work_list) = {count, min(all.longest, piece_limit), static_cast<float>(all.cost())};
+    *static_cast<WorkListHeader*>(p.work_list) = {count, min(all.longest, piece_limit), static_cast<float>(all.cost()),
+                                                  go_heads_together(all.items, p.batch)};
   }
   builder.await_leave();
 }

@@ -1,7 +1,8 @@
 // The device-built work list: an item is a block of rows of a sequence (queries in a forward, keys in a backward), a tile is
 // an item and a head. In a forward most heads are worked off one after the other, sequence by sequence: what runs at a time
 // shares what it visits, which stays in L2. The last heads go together, dearest items first, so that no long tile is left to
-// end alone. key_blocks.cuh has the backward's order, list_builder.cuh what all builders share.
+// end alone. Where hardly any two items visit the same keys, all heads go together: a token's heads are neighbours in memory.
+// key_blocks.cuh has the backward's order, list_builder.cuh what all builders share.
 #pragma once
 #include <cstdint>
 
@@ -36,6 +37,7 @@ struct alignas(64) WorkListHeader {
   int items;
   int longest;        // of queries: blocks that the longest item visits
   float total;        // ... all items
+  int heads_together;  // of queries: whether nearly each item has its sequence's keys to itself
   int next_tile;      // tiles claimed from the counter
   int finished_ctas;  // the last one to finish rewinds the counters for the next launch
 };
@@ -45,14 +47,19 @@ __device__ __forceinline__ WorkItem* work_items(void* work_list) {
   return reinterpret_cast<WorkItem*>(static_cast<char*>(work_list) + sizeof(WorkListHeader));
 }
 
-// Heads that go together at the end: enough that every CTA has `shares` times the work of the longest tile before it. `P`
-// has the heads, how many of them share what they visit (gqa_ratio), and the list's capacity (max_items).
+// Heads that go together at the end: enough that every CTA has the longest tile's work before it, and no more, since their
+// keys are in flight all at once. `P` has the heads, how many of them share what they visit (gqa_ratio), and the list's
+// capacity (max_items).
 template <typename P>
-__device__ __forceinline__ int balancing_heads(const WorkListHeader& list, const P& p, float shares = 2.0f) {
-  const float needed = shares * list.longest * gridDim.x / fmaxf(list.total, 1.0f);
+__device__ __forceinline__ int balancing_heads(const WorkListHeader& list, const P& p) {
+  if (list.heads_together) return p.heads;
+  const float needed = static_cast<float>(list.longest) * gridDim.x / fmaxf(list.total, 1.0f);
   const int heads = static_cast<int>(fminf(needed, p.heads)) + p.gqa_ratio;
   return min(heads - heads % p.gqa_ratio, p.heads);
 }
+
+// Of a list of so many blocks of rows.
+__device__ __forceinline__ int go_heads_together(int row_blocks, int batch) { return 2 * row_blocks <= 3 * batch; }
 
 // Tile number `index` in the order of work.
 template <typename P>

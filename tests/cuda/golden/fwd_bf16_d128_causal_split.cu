@@ -61,7 +61,6 @@ constexpr int kQBytes = 2 * kQPanelBytes;  // one warpgroup's rows, room for its
 constexpr int kKBytes = kPanels * kKVPanelBytes;
 constexpr int kVBytes = kPanelsV * kKVPanelBytes;
 constexpr int kHeadroom = 16;  // probabilities are computed 2^-kHeadroom of what they are
-constexpr float kShares = 4.0f;  // a CTA's work in the last heads, in longest tiles
 
 struct Control {
   Tile tiles[kTileSlots];
@@ -212,7 +211,7 @@ jagtile_fwd_bf16_d128_causal_split_m128_n128_s3_q1_c1(const __grid_constant__ Pa
     } else if (warp == 1 && elect_one()) {
       // The first tile goes by CTA number, the rest by a shared counter.
       WorkListHeader* list = static_cast<WorkListHeader*>(p.work_list);
-      const int balancing = balancing_heads(*list, p, kShares);
+      const int balancing = balancing_heads(*list, p);
       const int tiles = list->items * p.heads;
       RingPosition<kTileSlots> at;
       for (int tile = blockIdx.x;; tile = gridDim.x + atomicAdd(&list->next_tile, 1), at.advance()) {
