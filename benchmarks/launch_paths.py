@@ -71,7 +71,7 @@ def main() -> None:
     builder = driver.function(module, "jagtile_build_work_list")
     # A work list of no sequences: the smallest kernel there is behind a real parameter block.
     block = ctypes.create_string_buffer(params.BLOCK_BYTES)
-    work_list = torch.zeros(params.work_list_bytes(0, 0), dtype=torch.uint8, device=device)
+    work_list = torch.zeros(params.work_list_bytes(0), dtype=torch.uint8, device=device)
     offsets = torch.zeros(1, dtype=torch.int32, device=device)
     pointers = (offsets.data_ptr(), offsets.data_ptr(), work_list.data_ptr(), 0)
     params.SCALARS.pack_into(block, params.SCALARS_OFFSET, *pointers, *([0] * 8), 64, 64, 0, 1.0)

@@ -1,60 +1,170 @@
-"""How long the device takes to build the work list of a batch, apart from the attention that uses it.
+"""How long the device takes to build the work list of a batch, and whether the list is right.
 
-    PYTHONPATH=.pkg python benchmarks/work_list.py [--most 16384]
+    PYTHONPATH=.pkg python benchmarks/work_list.py [--most 16384] [--causal]
 
-Batches of 64 sequences and up, 64 tokens each on average, offsets made anew for every call so that every call builds
-its list. Prints the median device time of each kernel of a call, as torch's profiler (CUPTI) saw it.
+Batches of 64 sequences and up, 64 tokens each on average. For each of the lists (a forward's, that of a forward which
+splits keys, a backward's, with and without an order of additions) both builders take a turn, one CTA and a cluster;
+that which a launch would choose has a star. Offsets are new in every call, so that every call builds its list, and the
+attention kernel runs in between. Prints the median device time of the builder, as torch's profiler (CUPTI) saw it.
+Every list is compared with one that the host built, also where captured graphs build it for offsets that change
+between replays.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
 
+import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import jagtile
+from jagtile.generator import list_oracle
+from jagtile.generator.build import build_one
+from jagtile.generator.tile import Variant
+from jagtile.runtime import cuda
+from jagtile.runtime.cuda import CudaBackwardKernel, CudaForwardKernel, list_builder, work_list
 
 CALLS = 21
+HEADS, DIM = 4, 64
+LISTS = {  # variants with tiles of 64 queries, or keys
+    "persistent": "fwd_bf16_d64{}/persistent_m64_n64_s2_q1_c1",
+    "split": "fwd_bf16_d64{}/split_m64_n64_s2_q1_c1",
+    "backward": "bwd_bf16_d64{}/keyblocks_m64_n64_s2_c1_dbulk_o0_k1_hnone_l0",
+}
+BUILDERS = {"one CTA": 1 << 30, "cluster": 0}  # the longest list of one CTA
+
+Offsets = torch.Tensor
 
 
-def kernel_times(batch: int, mean: int, is_causal: bool) -> dict[str, list[float]]:
-    """Microseconds of every launch of ``CALLS`` calls, by the kernel's name."""
-    generator = torch.Generator().manual_seed(batch)
-    lengths = torch.randint(0, 2 * mean + 1, (batch,), generator=generator)
-    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().cuda()
-    x = torch.randn((int(lengths.sum()), 4, 64), device="cuda", dtype=torch.bfloat16)
+class Case:
+    """A kernel and a batch; calls build the list and run the attention behind it."""
 
-    def call() -> None:
-        fresh = offsets.clone()
-        jagtile.varlen_attention(x, x, x, fresh, fresh, is_causal=is_causal)
+    def __init__(self, kernel: object, lengths: torch.Tensor, causal: bool, in_order: bool) -> None:
+        assert isinstance(kernel, (CudaForwardKernel, CudaBackwardKernel))
+        self.kernel, self.causal, self.in_order = kernel, causal, in_order
+        self.offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().cuda()
+        self.x = torch.randn((int(lengths.sum()), HEADS, DIM), dtype=torch.bfloat16).cuda()
+        self.lse = self.x.new_zeros((HEADS, len(self.x)), dtype=torch.float32)
+        self.built: work_list.WorkList | None = None
 
-    call()
+    def call(self, offsets: Offsets) -> None:
+        x, out = self.x, torch.empty_like(self.x)
+
+        def allocate(*given: object, **more: object) -> work_list.WorkList:
+            self.built = make(*given, **more)  # type: ignore[arg-type]
+            return self.built
+
+        make = work_list.allocate
+        torch.use_deterministic_algorithms(self.in_order)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        with mock.patch.object(work_list, "allocate", allocate):
+            if isinstance(self.kernel, CudaForwardKernel):
+                self.kernel.forward(x, x, x, offsets, offsets, out, None, 0.125, False)
+            else:
+                grads = (torch.empty_like(x) for _ in range(3))
+                self.kernel.backward(x, x, x, offsets, offsets, x, self.lse, x, None, *grads, 0.125, False)
+        torch.use_deterministic_algorithms(False)
+
+    def check(self, offsets: Offsets) -> None:
+        """Compare the last list with the host's."""
+        assert self.built is not None
+        data, host = bytes(self.built.buffer.cpu().numpy()), offsets.cpu().numpy().astype(np.int64)
+        launch = self.kernel.meta.launch
+        if isinstance(self.kernel, CudaBackwardKernel):
+            how = list_oracle.Blocking(launch["block_m"], launch["block_n"], self.causal)
+            heads = list_oracle.Heads(HEADS, HEADS, self.in_order)
+            list_oracle.assert_right_keys(data, self.built.max_items, len(self.x), host, host, how, heads)
+            return
+        how = list_oracle.Blocking(self.kernel._tilings[HEADS, HEADS].block, launch["block_n"], self.causal)
+        extra_items = self.extra_items if launch.get("partial_bytes") else None
+        list_oracle.assert_right_queries(list_oracle.read(data, self.built.max_items), host, host, how, extra_items)
+
+    @property
+    def extra_items(self) -> int:
+        """Room for pieces of keys."""
+        of_queries = isinstance(self.kernel, CudaForwardKernel)
+        return self.kernel._tilings[HEADS, HEADS].packs.extra_items if of_queries else 0
+
+
+def builder_time(case: Case) -> float:
+    """Microseconds of a launch, the median of ``CALLS``; the list that the last one built is checked."""
+    fresh = [case.offsets.clone() for _ in range(CALLS + 1)]
+    case.call(fresh[-1])
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        for _ in range(CALLS):
-            call()
+        for offsets in fresh[:-1]:
+            case.call(offsets)
         torch.cuda.synchronize()
-    times: dict[str, list[float]] = {}
-    for event in profiled.events():
-        if event.name.startswith("jagtile"):
-            times.setdefault(event.name, []).append(event.device_time)
-    return times
+    times = [event.device_time for event in profiled.events() if "work_list" in event.name]
+    assert len(times) == CALLS, f"{len(times)} launches of the builder in {CALLS} calls"
+    # The attention has counted tiles and rewound the list, or not run at all.
+    case.check(fresh[0])
+    return statistics.median(times)
+
+
+def check_replays(case: Case) -> None:
+    """Lists that a captured graph builds for offsets that change."""
+    offsets = case.offsets.clone()
+    case.call(offsets)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        case.call(offsets)
+    for seed in range(3):
+        order = torch.randperm(len(offsets) - 1, generator=torch.Generator().manual_seed(seed)).cuda()
+        lengths = case.offsets.diff()[order]
+        offsets[1:] = lengths.cumsum(0)
+        graph.replay()
+        torch.cuda.synchronize()
+        case.check(offsets)
+
+
+@contextmanager
+def built_by(builder: str) -> Iterator[None]:
+    """All lists by one CTA, or by a cluster."""
+    with mock.patch.object(list_builder, "MOST_ALONE", BUILDERS[builder]):
+        yield
+
+
+def cases(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[torch.Tensor], Case]]]:
+    """Each kind of list, and what makes a case of it for given lengths."""
+    for name, text in LISTS.items():
+        variant = Variant.parse("sm_90a/" + text.format("_causal" if options.causal else ""))
+        kernel = cuda.load(build_one(variant), torch.device("cuda", torch.cuda.current_device()))
+        for in_order in (False, True) if name == "backward" else (False,):
+
+            def case(lengths: torch.Tensor, kernel: object = kernel, in_order: bool = in_order) -> Case:
+                return Case(kernel, lengths, options.causal, in_order)
+
+            yield f"{name}, in order" if in_order else name, case
 
 
 def main() -> None:
-    """Print a line a batch size and kernel."""
+    """Print a line a list and batch size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--most", type=int, default=16384, help="sequences of the largest batch")
     parser.add_argument("--mean", type=int, default=64, help="tokens a sequence")
     parser.add_argument("--causal", action="store_true")
     options = parser.parse_args()
-    batch = 64
-    while batch <= options.most:
-        for name, times in sorted(kernel_times(batch, options.mean, options.causal).items()):
-            print(f"B {batch:6}  {name:64}{statistics.median(times):9.2f} us  ({len(times)} launches)", flush=True)
-        batch *= 4
+    for name, make in cases(options):
+        batch = 64
+        while batch <= options.most:
+            lengths = torch.randint(0, 2 * options.mean + 1, (batch,), generator=torch.Generator().manual_seed(batch))
+            case = make(lengths)
+            times = []
+            for builder in BUILDERS:
+                with built_by(builder):
+                    times.append(f"{builder} {builder_time(case):7.2f} us")
+                    check_replays(case)
+            assert case.built is not None
+            chosen = int(case.built.max_items - case.extra_items > list_builder.MOST_ALONE)
+            times[chosen] += " *"
+            print(f"{name:20} B {batch:6}  {'  '.join(f'{time:22}' for time in times)}  lists right", flush=True)
+            batch *= 4
 
 
 if __name__ == "__main__":

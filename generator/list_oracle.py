@@ -115,3 +115,101 @@ def assert_right_queries(
         for one in np.split(kind, np.flatnonzero(np.diff(buckets)) + 1):
             late = np.maximum.accumulate(one) - one
             assert late.max(initial=0) < ROUND + (len(items) - len(tiles)), "sequences in order"
+
+
+class Heads(NamedTuple):
+    """What else a backward's list depends on."""
+
+    queries: int
+    keys: int
+    in_order: bool = False  # additions to dQ
+
+    def pairs(self, steps: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Sequences and kv heads side by side, of tiles of so many steps."""
+        per_step = 1 / np.maximum(steps, 1)
+        if self.in_order:
+            return np.asarray(np.maximum(np.sqrt(16384 * per_step), 512 * per_step))
+        return np.asarray(np.sqrt(1024 * per_step))
+
+
+def _key_tiles(offsets_q: Ints, offsets_k: Ints, how: Blocking) -> tuple[Ints, Ints, Ints]:
+    """Blocks of keys in the order of sequences, without their heads; the sequence of each; of each sequence the first's
+    query blocks."""
+    q_begin, q_length = offsets_q[:-1], np.maximum(np.diff(offsets_q), 0)
+    k_begin, k_length = offsets_k[:-1], np.maximum(np.diff(offsets_k), 0)
+    if how.causal and how.bottom_right:
+        unseen = np.maximum(q_length - k_length, 0)
+        q_begin, q_length = q_begin + unseen, q_length - unseen
+    shift = k_length - q_length if how.causal and how.bottom_right else np.zeros_like(k_length)
+
+    def query_blocks(owner: Ints, row: Ints) -> Ints:
+        first = np.zeros_like(row)
+        if how.causal:
+            seen = row < q_length[owner] + shift[owner]
+            first = np.maximum(row - shift[owner], 0) // how.block_m * how.block_m
+            first = np.where(seen, first, q_length[owner])
+        return np.asarray(-(-(q_length[owner] - first) // how.block_m))
+
+    counts = -(-k_length // how.block_n)
+    owner = np.repeat(np.arange(len(counts)), counts)
+    block = np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]
+    row = block * how.block_n
+    turn = k_begin[owner] // how.block_n + owner + block
+    columns = (*(values[owner] for values in (q_begin, q_length, k_begin, k_length)), row, query_blocks(owner, row))
+    every = np.arange(len(counts))
+    return np.stack([*columns, np.zeros_like(row), turn], 1), owner, query_blocks(every, np.zeros_like(every))
+
+
+def assert_right_keys(
+    data: bytes, max_items: int, total_q: int, offsets_q: Ints, offsets_k: Ints, how: Blocking, heads: Heads
+) -> None:
+    """A backward's list, in the bytes of its buffer, and what it says of each query. Offsets promise nothing wrong."""
+    (count,) = (int(number) for number in np.frombuffer(data, np.int32, 1))
+    tiles, owner, first_blocks = _key_tiles(offsets_q, offsets_k, how)
+    assert count == len(tiles), f"{count} items, not {len(tiles)}"
+    items = np.frombuffer(data, np.int32, 8 * count, WORK_LIST_HEADER_BYTES).reshape(-1, 8).astype(np.int64)
+    together = items[:, 6].copy()
+    items[:, 6] = 0
+    number = {tile.tobytes(): index for index, tile in enumerate(np.ascontiguousarray(tiles))}
+    order = np.array([number[item.tobytes()] for item in items], np.int64)
+    assert np.array_equal(np.sort(order), np.arange(count)), "each item once"
+
+    place = np.empty(count, np.int64)
+    place[order] = np.arange(count)
+    same = np.flatnonzero(np.diff(owner) == 0)  # tiles that are followed by another of their sequence
+    assert (place[same] < place[same + 1]).all(), "key blocks of a sequence in order"
+    assert (together[place[same]] == together[place[same + 1]]).all(), "heads of a sequence"
+    first, last = (np.unique(part, return_index=True)[1] for part in (owner, owner[::-1]))
+    last = count - 1 - last
+    steps = first_blocks[owner[first]] * (heads.queries // heads.keys)
+    by_place = np.argsort(place[first])
+    assert (np.diff(bucket(steps[by_place])) >= 0).all(), "the dearest first"
+
+    bits = (511 - bucket(steps) + (127 << 4)) << 19
+    pairs = heads.pairs(bits.astype(np.int32).view(np.float32).astype(np.float64) - 1)
+    alone = together[place[first]] < heads.keys
+    assert (pairs[alone] <= heads.keys).all(), "all heads of sequences that go together"
+    assert (place[last] - place[first] == last - first)[alone].all(), "sequences by themselves"
+    begins = np.sort(place[first])
+    within = np.searchsorted(begins, place[last], "right") - np.searchsorted(begins, place[first], "left")
+    assert (within[~alone] <= pairs[~alone] / heads.keys + 0.51).all(), "few sequences at a time"
+
+    at = WORK_LIST_HEADER_BYTES + 2 * max_items * WORK_ITEM_BYTES + 4 * len(offsets_k)
+    words = -(-total_q // 32)
+    marks = [np.frombuffer(data, np.uint8, 4 * words, at + 4 * words * which) for which in range(2)]
+    for mark, wanted in zip(marks, _marked(tiles[first], total_q, how), strict=True):
+        found = np.unpackbits(mark, bitorder="little")
+        assert np.array_equal(found[:total_q].astype(bool), wanted), "bits of queries"
+        assert not found[total_q:].any(), "bits beyond the queries"
+
+
+def _marked(sequences: Ints, total_q: int, how: Blocking) -> list[npt.NDArray[np.bool_]]:
+    """Queries that see keys of one block, and of more."""
+    result = []
+    for chosen in (sequences[:, 3] <= how.block_n, sequences[:, 3] > how.block_n):
+        steps = np.zeros(total_q + 1, np.int64)
+        begin = sequences[chosen, 0]
+        np.add.at(steps, begin, 1)
+        np.add.at(steps, begin + sequences[chosen, 1], -1)
+        result.append(np.cumsum(steps[:-1]) > 0)
+    return result

@@ -42,6 +42,6 @@ WORK_LIST_HEADER_BYTES = 64
 WORK_ITEM_BYTES = 32
 
 
-def work_list_bytes(max_items: int, batch: int, extra_ints: int = 0) -> int:
-    """Header, items in two orders, the builder's scratch of batch + 1 ints, and what else goes with a list."""
-    return WORK_LIST_HEADER_BYTES + 2 * max_items * WORK_ITEM_BYTES + (batch + 1 + extra_ints) * 4
+def work_list_bytes(max_items: int, extra_ints: int = 0) -> int:
+    """Header, items in two orders, and what else goes with a list."""
+    return WORK_LIST_HEADER_BYTES + 2 * max_items * WORK_ITEM_BYTES + extra_ints * 4

@@ -97,14 +97,14 @@ def allocate(
     extra_ints: int = 0,
 ) -> WorkList:
     """An unbuilt list of blocks of ``block`` queries, or keys, of the offsets, with room for more items, and for ints
-    behind: tickets where keys are split (head_packs.py), two bits a query in a backward. UnsupportedError for more
-    tokens than kernels can count.
+    behind: tickets where keys are split (head_packs.py); the builder's scratch and two bits a query in a backward.
+    UnsupportedError for more tokens than kernels can count.
     """
     if max(total_q, total_k) > MAX_TOKENS:
         raise UnsupportedError(f"{total_q} queries and {total_k} keys; served: up to {MAX_TOKENS} tokens each")
     batch = cu_seqlens_q.numel() - 1
     max_items = capacity(total_k if of_keys else total_q, batch, block) + extra_items
-    buffer = torch.empty(work_list_bytes(max_items, batch, extra_ints), dtype=torch.uint8, device=cu_seqlens_q.device)
+    buffer = torch.empty(work_list_bytes(max_items, extra_ints), dtype=torch.uint8, device=cu_seqlens_q.device)
     return WorkList(buffer, buffer.data_ptr(), batch, max_items)
 
 

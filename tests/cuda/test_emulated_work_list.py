@@ -14,6 +14,8 @@ from emulator import kernels
 from emulator.driver import EmulatorError, emulated
 
 from jagtile.generator import list_oracle
+from jagtile.generator.spaces.sm90_backward import Sm90BackwardConfig
+from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant
 from jagtile.runtime import cuda
 from jagtile.runtime.artifact import Artifact
@@ -22,6 +24,7 @@ from jagtile.runtime.cuda import list_builder, params, work_list
 SPLIT = "fwd_bf16_d64_causal/split_m64_n32_s2_q1_c1"
 PERSISTENT = "fwd_bf16_d64/persistent_m64_n64_s2_q1_c1"
 NAMES = [SPLIT, PERSISTENT]
+KEY_BLOCKS = Sm90BackwardConfig(64, 64, 2, 2, "bulk", False, 1, "none", False)
 CHUNK = 2048  # sequences that a CTA looks at at a time
 _seeds = itertools.count(1)
 
@@ -132,6 +135,75 @@ def test_sequences_of_tiles_beyond_those_held_are_searched_for(name: str) -> Non
     artifact = built(name, "constexpr int kHeldTiles = 4096;", "constexpr int kHeldTiles = 64;")
     some = lengths(3000, 200, 9)
     assert_right(artifact, some, some)
+
+
+# --- of a backward
+
+
+def assert_right_of_keys(
+    queries: Sequence[int],
+    keys: Sequence[int],
+    heads: tuple[int, int] = (2, 2),
+    in_order: bool = False,
+    causal: bool = False,
+    bottom_right: bool = False,
+) -> None:
+    variant = Variant("sm_90a", KernelSpec("bwd", "bf16", 32, 32, causal), KEY_BLOCKS)
+    cu_q, cu_k = (torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) for lengths in (queries, keys))
+    q = torch.zeros(sum(queries), heads[0], 32, dtype=torch.bfloat16)
+    k = torch.zeros(sum(keys), heads[1], 32, dtype=torch.bfloat16)
+    torch.use_deterministic_algorithms(in_order)
+    try:
+        with emulated(3, seed=1000 * next(_seeds)):
+            kernel = cuda.load(kernels.artifact(variant), torch.device("cuda", 0))
+            launch = kernel._launch
+            kernel._launch = lambda function, *more: launch(function, *more) if "work_list" in function.name else None
+            lse = torch.empty(heads[0], len(q))
+            kernel.backward(q, k, k, cu_q, cu_k, q, lse, q, None, q, k, k, 0.1, bottom_right)
+            (entry,) = work_list._ENTRIES.values()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    list_oracle.assert_right_keys(
+        bytes(entry.built.buffer.numpy()),
+        entry.built.max_items,
+        len(q),
+        *(cu.numpy().astype(np.int64) for cu in (cu_q, cu_k)),
+        list_oracle.Blocking(KEY_BLOCKS.block_m, KEY_BLOCKS.block_n, causal, bottom_right),
+        list_oracle.Heads(*heads, in_order),
+    )
+
+
+@pytest.mark.usefixtures("builders")
+@pytest.mark.parametrize("batch", [1, 9, 64, 1025, 2049, 5000])
+@pytest.mark.parametrize("in_order", [False, True])
+def test_key_blocks_of_any_number_of_sequences(batch: int, in_order: bool) -> None:
+    queries, keys = (lengths(batch, 200, batch + which) for which in (0, 1))
+    heads = ((1, 1), (8, 2))[batch % 2]
+    assert_right_of_keys([*queries, 3], [*keys, 3], heads, in_order, batch % 3 == 0, bottom_right=True)
+
+
+@pytest.mark.parametrize("batch", [8 * CHUNK - 3, 8 * CHUNK + 5])
+def test_key_blocks_of_more_sequences_than_fit_into_the_shared_memory_of_a_cluster(batch: int) -> None:
+    some = lengths(batch, 70, batch)
+    assert_right_of_keys(some, some, causal=True)
+
+
+@pytest.mark.usefixtures("builders")
+@pytest.mark.parametrize("heads", [(1, 1), (24, 8)])
+def test_key_blocks_of_a_long_sequence_among_thousands_of_single_tokens(heads: tuple[int, int]) -> None:
+    skewed = [*[1] * 2500, 30_000, *[1] * 1200]
+    assert_right_of_keys(skewed, skewed, heads, causal=True)
+    assert_right_of_keys([1] * len(skewed), skewed, heads, causal=True, bottom_right=True)
+    assert_right_of_keys(skewed, [1] * len(skewed), heads, causal=True, bottom_right=True)
+
+
+@pytest.mark.usefixtures("builders")
+def test_key_blocks_of_sequences_that_are_empty() -> None:
+    assert_right_of_keys([*[0] * 2999, 5], [*[0] * 2998, 1, 0])
+    assert_right_of_keys([1] * 3000, [*[0] * 2999, 70])
+
+
+# --- what goes wrong
 
 
 @pytest.mark.parametrize(

@@ -261,7 +261,7 @@ def test_there_is_room_for_what_is_left_of_pieces(driver, split_kernel, monkeypa
     assert sizes == [(block["results"] * PARTIAL_BYTES,)]
     assert block["partials"] != 0
     (entry,) = work_list._ENTRIES.values()
-    assert entry.built.buffer.numel() == params.work_list_bytes(block["max_items"], 1, extra_ints=block["results"])
+    assert entry.built.buffer.numel() == params.work_list_bytes(block["max_items"], extra_ints=block["results"])
 
 
 def test_more_heads_than_there_is_work_for_are_not_split(driver, split_kernel):

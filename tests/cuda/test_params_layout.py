@@ -98,12 +98,9 @@ def _codes(scalars: struct_module.Struct) -> str:
     return "".join(int(count or 1) * code for count, code in re.findall(r"(\d*)([a-zA-Z])", scalars.format))
 
 
-@pytest.mark.parametrize(
-    ("max_items", "batch", "extra_ints", "expected"),
-    [(0, 0, 0, 64 + 4), (10, 3, 0, 64 + 640 + 16), (1, 1, 6, 64 + 64 + 32)],
-)
-def test_work_list_bytes(max_items: int, batch: int, extra_ints: int, expected: int) -> None:
-    assert params.work_list_bytes(max_items, batch, extra_ints) == expected
+@pytest.mark.parametrize(("max_items", "extra_ints", "expected"), [(0, 0, 64), (10, 0, 64 + 640), (1, 6, 64 + 64 + 24)])
+def test_work_list_bytes(max_items: int, extra_ints: int, expected: int) -> None:
+    assert params.work_list_bytes(max_items, extra_ints) == expected
 
 
 def test_scratch_of_a_backward_is_dq_in_float32_and_delta() -> None:

@@ -50,7 +50,7 @@ struct KeyBlocks {
   }
 };
 
-// Sets these bits of a word for each token from `begin` to `end`, every `step` words from the one of lane `lane` on.
+// Sets a bit for each token from `begin` to before `end`, which is greater; of the words every `step`th from number `lane` on.
 __device__ __forceinline__ void mark_tokens(unsigned* marks, int begin, int end, int lane, int step) {
 #pragma unroll 1
   for (int word = begin / 32 + lane; 32 * word < end; word += step) {
@@ -66,7 +66,7 @@ __device__ __forceinline__ void mark_queries(const BackwardParams& p, const Work
   // Offsets may promise more tokens than there are.
   const int begin = max(item.q_begin, 0), end = item.k_length > 0 ? min(begin + item.q_length, p.total_q) : 0;
   unsigned* const marks = item.k_length <= p.block_n ? p.direct : p.summed;
-  if (end - begin <= kShort) mark_tokens(marks, begin, end, 0, 1);
+  if (begin < end && end - begin <= kShort) mark_tokens(marks, begin, end, 0, 1);
   for (unsigned left = __ballot_sync(0xffffffff, end - begin > kShort); left != 0; left &= left - 1) {
     const int lane = __ffs(left) - 1;
     const int keys = __shfl_sync(0xffffffff, item.k_length, lane);

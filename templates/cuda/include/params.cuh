@@ -18,7 +18,7 @@ struct alignas(64) Params {
   TensorMap map_out;
   const void* cu_seqlens_q;  // (batch + 1) int32 or int64
   const void* cu_seqlens_k;
-  void* work_list;           // WorkListHeader, items in two orders, (batch + 1) scratch ints, tickets where keys are split
+  void* work_list;           // WorkListHeader, items in two orders, tickets where keys are split
   float* lse;                // (heads, total_q) or null
   int batch;
   int heads;

@@ -19,10 +19,9 @@ struct Piece {
 
 __device__ __forceinline__ int packed_piece(int slot, int index, int count) { return slot | index << 16 | count << 24; }
 
-// Counters of finished pieces, one a warpgroup of (slot of the first piece, head): behind the builder's scratch, zero between
-// launches.
+// Counters of finished pieces, one a warpgroup of (slot of the first piece, head): behind the items, zero between launches.
 __device__ __forceinline__ int* piece_tickets(const Params& p) {
-  return reinterpret_cast<int*>(work_items(p.work_list) + 2 * p.max_items) + p.batch + 1;
+  return reinterpret_cast<int*>(work_items(p.work_list) + 2 * p.max_items);
 }
 
 // The key blocks of a row block cut into pieces as equal as can be: the first `longer` have one block more than `blocks`.
