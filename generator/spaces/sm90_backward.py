@@ -41,6 +41,7 @@ class Sm90BackwardConfig(TileConfig):
     held: str = field(metadata={"short": "h"})  # what of K and V registers hold, as A operands: "none", "v" or "kv"
     late_dq: bool = field(metadata={"short": "l"})  # dQ of a step is multiplied in the next one
     early_dv: bool = field(metadata={"short": "e"})  # dV is multiplied before dP is there: P is packed before dS
+    in_turn: bool = field(metadata={"short": "t"})  # the second warpgroup begins a step after the first one
 
     @property
     def warpgroups(self) -> int:
@@ -140,8 +141,8 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     before. Near the limit two more count, as compiling shows, for the places of K and V where these are the same in
     every tile.
 
-    Without it, dQ of the step before is multiplied when S and dP are gone, and dP when the dS of the step before is. What
-    counts beside them, with and without ``overlap``, is what compiling shows.
+    Without it, dQ of the step before is multiplied when S and dP are gone, and dP when the dS of the step before is.
+    What counts beside them, with and without ``overlap``, is what compiling shows.
     """
     kept = spec.head_dim // 2 + spec.head_dim_v // 2 + held_registers(spec, config)
     scores, packed, dq = config.block_m // 2, config.block_m // 4, dq_columns(spec, config) // 2
@@ -189,6 +190,7 @@ class Sm90BackwardSpace:
             "held": ("kv", "v", "none"),
             "late_dq": (True, False),
             "early_dv": (True, False),
+            "in_turn": (False, True),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
@@ -209,6 +211,8 @@ class Sm90BackwardSpace:
             return f"kv_stages must be 1, 2 or 3, got {config.kv_stages}"
         if config.held not in ("none", "v", "kv"):
             return f"held must be none, v or kv, got {config.held}"
+        if config.in_turn and not (config.late_dq and config.warpgroups == 2):
+            return "in_turn needs late_dq, without which warpgroups wait for each other in each step, and two of them"
         smem, room = smem_layout(spec, config).total, smem_room(config.ctas_per_sm)
         if smem > room:
             return f"shared memory {smem} B > {room} B a CTA with {config.ctas_per_sm} an SM"
@@ -224,11 +228,13 @@ class Sm90BackwardSpace:
         """128 keys, and what registers and shared memory have room for: first steps of 128 queries, a late dQ, then
         K and V in registers, then the overlap, then two buffers of K and V.
         """
-        wide_steps = Sm90BackwardConfig(128, 128, 2, 1, "bulk", False, 2, "kv", False, True)
+        wide_steps = Sm90BackwardConfig(128, 128, 2, 1, "bulk", False, 2, "kv", False, True, False)
         if self.rejection(spec, wide_steps) is None:
             return wide_steps
         for late, held, overlap, kv_stages in product((True, False), ("kv", "v", "none"), (True, False), (2, 1)):
-            config = Sm90BackwardConfig(64, 128, 3 if late else 2, 1, "bulk", overlap, kv_stages, held, late, True)
+            config = Sm90BackwardConfig(
+                64, 128, 3 if late else 2, 1, "bulk", overlap, kv_stages, held, late, True, False
+            )
             if self.rejection(spec, config) is None:
                 return config
         raise AssertionError(f"no default tile for {spec.name}")

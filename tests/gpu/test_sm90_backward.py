@@ -27,8 +27,17 @@ pytestmark = [
     pytest.mark.skipif(not HOPPER, reason="needs a CUDA GPU of compute capability 9.0"),
 ]
 
-# Steps of 128 queries, P and dS packed together.
-TOGETHER: dict[str, Knob] = {"block_m": 128, "num_stages": 2, "kv_stages": 2, "held": "none", "early_dv": False}
+# P and dS packed together, a late dQ, 128 or 64 queries a step.
+LONG_STEPS: dict[str, Knob] = {
+    "block_m": 128,
+    "num_stages": 2,
+    "overlap": True,
+    "kv_stages": 2,
+    "held": "none",
+    "late_dq": True,
+    "early_dv": False,
+}
+SHORT_STEPS: dict[str, Knob] = LONG_STEPS | {"block_m": 64, "overlap": False, "kv_stages": 1}
 # (spec, what differs from the default config of its space)
 CASES = (
     ("bwd_bf16_d8", {}),
@@ -49,20 +58,20 @@ CASES = (
         "bwd_bf16_d64_causal",
         {"block_n": 64, "num_stages": 2, "ctas_per_sm": 2, "dq": "red", "held": "none", "late_dq": False},
     ),
-    ("bwd_bf16_d64", TOGETHER | {"overlap": True, "late_dq": True}),
-    ("bwd_bf16_d64_causal", TOGETHER | {"overlap": True, "late_dq": True}),
-    ("bwd_fp16_d64_causal", TOGETHER | {"overlap": False, "late_dq": False}),
-    ("bwd_fp16_d32_causal", TOGETHER | {"overlap": True, "late_dq": True, "held": "kv"}),
-    ("bwd_bf16_d64", {"num_stages": 3, "overlap": True, "late_dq": True, "early_dv": False}),
+    ("bwd_bf16_d64", LONG_STEPS),
+    ("bwd_bf16_d64_causal", LONG_STEPS | {"in_turn": True}),
+    ("bwd_fp16_d64_causal", LONG_STEPS | {"overlap": False, "late_dq": False}),
+    ("bwd_fp16_d32_causal", LONG_STEPS | {"held": "kv", "in_turn": True}),
+    ("bwd_bf16_d64", SHORT_STEPS | {"num_stages": 3, "overlap": True, "kv_stages": 2, "held": "kv"}),
     ("bwd_bf16_d72_dv40_causal", {}),
     ("bwd_bf16_d96", {}),
     ("bwd_bf16_d96_causal", {"dq": "red", "overlap": False}),
     ("bwd_bf16_d120_causal", {}),
     ("bwd_bf16_d128", {}),
     ("bwd_bf16_d128_causal", {}),
-    ("bwd_bf16_d128", {"late_dq": True, "early_dv": False}),
-    ("bwd_bf16_d128_causal", {"late_dq": True, "early_dv": False}),
-    ("bwd_bf16_d96", {"held": "v", "late_dq": True, "early_dv": False}),
+    ("bwd_bf16_d128", SHORT_STEPS),
+    ("bwd_bf16_d128_causal", SHORT_STEPS | {"num_stages": 3, "in_turn": True}),
+    ("bwd_bf16_d96", SHORT_STEPS | {"held": "v"}),
     ("bwd_fp16_d128", {"dq": "red"}),
     ("bwd_fp16_d128_causal", {"num_stages": 3}),
     ("bwd_bf16_d96_causal", {"block_n": 64}),
@@ -138,8 +147,8 @@ def test_any_scale(name: str, scale: float) -> None:
 
 IN_ORDER = (
     ("bwd_bf16_d64", {}),
-    ("bwd_bf16_d64", TOGETHER | {"overlap": True, "late_dq": True}),
-    ("bwd_bf16_d128_causal", {"late_dq": True, "early_dv": False}),
+    ("bwd_bf16_d64", LONG_STEPS | {"in_turn": True}),
+    ("bwd_bf16_d128_causal", SHORT_STEPS),
     ("bwd_bf16_d64_causal", {"dq": "red"}),
     ("bwd_bf16_d128", {"dq": "red"}),
     ("bwd_bf16_d128_causal", {}),

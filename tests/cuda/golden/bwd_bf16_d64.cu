@@ -1,4 +1,4 @@
-// jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1_e1
+// jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1_e1_t0
 //
 // Backward of attention over a jagged batch, one kernel for one case:
 //   target      sm_90a
@@ -16,8 +16,9 @@
 //   held                kv
 //   late_dq             true
 //   early_dv            true
+//   in_turn             false
 // Generated; edit the template, not this text. To see it again:
-//   jagtile generate sm_90a/bwd_bf16_d64/keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1_e1
+//   jagtile generate sm_90a/bwd_bf16_d64/keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1_e1_t0
 //
 // One persistent CTA an SM: 2 math warpgroups of 64 keys each, one warpgroup that feeds them. K and V of a tile
 // stay; the queries that see its keys go by from the last, those of every head that shares the kv head.
@@ -262,7 +263,7 @@ extern "C" __global__ void __launch_bounds__(kRowThreads) jagtile_backward_finis
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1_e1(const __grid_constant__ BackwardParams p) {
+jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1_e1_t0(const __grid_constant__ BackwardParams p) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t k_tiles = smem_address(shared);
   const uint32_t v_tiles = k_tiles + 32768;
