@@ -246,11 +246,14 @@ class Sm90BackwardWideSpace:
         return None
 
     def default(self, spec: KernelSpec) -> TileConfig:
-        """The most keys that fit, and bulk additions where they fit with these (docs/hopper-backward.md)."""
-        for block_n, dq, dout_stages in product((112, 96, 80), ("bulk", "red"), (2, 1)):
-            config = Sm90BackwardWideConfig(block_n, 2, dout_stages, 0 if dq == "bulk" else _even(spec), dq)
-            if self.rejection(spec, config) is None:
-                return config
+        """The most keys that fit, bulk additions where they fit with these, wide buffers of dQ rather than a second one
+        of dO (docs/hopper-backward.md).
+        """
+        for block_n, dq in product((112, 96, 80), ("bulk", "red")):
+            panels = 0 if dq == "bulk" else _even(spec)
+            configs = (Sm90BackwardWideConfig(block_n, 2, dout_stages, panels, dq) for dout_stages in (2, 1))
+            if legal := [config for config in configs if self.rejection(spec, config) is None]:
+                return max(legal, key=lambda config: dq_buffers(spec, config).columns)
         raise AssertionError(f"no default tile for {spec.name}")
 
     def context(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, object]:
