@@ -71,33 +71,47 @@ class SmemLayout:
         return self.control_begin + self.control_bytes
 
 
+class DqBuffers(NamedTuple):
+    """Where dQ waits for its addition: panels of so many columns, float32."""
+
+    columns: int
+    count: int
+
+    @property
+    def panel_bytes(self) -> int:
+        """Of one buffer."""
+        return BLOCK_M * self.columns * 4
+
+
+def _fitting_dq_buffers(spec: KernelSpec, room: int) -> DqBuffers:
+    """Panels of 64 columns if two of them fit, else two or more of 32, but no more than a step has."""
+    wide, narrow = (
+        DqBuffers(columns, min(room // (BLOCK_M * columns * 4), max(2, -(-spec.head_dim // columns))))
+        for columns in (min(64, spec.head_dim), min(32, spec.head_dim))
+    )
+    return wide if wide.count >= 2 else narrow._replace(count=max(2, narrow.count))
+
+
+def dq_buffers(spec: KernelSpec, config: Sm90BackwardWideConfig) -> DqBuffers:
+    """None of them where dQ is added from registers."""
+    if config.dq == "red":
+        return DqBuffers(min(64, spec.head_dim), 0)
+    return _fitting_dq_buffers(spec, SMEM_BYTES - smem_layout(spec, replace(config, dq="red")).total)
+
+
 def smem_layout(spec: KernelSpec, config: Sm90BackwardWideConfig) -> SmemLayout:
     """The regions' sizes: panels of 64 columns (128 bytes), and dQ's buffers in what is left."""
     k_panels, v_panels = panel_count(spec.head_dim), panel_count(spec.head_dim_v)
-    without_dq = SmemLayout(
+    buffers = dq_buffers(spec, config)
+    return SmemLayout(
         k_bytes=config.block_n * k_panels * 128,
         v_bytes=config.block_n * v_panels * 128,
         q_bytes=config.q_stages * BLOCK_M * k_panels * 128,
         dout_bytes=config.dout_stages * BLOCK_M * v_panels * 128,
         p_bytes=BLOCK_M * panel_count(config.block_n) * 128,
-        dq_bytes=0,
+        dq_bytes=buffers.count * buffers.panel_bytes,
         control_bytes=CONTROL_BYTES,
     )
-    if config.dq == "red":
-        return without_dq
-    # More buffers than panels would be of no use: dS of the next step comes after this one's panels.
-    fit = max(SMEM_BYTES - without_dq.total, 0) // dq_panel_bytes(spec)
-    return replace(without_dq, dq_bytes=min(fit, max(2, k_panels)) * dq_panel_bytes(spec))
-
-
-def dq_panel_bytes(spec: KernelSpec) -> int:
-    """A panel of a step's dQ, float32."""
-    return BLOCK_M * min(64, spec.head_dim) * 4
-
-
-def dq_stages(spec: KernelSpec, config: Sm90BackwardWideConfig) -> int:
-    """Buffers of dQ's panels."""
-    return smem_layout(spec, config).dq_bytes // dq_panel_bytes(spec)
 
 
 class PerWarpgroup(NamedTuple):
@@ -152,6 +166,19 @@ def _dq_with_dk(spec: KernelSpec, config: Sm90BackwardWideConfig) -> list[tuple[
     ]
 
 
+def _sums_panels(spec: KernelSpec, columns: int) -> list[list[tuple[int, int]]]:
+    """For each product of dQ, 64 columns, its panels of sums and where a thread's accumulators of each begin."""
+    return [
+        [(column // columns, (column - begin) // 2) for column in range(begin, min(begin + 64, spec.head_dim), columns)]
+        for begin in range(0, spec.head_dim, 64)
+    ]
+
+
+def _rounds(panels: int, buffers: int) -> int:
+    """How many times a step goes round its buffers; 0 where that is no whole number."""
+    return panels // buffers if buffers and panels % buffers == 0 else 0
+
+
 def _even(spec: KernelSpec) -> int:
     """Half of the panels of dQ; where there is no half, the larger part goes to the narrower gradient."""
     there_are = panel_count(spec.head_dim)
@@ -203,8 +230,6 @@ class Sm90BackwardWideSpace:
         if config.dq == "bulk" and config.dq_panels:
             return f"with dq bulk dK's warpgroup hands all of dQ over: dq_panels must be 0, got {config.dq_panels}"
         smem = smem_layout(spec, config).total
-        if config.dq == "bulk" and not dq_stages(spec, config):
-            smem += dq_panel_bytes(spec)
         if smem > SMEM_BYTES:
             return f"shared memory {smem} B > {SMEM_BYTES} B"
         needed = accumulators(spec, config)
@@ -221,17 +246,22 @@ class Sm90BackwardWideSpace:
         return None
 
     def default(self, spec: KernelSpec) -> TileConfig:
-        """The most keys that fit; with them bulk additions through two buffers or more (docs/hopper-backward.md)."""
-        for block_n, dq, dout_stages in product((112, 96, 80), ("bulk", "red"), (2, 1)):
-            config = Sm90BackwardWideConfig(block_n, 2, dout_stages, 0 if dq == "bulk" else _even(spec), dq)
-            if self.rejection(spec, config) is None and (dq == "red" or dq_stages(spec, config) > 1):
-                return config
+        """The most keys that fit, bulk additions where they fit with these, wide buffers of dQ rather than a second one
+        of dO (docs/hopper-backward.md).
+        """
+        for block_n, dq in product((112, 96, 80), ("bulk", "red")):
+            panels = 0 if dq == "bulk" else _even(spec)
+            configs = (Sm90BackwardWideConfig(block_n, 2, dout_stages, panels, dq) for dout_stages in (2, 1))
+            if legal := [config for config in configs if self.rejection(spec, config) is None]:
+                return max(legal, key=lambda config: dq_buffers(spec, config).columns)
         raise AssertionError(f"no default tile for {spec.name}")
 
     def context(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, object]:
         """Panels, steps, registers and the shared-memory map."""
         config = cast(Sm90BackwardWideConfig, config)
         dq_columns = [min(64, spec.head_dim - 64 * panel) for panel in range(panel_count(spec.head_dim))]
+        buffers = dq_buffers(spec, config)
+        sums_panels = _sums_panels(spec, buffers.columns)
         registers = math_registers(accumulators(spec, config)) or PerWarpgroup(MATH_REGISTERS // 2, MATH_REGISTERS // 2)
         return {
             "block_m": BLOCK_M,
@@ -245,8 +275,9 @@ class Sm90BackwardWideSpace:
             "dq_widths": sorted(set(dq_columns), reverse=True),
             "dq_with_dk": _dq_with_dk(spec, config),
             "dq_adders": _dq_adders(config),
-            "dq_panel_bytes": dq_panel_bytes(spec),
-            "dq_stages": dq_stages(spec, config),
+            "dq_buffers": buffers,
+            "sums_panels": sums_panels,
+            "rounds": _rounds(sum(map(len, sums_panels)), buffers.count),
             "ds_in_registers": ds_in_registers(spec, config),
             "element": ELEMENT[spec.dtype],
             "pack": f"pack_{spec.dtype}",

@@ -15,26 +15,29 @@ from jagtile.generator.spaces.sm90_backward_wide import (
     Sm90BackwardWideConfig,
     Sm90BackwardWideSpace,
     accumulators,
+    dq_buffers,
+    ds_in_registers,
     math_registers,
     smem_layout,
 )
 from jagtile.generator.spec import KernelSpec
-from jagtile.generator.tile import Variant, config_from_dict, legal_configs, spaces_of
+from jagtile.generator.tile import Knob, Variant, config_from_dict, legal_configs, spaces_of
 from jagtile.runtime.errors import IllegalConfigError
 
 SPACE = Sm90BackwardWideSpace()
+D192 = KernelSpec.parse("bwd_bf16_d192")
 D256 = KernelSpec.parse("bwd_bf16_d256")
-BASE = Sm90BackwardWideConfig(block_n=80, q_stages=2, dout_stages=1, dq_panels=2)
+BASE = Sm90BackwardWideConfig(block_n=80, q_stages=2, dout_stages=1, dq_panels=2, dq="red")
 DEFAULTS = {  # the most keys that each has room for
-    "bwd_bf16_d256": (80, 2, 1, 2),
-    "bwd_fp16_d256_causal": (80, 2, 1, 2),
-    "bwd_bf16_d192": (96, 2, 2, 1),
-    "bwd_bf16_d192_dv128_causal": (112, 2, 2, 2),
-    "bwd_fp16_d128_dv192": (112, 2, 2, 1),
-    "bwd_bf16_d136_causal": (96, 2, 2, 1),
-    "bwd_bf16_d224": (80, 2, 1, 2),
-    "bwd_fp16_d64_dv256_causal": (80, 2, 2, 0),
-    "bwd_bf16_d256_dv8": (80, 2, 2, 2),
+    "bwd_bf16_d256": (80, 2, 1, 0, "bulk"),
+    "bwd_fp16_d256_causal": (80, 2, 1, 0, "bulk"),
+    "bwd_bf16_d192": (96, 2, 1, 0, "bulk"),
+    "bwd_bf16_d192_dv128_causal": (112, 2, 2, 0, "bulk"),
+    "bwd_fp16_d128_dv192": (112, 2, 2, 0, "bulk"),
+    "bwd_bf16_d136_causal": (96, 2, 1, 0, "bulk"),
+    "bwd_bf16_d224": (80, 2, 1, 0, "bulk"),
+    "bwd_fp16_d64_dv256_causal": (80, 2, 2, 0, "bulk"),
+    "bwd_bf16_d256_dv8": (80, 2, 2, 0, "bulk"),
 }
 SPECS = [KernelSpec.parse(name) for name in DEFAULTS]
 
@@ -66,10 +69,13 @@ def test_every_wide_head_has_a_legal_default_and_one_backward() -> None:
         ({"dout_stages": 0}, "dout_stages at least 1"),
         ({"dout_stages": 2}, "shared memory 246784 B > 232448 B"),
         ({"dq_panels": 4}, "dq_panels must leave one of 4"),
+        ({"dq": "green"}, "dq must be bulk or red"),
+        ({"dq": "bulk"}, "dq_panels must be 0, got 2"),
+        ({"dq": "bulk", "dq_panels": 0, "q_stages": 3}, "shared memory 263168 B > 232448 B"),
         ({"block_n": 96}, "dV and S take 240 accumulators a thread, dK and dP 240"),
     ],
 )
-def test_an_illegal_tile_is_refused_with_its_arithmetic(change: dict[str, int], reason: str) -> None:
+def test_an_illegal_tile_is_refused_with_its_arithmetic(change: dict[str, Knob], reason: str) -> None:
     config = replace(BASE, **change)
     rejection = SPACE.rejection(D256, config)
     assert rejection is not None
@@ -96,6 +102,17 @@ def test_shared_memory_is_the_sum_of_its_regions() -> None:
     assert (layout.k_bytes, layout.v_bytes, layout.q_bytes, layout.dout_bytes) == (40960, 40960, 65536, 32768)
     assert layout.p_bytes == 16384  # and as much of dS
     assert SPACE.launch(D256, BASE)["smem_bytes"] == layout.total == 214016
+    bulk = smem_layout(D256, replace(BASE, dq="bulk", dq_panels=0))
+    assert (bulk.dq_bytes, bulk.total) == (16384, 230400)
+
+
+def test_dq_has_as_many_buffers_as_fit_and_a_step_fills() -> None:
+    tile = SPACE.default(D192)
+    assert dq_buffers(D192, tile) == (64, 3)
+    assert dq_buffers(D192, replace(tile, block_n=32)) == (64, 3)
+    assert dq_buffers(D192, replace(tile, dout_stages=2)) == (32, 3)  # one panel of 64 would fit
+    assert dq_buffers(D256, SPACE.default(D256)) == (32, 2)
+    assert dq_buffers(D256, BASE) == (64, 0)
 
 
 def test_registers_go_to_the_warpgroup_that_needs_them() -> None:
@@ -106,7 +123,12 @@ def test_registers_go_to_the_warpgroup_that_needs_them() -> None:
     assert math_registers(PerWarpgroup(168, 224)) == (208, 256)
     assert math_registers(PerWarpgroup(224, 168)) == (256, 208)
     assert math_registers(PerWarpgroup(224, 184)) is None
-    assert "dq_panels must be 0 or 2" in str(SPACE.rejection(uneven, replace(SPACE.default(uneven), dq_panels=1)))
+    assert accumulators(D192, SPACE.default(D192)) == (192, 208)  # dS beside a panel of dQ
+    assert math_registers(PerWarpgroup(192, 208)) == (224, 240)
+    assert ds_in_registers(D192, SPACE.default(D192))
+    assert not ds_in_registers(uneven, SPACE.default(uneven))
+    one_panel = replace(SPACE.default(uneven), dq="red", dq_panels=1)
+    assert "dq_panels must be 0 or 2" in str(SPACE.rejection(uneven, one_panel))
 
 
 def test_names_parse_back() -> None:
@@ -127,8 +149,8 @@ def test_rendering_is_reproducible_and_as_reviewed() -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-@pytest.mark.parametrize("change", [{}, {"block_n": 32, "q_stages": 3, "dq_panels": 0}])
-def test_rendered_lines_are_tidy(spec: KernelSpec, change: dict[str, int]) -> None:
+@pytest.mark.parametrize("change", [{}, {"block_n": 32, "q_stages": 3}, {"dq": "red"}])
+def test_rendered_lines_are_tidy(spec: KernelSpec, change: dict[str, Knob]) -> None:
     config = replace(SPACE.default(spec), **change)
     text = render_unchecked(Variant("sm_90a", spec, config)).text
     for line in text.splitlines():
@@ -140,6 +162,7 @@ def _matrix() -> list[Variant]:
     """The defaults, and legal tiles at random."""
     rng = random.Random(7)
     variants = [Variant("sm_90a", spec, SPACE.default(spec)) for spec in SPECS]
+    variants += [Variant("sm_90a", D256, BASE), Variant("sm_90a", D192, replace(BASE, block_n=96, dq_panels=1))]
     return variants + [Variant("sm_90a", spec, rng.choice(legal_configs(SPACE, spec))) for spec in SPECS[2:4]]
 
 

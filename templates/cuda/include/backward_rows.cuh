@@ -113,7 +113,7 @@ __device__ __forceinline__ void finish_panel(const BackwardParams& p, const RowB
   constexpr int kInFlight = kLoads < 4 ? kLoads : 4;
   const unsigned lane = threadIdx.x % 32;
   const float* sums = Sums::row(p.dq_sums, p.total_q, rows.head, kPanel, rows.token);
-  uint16_t* dq = static_cast<uint16_t*>(p.dq) + rows.token * p.dq_token + rows.head * p.dq_head + 64 * kPanel;
+  uint16_t* dq = static_cast<uint16_t*>(p.dq) + rows.token * p.dq_token + rows.head * p.dq_head + Sums::first_column(kPanel);
 #pragma unroll 1
   for (unsigned base = 0; base < kRowTokens * kQuads; base += 32 * kInFlight) {
     uint4 values[kInFlight];

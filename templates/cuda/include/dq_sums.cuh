@@ -1,4 +1,4 @@
-// Where dQ is summed up: float32, without padding. A head's columns are split into panels of 64 (the last may be narrower);
+// Where dQ is summed up: float32, without padding. A head's columns are split into panels of 64, or 32 (the last may be narrower);
 // a panel is rows of tokens, so that what a warpgroup has of a query block is one piece of memory. Within a row, groups of
 // 16 columns lie so that a thread's four accumulators of a group are neighbours: places 4 q + e of a group hold its columns
 // 8 (e >> 1) + 2 q + (e & 1), q = lane % 4. Where sums go through shared memory, rows of odd tokens have their groups swapped in
@@ -10,16 +10,19 @@
 #include "cuda/include/fragments.cuh"
 #include "cuda/include/ptx.cuh"
 
-template <int kHeadDim, bool kSwapped = true>
+template <int kHeadDim, bool kSwapped = true, int kWidth = 64>
 struct DqSums {
   static constexpr int kColumns = kHeadDim;
-  static constexpr int kPanels = (kHeadDim + 63) / 64;
+  static constexpr int kPanels = (kHeadDim + kWidth - 1) / kWidth;
 
-  __host__ __device__ static constexpr int columns(int panel) { return kHeadDim - 64 * panel < 64 ? kHeadDim - 64 * panel : 64; }
+  __host__ __device__ static constexpr int first_column(int panel) { return kWidth * panel; }
+  __host__ __device__ static constexpr int columns(int panel) {
+    return kHeadDim - first_column(panel) < kWidth ? kHeadDim - first_column(panel) : kWidth;
+  }
 
   // A token's row of a panel.
   __device__ __forceinline__ static float* row(float* sums, int total_q, int head, int panel, int token) {
-    return sums + static_cast<long long>(head) * total_q * kHeadDim + static_cast<long long>(total_q) * 64 * panel +
+    return sums + static_cast<long long>(head) * total_q * kHeadDim + static_cast<long long>(total_q) * first_column(panel) +
            static_cast<long long>(token) * columns(panel);
   }
 
@@ -120,7 +123,7 @@ __device__ __forceinline__ void write_panel(const float (&dq)[kRegisters], const
                                             int length, int row, int quad) {
 #pragma unroll
   for (int half = 0; half < 2; ++half, row = computed_here(row + 8)) {  // one row's addresses at a time: registers are few
-    uint16_t* at = static_cast<uint16_t*>(p.dq) + (begin + row) * p.dq_token + head * p.dq_head + 64 * kPanel;
+    uint16_t* at = static_cast<uint16_t*>(p.dq) + (begin + row) * p.dq_token + head * p.dq_head + Sums::first_column(kPanel);
     const int place = computed_here(quad);
     const WritePieces<kPack> pieces{at, p.scale, place, row < length};
     for_each_piece<Sums::columns(kPanel), kFirst>(dq, half, place, 0, pieces);

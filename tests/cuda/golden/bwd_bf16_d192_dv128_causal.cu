@@ -1,4 +1,4 @@
-// jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2_d2
+// jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2_d0_abulk
 //
 // Backward of attention over a jagged batch, one kernel for one case:
 //   target      sm_90a
@@ -9,19 +9,20 @@
 //   block_n             112
 //   q_stages            2
 //   dout_stages         2
-//   dq_panels           2
+//   dq_panels           0
+//   dq                  bulk
 // Generated; edit the template, not this text. To see it again:
-//   jagtile generate sm_90a/bwd_bf16_d192_dv128_causal/wide_n112_q2_o2_d2
+//   jagtile generate sm_90a/bwd_bf16_d192_dv128_causal/wide_n112_q2_o2_d0_abulk
 //
 // One persistent CTA an SM. K and V of a tile stay; the queries that see its keys go by, 64 at a time, those of every head
-// that shares the kv head. Two math warpgroups split the work by result, and hand each other P and dS:
-//   warp 0      copies K and V (TMA, clipped at the sequence's end)
-//   warp 1      claims tiles from the work list
-//   warp 2      copies Q, block by block
-//   warp 3      copies dO
+// that shares the kv head. Two math warpgroups split the work by result, and hand each other nothing but P:
+//   warp 0      claims tiles from the work list and copies their K and V (TMA, clipped at the sequence's end)
+//   warp 1      copies Q, block by block
+//   warp 2      copies dO
+//   warp 3      adds dQ to its sums in global memory (bulk reductions)
 //   warps 4-7   S = Q K^T, P = exp(S - lse), dV^T += dO^T P (wgmma); dV leaves through V's buffer (TMA)
 //   warps 8-11  dP = dO V^T, dS = P (dP - delta), dK^T += Q^T dS; dK leaves through K's buffer
-// dQ = dS K goes from registers to its sums, or to dq where the tile has all keys; warps 4-7 make the first 2 of its 3 panels, warps 8-11 the rest.
+// dQ = dS K, by warps 8-11, goes through shared memory to its sums, or from registers to dq where the tile has all keys.
 // So both keep as many accumulators as one gradient of 112 keys has, and run out of step: while one computes P or dS the
 // other multiplies.
 //
@@ -32,6 +33,7 @@
 //   dO [2]                 32768   2 panels of 64 rows x 128 B
 //   P                      16384   2 panels of 64 rows x 128 B
 //   dS                     16384   2 panels of 64 rows x 128 B
+//   dQ [2]                 32768   64 rows x 64 float32, as in its sums
 //   tiles, barriers         1024
 #include "cuda/include/backward_params.cuh"
 #include "cuda/include/backward_rows.cuh"
@@ -60,23 +62,28 @@ constexpr int kQPanelBytes = kBlockM * 128;  // of Q, dO, P and dS
 constexpr int kKVPanelBytes = kBlockN * 128;
 constexpr int kQBytes = kPanels * kQPanelBytes;
 constexpr int kDoutBytes = kPanelsV * kQPanelBytes;
+constexpr int kDqBytes = 16384;
+constexpr int kDqStages = 2;
 
-using Sums = DqSums<kHeadDim, /*kSwapped=*/false>;
-using KeyTile = KeyTiles</*kCausal=*/true, kBlockM, kBlockN, /*kAdders=*/2>;
+using Sums = DqSums<kHeadDim>;
+using KeyTile = KeyTiles</*kCausal=*/true, kBlockM, kBlockN, /*kAdders=*/1>;
 
 struct Control {
   Tile tiles[kTileSlots];
   Claims claims;
   RingBarriers<kTileSlots> tile;
   RingBarriers<1> loaded;  // all of the tile is on its way
-  RingBarriers<1> k, v, p, ds;
+  RingBarriers<1> k, v, p;
   RingBarriers<kQStages> q;
   RingBarriers<kDoutStages> dout;
+  RingBarriers<kDqStages> dq;
+  BulkTurns turns;
 };
 static_assert(sizeof(Control) <= 1024);
 
 struct Buffers {  // shared addresses
   uint32_t k, v, q, dout, p, ds;
+  float* dq;
 };
 
 // d (64 x 112) {+}= A (64 x 16) B^T (112 x 16), both K-major in shared memory.
@@ -196,6 +203,35 @@ __device__ __forceinline__ void issue_dq(float (&d)[32], uint32_t a, uint32_t b)
   wgmma_commit();
 }
 
+// Adds what is handed over of every tile's dQ to its sums, in one lane of a warp.
+__device__ __forceinline__ void add_dq(const BackwardParams& p, Control& control, uint32_t dq) {
+  RingPosition<kDqStages> at;
+  for_each_tile(control, [&](const WorkItem& item, int kv_head) {
+    if (KeyTile::has_all_keys(item)) return;
+    if (p.turns != nullptr) control.turns.begin<KeyTile>(p, item, kv_head);
+    KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
+      if (p.turns != nullptr) control.turns.await(control.dq.is_full(at));
+      const int rows = min(item.q_length - row, kBlockM);
+      RingPosition<kDqStages> leaving;
+#pragma unroll
+      for (int panel = 0; panel < Sums::kPanels; ++panel) {
+        control.dq.wait_full(at);
+        bulk_add(Sums::row(p.dq_sums, p.total_q, head, panel, item.q_begin + row), dq + at.slot * kDqBytes,
+                 rows * Sums::columns(panel) * 4);
+        tma_store_commit();
+        tma_store_wait_read<1>();
+        if (panel > 0) control.dq.arrive_empty(leaving);
+        leaving = at;
+        at.advance();
+      }
+      tma_store_wait_read();
+      control.dq.arrive_empty(leaving);
+    });
+    if (p.turns != nullptr) control.turns.pass();
+  });
+  tma_store_wait();
+}
+
 // Streams Q or dO of every tile through a ring, block by block.
 template <int kTilePanels, int kSlots>
 __device__ __forceinline__ void load_query_blocks(const BackwardParams& p, Control& control, RingBarriers<kSlots>& ring,
@@ -213,19 +249,37 @@ __device__ __forceinline__ void load_query_blocks(const BackwardParams& p, Contr
   });
 }
 
-// A warpgroup's way through its CTA's tiles.
+// A warpgroup's way through its CTA's tiles: how many of each it is done with, which is all there is to know of rings.
 struct Walk {
-  RingPosition<kTileSlots> tile_at;
-  RingPosition<1> kv_at, step_at;  // the latter of P and dS
-  RingPosition<kQStages> q_at;
-  RingPosition<kDoutStages> dout_at;
+  uint32_t tile = 0;
+  uint32_t step = 0;
+  uint32_t dq_step = 0;  // those whose dQ went to sums
+
+  __device__ __forceinline__ RingPosition<kTileSlots> tile_at() const { return RingPosition<kTileSlots>::after(tile); }
+  __device__ __forceinline__ RingPosition<1> kv_at() const { return RingPosition<1>::after(tile); }
+  __device__ __forceinline__ RingPosition<1> step_at() const { return RingPosition<1>::after(step); }  // of P
+  __device__ __forceinline__ RingPosition<kQStages> q_at() const { return RingPosition<kQStages>::after(step); }
+  __device__ __forceinline__ RingPosition<kDoutStages> dout_at() const { return RingPosition<kDoutStages>::after(step); }
 };
+
+// A panel of sums of a warpgroup's dQ, for the warp that adds it; `token` is that of the thread's upper row.
+template <int kPanel, int kFirst, int kRegisters>
+__device__ __forceinline__ void hand_over(const float (&dq)[kRegisters], Control& control, const Buffers& smem, const Walk& at,
+                                          int token, int row, int quad) {
+  const RingPosition<kDqStages> dq_at = RingPosition<kDqStages>::after(at.dq_step * Sums::kPanels + kPanel);
+  control.dq.wait_empty(dq_at);
+  stage_sums<Sums, kPanel, kFirst>(dq, smem.dq + dq_at.slot * (kDqBytes / 4), row, quad, token);
+  fence_async_proxy();
+  __syncwarp();
+  if (elect_one()) control.dq.arrive_full(dq_at);
+}
 
 // A gradient's transposed accumulators leave through a buffer that nothing reads any more, panel by panel.
 template <int kTilePanels>
 __device__ __forceinline__ void store_gradient(const float (&gradient)[kTilePanels][kBlockN / 2], uint32_t buffer,
                                                const TensorMap& map, const WorkItem& item, int kv_head, int barrier,
                                                int warp, int lane, bool leader) {
+  lane = computed_here(lane);  // no addresses of this are kept through the steps
 #pragma unroll
   for (int panel = 0; panel < kTilePanels; ++panel) {
     stage_columns<pack_bf16, kBlockN>(gradient[panel], buffer + panel * kKVPanelBytes, warp, lane);
@@ -248,29 +302,34 @@ __device__ __forceinline__ void make_dv(const BackwardParams& p, Control& contro
   const bool leader = threadIdx.x % 128 == 0;
   const int thread_row = 16 * (warp % 4) + lane / 4;  // the upper of two, 8 apart
   const float scale_log2 = p.scale_log2;
-  for (Walk at;; at.tile_at.advance(), at.kv_at.advance()) {
-    control.tile.wait_full(at.tile_at);
-    const int kv_head = control.tiles[at.tile_at.slot].head;
+  for (Walk at;; ++at.tile) {
+    control.tile.wait_full(at.tile_at());
+    const int kv_head = control.tiles[at.tile_at().slot].head;
     if (kv_head < 0) break;
-    const WorkItem& item = control.tiles[at.tile_at.slot].item;
+    const WorkItem& item = control.tiles[at.tile_at().slot].item;
     float dv[kPanelsV][kBlockN / 2] = {};
+    bool multiplying = false;  // dV, with dO of the step before
 
     // Blocks from mask_end on see the tile's keys whole. Limits count from the thread's first key.
     const int shift = KeyTile::causal_shift(p, item);
     const int keys = item.k_length - item.row - 2 * quad;
     const int mask_end = item.row + kBlockN > item.k_length ? kNoQuery : item.row + kBlockN - 1 - shift;
 
-    control.k.wait_full(at.kv_at);
+    control.k.wait_full(at.kv_at());
     KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
       float lse[2];
       read_rows(lse, p.lse, p.total_q, head, item.q_begin, item.q_length, row + thread_row, -INFINITY);
       float scores[kBlockN / 2];
-      control.q.wait_full(at.q_at);
-      issue_scores(scores, smem.q + at.q_at.slot * kQBytes, smem.k);
+      control.q.wait_full(at.q_at());
+      issue_scores(scores, smem.q + at.q_at().slot * kQBytes, smem.k);
+      wgmma_wait<1>();
+      if (leader && multiplying) control.dout.arrive_empty(RingPosition<kDoutStages>::after(at.step - 1));
+      multiplying = true;
       wgmma_wait<0>();
+#pragma unroll
+      for (int panel = 0; panel < kPanelsV; ++panel) pin_registers(dv[panel]);
       pin_registers(scores);
-      if (leader) control.q.arrive_empty(at.q_at);
-      at.q_at.advance();
+      if (leader) control.q.arrive_empty(at.q_at());
 
       lse[0] = lse_offset(lse[0]);
       lse[1] = lse_offset(lse[1]);
@@ -279,62 +338,28 @@ __device__ __forceinline__ void make_dv(const BackwardParams& p, Control& contro
         const int seen = row + thread_row + shift + 1 - item.row - 2 * quad;  // by the upper row
         mask_keys(scores, min(keys, seen), min(keys, seen + 8));
       }
-      control.p.wait_empty(at.step_at);
+      control.p.wait_empty(at.step_at());
       stage_rows<pack_bf16, kBlockN, kQPanelBytes>(scores, smem.p, warp, lane);
       fence_async_proxy();
-      control.p.arrive_full(at.step_at);
+      control.p.arrive_full(at.step_at());
       named_barrier_sync(kBarrier, 128);
-      control.dout.wait_full(at.dout_at);
+      control.dout.wait_full(at.dout_at());
 #pragma unroll
       for (int panel = 0; panel < kPanelsV; ++panel) {
-        add_product(dv[panel], smem.dout + at.dout_at.slot * kDoutBytes + panel * kQPanelBytes, smem.p);
+        add_product(dv[panel], smem.dout + at.dout_at().slot * kDoutBytes + panel * kQPanelBytes, smem.p);
       }
-      control.ds.wait_full(at.step_at);
-      if (p.turns != nullptr) {
-        if (leader) KeyTile::await_turn(p, item, head, row, /*adder=*/0);
-        named_barrier_sync(kBarrier, 128);
-      }
-      {
-        float dq[32];
-        issue_dq(dq, smem.ds, smem.k);
-        wgmma_wait<1>();
-        if (leader) control.dout.arrive_empty(at.dout_at);
-        wgmma_wait<0>();
-#pragma unroll
-        for (int panel = 0; panel < kPanelsV; ++panel) pin_registers(dv[panel]);
-        pin_registers(dq);
-        if (KeyTile::has_all_keys(item)) {
-          write_panel<Sums, pack_bf16, 0, 0>(dq, p, head, item.q_begin, item.q_length, row + thread_row, quad);
-        } else {
-          add_panel<Sums, 0, 0>(dq, p.dq_sums, p.total_q, head, item.q_begin, item.q_length, row + thread_row, quad);
-        }
-      }
-      {
-        float dq[32];
-        issue_dq(dq, smem.ds, smem.k + kKVPanelBytes);
-        wgmma_wait<0>();
-        pin_registers(dq);
-        if (leader) control.ds.arrive_empty(at.step_at);
-        if (KeyTile::has_all_keys(item)) {
-          write_panel<Sums, pack_bf16, 1, 0>(dq, p, head, item.q_begin, item.q_length, row + thread_row, quad);
-        } else {
-          add_panel<Sums, 1, 0>(dq, p.dq_sums, p.total_q, head, item.q_begin, item.q_length, row + thread_row, quad);
-        }
-      }
-      if (p.turns != nullptr) {
-        named_barrier_sync(kBarrier, 128);
-        if (leader) KeyTile::pass_turn(p, item, head, /*adder=*/0);
-        __syncwarp();
-      }
-      at.dout_at.advance();
-      at.step_at.advance();
+      ++at.step;
     });
+    wgmma_wait<0>();
+#pragma unroll
+    for (int panel = 0; panel < kPanelsV; ++panel) pin_registers(dv[panel]);
+    if (leader && multiplying) control.dout.arrive_empty(RingPosition<kDoutStages>::after(at.step - 1));
 
-    control.v.wait_full(at.kv_at);
-    control.p.wait_empty(at.step_at);  // the other warpgroup has its last dP, and V has been read
+    control.v.wait_full(at.kv_at());
+    control.p.wait_empty(at.step_at());  // the other warpgroup has its last dP, and V has been read
     store_gradient(dv, smem.v, p.map_dv, item, kv_head, kBarrier, warp, lane, leader);
-    if (leader) control.v.arrive_empty(at.kv_at);
-    control.tile.arrive_empty(at.tile_at);
+    if (leader) control.v.arrive_empty(at.kv_at());
+    control.tile.arrive_empty(at.tile_at());
   }
 }
 
@@ -344,78 +369,94 @@ __device__ __forceinline__ void make_dk_and_dq(const BackwardParams& p, Control&
   const int quad = lane % 4;
   const bool leader = threadIdx.x % 128 == 0;
   const int thread_row = 16 * (warp % 4) + lane / 4;  // the upper of two, 8 apart
-  for (Walk at;; at.tile_at.advance(), at.kv_at.advance()) {
-    control.tile.wait_full(at.tile_at);
-    const int kv_head = control.tiles[at.tile_at.slot].head;
+  for (Walk at;; ++at.tile) {
+    control.tile.wait_full(at.tile_at());
+    const int kv_head = control.tiles[at.tile_at().slot].head;
     if (kv_head < 0) break;
-    const WorkItem& item = control.tiles[at.tile_at.slot].item;
+    const WorkItem& item = control.tiles[at.tile_at().slot].item;
     float dk[kPanels][kBlockN / 2] = {};
+    bool multiplying = false;  // dK, with Q of the step before
 
-    control.v.wait_full(at.kv_at);
-    control.k.wait_full(at.kv_at);
+    control.v.wait_full(at.kv_at());
     KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
       float delta[2];
       read_rows(delta, p.delta, p.total_q, head, item.q_begin, item.q_length, row + thread_row, 0.0f);
       float dp[kBlockN / 2];
-      control.dout.wait_full(at.dout_at);
-      issue_dp(dp, smem.dout + at.dout_at.slot * kDoutBytes, smem.v);
+      control.dout.wait_full(at.dout_at());
+      issue_dp(dp, smem.dout + at.dout_at().slot * kDoutBytes, smem.v);
+      wgmma_wait<1>();
+      if (leader && multiplying) control.q.arrive_empty(RingPosition<kQStages>::after(at.step - 1));
+      multiplying = true;
       wgmma_wait<0>();
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) pin_registers(dk[panel]);
       pin_registers(dp);
-      if (leader) control.dout.arrive_empty(at.dout_at);
-      at.dout_at.advance();
+      if (leader) control.dout.arrive_empty(at.dout_at());
 
-      control.p.wait_full(at.step_at);
+      control.p.wait_full(at.step_at());  // and K is there, of which S was
       gradients_of_rows<unpack_bf16, kQPanelBytes>(dp, smem.p, delta, warp, lane);
-      control.ds.wait_empty(at.step_at);
+      control.p.arrive_empty(at.step_at());
+      control.q.wait_full(at.q_at());
+      const uint32_t q_tile = smem.q + at.q_at().slot * kQBytes;
       stage_rows<pack_bf16, kBlockN, kQPanelBytes>(dp, smem.ds, warp, lane);
       fence_async_proxy();
-      control.p.arrive_empty(at.step_at);
       named_barrier_sync(kBarrier, 128);  // dS is there
-      if (leader) control.ds.arrive_full(at.step_at);
-      at.step_at.advance();
 
-      control.q.wait_full(at.q_at);
-      const uint32_t q_tile = smem.q + at.q_at.slot * kQBytes;
-      if (p.turns != nullptr) {
-        if (leader) KeyTile::await_turn(p, item, head, row, /*adder=*/1);
-        named_barrier_sync(kBarrier, 128);
+      // A panel of dQ is handed over while the same panel of dK is multiplied.
+      {
+        float dq[32];
+        issue_dq(dq, smem.ds, smem.k);
+        add_product(dk[0], q_tile, smem.ds);
+        wgmma_wait<1>();
+        pin_registers(dq);
+        if (KeyTile::has_all_keys(item)) {
+          write_panel<Sums, pack_bf16, 0, 0>(dq, p, head, item.q_begin, item.q_length, row + thread_row, quad);
+        } else {
+          hand_over<0, 0>(dq, control, smem, at, item.q_begin + thread_row, thread_row, quad);
+        }
       }
-      // A panel of dQ is added while panels of dK are multiplied.
+      {
+        float dq[32];
+        issue_dq(dq, smem.ds, smem.k + kKVPanelBytes);
+        add_product(dk[1], q_tile + kQPanelBytes, smem.ds);
+        wgmma_wait<1>();
+        pin_registers(dq);
+        if (KeyTile::has_all_keys(item)) {
+          write_panel<Sums, pack_bf16, 1, 0>(dq, p, head, item.q_begin, item.q_length, row + thread_row, quad);
+        } else {
+          hand_over<1, 0>(dq, control, smem, at, item.q_begin + thread_row, thread_row, quad);
+        }
+      }
       {
         float dq[32];
         issue_dq(dq, smem.ds, smem.k + 2 * kKVPanelBytes);
-        add_product(dk[0], q_tile, smem.ds);
-        add_product(dk[1], q_tile + kQPanelBytes, smem.ds);
         add_product(dk[2], q_tile + 2 * kQPanelBytes, smem.ds);
-        wgmma_wait<3>();
+        wgmma_wait<1>();
         pin_registers(dq);
         if (KeyTile::has_all_keys(item)) {
           write_panel<Sums, pack_bf16, 2, 0>(dq, p, head, item.q_begin, item.q_length, row + thread_row, quad);
         } else {
-          add_panel<Sums, 2, 0>(dq, p.dq_sums, p.total_q, head, item.q_begin, item.q_length, row + thread_row, quad);
+          hand_over<2, 0>(dq, control, smem, at, item.q_begin + thread_row, thread_row, quad);
         }
       }
-      wgmma_wait<0>();
-#pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel) pin_registers(dk[panel]);
-      if (leader) control.q.arrive_empty(at.q_at);
-      at.q_at.advance();
-      if (p.turns != nullptr) {
-        named_barrier_sync(kBarrier, 128);
-        if (leader) KeyTile::pass_turn(p, item, head, /*adder=*/1);
-        __syncwarp();
-      }
+      if (!KeyTile::has_all_keys(item)) ++at.dq_step;
+      ++at.step;
     });
+    wgmma_wait<0>();
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) pin_registers(dk[panel]);
+    if (leader && multiplying) control.q.arrive_empty(RingPosition<kQStages>::after(at.step - 1));
 
-    control.ds.wait_empty(at.step_at);  // the other warpgroup has its last dQ, and K has been read
+    control.k.wait_full(at.kv_at());  // also where there were no queries
+    // The other warpgroup had its last S before its last P: K has been read.
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
 #pragma unroll
       for (int i = 0; i < kBlockN / 2; ++i) dk[panel][i] *= p.scale;
     }
     store_gradient(dk, smem.k, p.map_dk, item, kv_head, kBarrier, warp, lane, leader);
-    if (leader) control.k.arrive_empty(at.kv_at);
-    control.tile.arrive_empty(at.tile_at);
+    if (leader) control.k.arrive_empty(at.kv_at());
+    control.tile.arrive_empty(at.tile_at());
   }
 }
 
@@ -430,7 +471,7 @@ extern "C" __global__ void __launch_bounds__(kRowThreads) jagtile_backward_finis
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2_d2(const __grid_constant__ BackwardParams p) {
+jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2_d0_abulk(const __grid_constant__ BackwardParams p) {
   extern __shared__ __align__(1024) unsigned char shared[];
   Buffers smem;
   smem.k = smem_address(shared);
@@ -439,19 +480,21 @@ jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2_d2(const __grid_constant__ Ba
   smem.dout = smem.q + 49152;
   smem.p = smem.dout + 32768;
   smem.ds = smem.p + 16384;
-  Control& control = *reinterpret_cast<Control*>(shared + 186368);
+  smem.dq = reinterpret_cast<float*>(shared + 186368);
+  Control& control = *reinterpret_cast<Control*>(shared + 219136);
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform, and known to be
   const int lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {
-    control.tile.init(1, 3 + 256);  // freed by three loaders and every math thread
+    // Freed by the warps of Q and dO, the adder of dQ and every math thread.
+    control.tile.init(1, 3 + 256);
     control.loaded.init(2, 1);
     control.k.init(1, 1);
     control.v.init(1, 1);
     control.p.init(128, 128);
-    control.ds.init(1, 1);
     control.q.init(1, 2);
     control.dout.init(1, 2);
+    control.dq.init(4, 1);
     mbarrier_init_fence();
     set_claims(control.claims, p);
   }
@@ -460,24 +503,24 @@ jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2_d2(const __grid_constant__ Ba
   if (warp < 4) {
     shrink_registers<40>();
     if (warp == 0 && elect_one()) {
-      tma_prefetch_map(&p.map_k);
       tma_prefetch_map(&p.map_v);
+      tma_prefetch_map(&p.map_k);
       RingPosition<1> at;
-      for_each_tile(control, [&](const WorkItem& item, int kv_head) {
+      claim_key_tiles<kBlockN>(control, [&](const WorkItem& item, int kv_head) {
+        control.v.wait_empty(at);  // dV leaves first
+        load_tile<kPanelsV, kKVPanelBytes>(smem.v, p.map_v, control.v.full[0], item.row, kv_head, item.k_begin,
+                                           item.k_length, kEvictFirst);
         control.k.wait_empty(at);
         load_tile<kPanels, kKVPanelBytes>(smem.k, p.map_k, control.k.full[0], item.row, kv_head, item.k_begin,
                                           item.k_length, kEvictFirst);
-        control.v.wait_empty(at);
-        load_tile<kPanelsV, kKVPanelBytes>(smem.v, p.map_v, control.v.full[0], item.row, kv_head, item.k_begin,
-                                           item.k_length, kEvictFirst);
         at.advance();
       });
     } else if (warp == 1 && elect_one()) {
-      claim_key_tiles<kBlockN>(control);
-    } else if (warp == 2 && elect_one()) {
       load_query_blocks<kPanels>(p, control, control.q, smem.q, p.map_q);
-    } else if (warp == 3 && elect_one()) {
+    } else if (warp == 2 && elect_one()) {
       load_query_blocks<kPanelsV>(p, control, control.dout, smem.dout, p.map_dout);
+    } else if (warp == 3 && elect_one()) {
+      add_dq(p, control, smem_address(smem.dq));
     }
   } else if (warp < 8) {
     grow_registers<208>();
