@@ -238,6 +238,7 @@ struct ListBuilder {
     if (kCtas == 1) {
       __syncthreads();
     } else {
+      __syncwarp();
       cluster_arrive();
       cluster_wait();
     }
@@ -285,9 +286,11 @@ struct ListBuilder {
 
   // After the last look at other CTAs' shared memory, and before the end: it stays until all have looked.
   __device__ __forceinline__ void leave() const {
+    __syncwarp();
     if (kCtas > 1) cluster_arrive();
   }
   __device__ __forceinline__ void await_leave() const {
+    __syncwarp();
     if (kCtas > 1) cluster_wait();
   }
 };
