@@ -194,7 +194,7 @@ def assert_right_keys(
     within = np.searchsorted(begins, place[last], "right") - np.searchsorted(begins, place[first], "left")
     assert (within[~alone] <= pairs[~alone] / heads.keys + 0.51).all(), "few sequences at a time"
 
-    at = WORK_LIST_HEADER_BYTES + 2 * max_items * WORK_ITEM_BYTES + 4 * len(offsets_k)
+    at = WORK_LIST_HEADER_BYTES + 2 * max_items * WORK_ITEM_BYTES + 8 * len(offsets_k)
     words = -(-total_q // 32)
     marks = [np.frombuffer(data, np.uint8, 4 * words, at + 4 * words * which) for which in range(2)]
     for mark, wanted in zip(marks, _marked(tiles[first], total_q, how), strict=True):

@@ -105,7 +105,7 @@ class CudaBackwardKernel:
         items = found or work_list.allocate(
             *(cu_seqlens_q, total_q, total_k, self._block_n),
             of_keys=True,
-            extra_ints=cu_seqlens_k.numel() + 2 * backward_params.bit_words(total_q),
+            extra_ints=2 * cu_seqlens_k.numel() + 2 * backward_params.bit_words(total_q),
         )
         tiles = items.max_items * heads_kv
         turn_count = tiles * self._dq_adders if deterministic else 0
@@ -117,7 +117,7 @@ class CudaBackwardKernel:
         dq_sums = scratch.data_ptr()
         delta = dq_sums + 4 * backward_params.sum_floats(total_q, heads, head_dim)
         turns = delta + 4 * backward_params.delta_floats(total_q, heads) if deterministic else 0
-        direct = items.address + work_list_bytes(items.max_items, items.batch + 1)
+        direct = items.address + work_list_bytes(items.max_items, 2 * (items.batch + 1))
         backward_params.SCALARS.pack_into(
             block.data,
             backward_params.SCALARS_OFFSET,

@@ -20,7 +20,7 @@ struct alignas(64) BackwardParams {
   TensorMap map_dv;    // store_rows rows
   const void* cu_seqlens_q;  // (batch + 1) int32 or int64
   const void* cu_seqlens_k;
-  void* work_list;           // WorkListHeader, items, room for as many, (batch + 1) scratch ints
+  void* work_list;           // WorkListHeader, items, room for as many, 2 * (batch + 1) scratch ints
   const float* lse;          // (heads, total_q), natural log
   const float* dlse;         // (heads, total_q) or null
   const void* out;           // (total_q, heads, head_dim_v), rows of 16-byte pieces

@@ -75,15 +75,21 @@ __device__ __forceinline__ void mark_queries(const BackwardParams& p, const Work
   }
 }
 
-// All CTAs of a list: counting sort of sequences by their longest tile, then the place of each item.
+struct alignas(8) ItemsBefore {  // of the sequences of lower rank, or of one
+  int all;
+  int of_two;  // no more than two of a sequence
+};
+
+// All CTAs of a list: counting sort of sequences by their longest tile, then the place of each item. Sequences without keys
+// have no rank.
 template <int kCtas>
 __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
   using Builder = ListBuilder<kCtas, kWorkBuckets, KeyBlocks>;
   __shared__ typename Builder::Memory memory;
   __shared__ int bucket_begin[kWorkBuckets + 1];
   WorkItem* items = work_items(p.work_list);
-  int* ranks = reinterpret_cast<int*>(items + p.max_items);           // of sequences, in place of a second order of items
-  int* first_item = reinterpret_cast<int*>(items + 2 * p.max_items);  // by rank
+  int* ranks = reinterpret_cast<int*>(items + p.max_items);  // of sequences, in place of a second order of items
+  ItemsBefore* items_before = reinterpret_cast<ItemsBefore*>(items + 2 * p.max_items);  // by rank
   const KeyBlocks blocks{p};
   Builder builder(blocks, memory);
   const Chunk& chunk = memory.chunk;
@@ -93,21 +99,25 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
   for (int word = blockIdx.x * kBuilderThreads + thread; word < (p.total_q + 31) / 32; word += kCtas * kBuilderThreads) {
     p.direct[word] = p.summed[word] = 0;
   }
-  int longest = 0;
+  int longest = 0, with_keys = 0;
   builder.for_each_chunk([&](int sequences) {
 #pragma unroll 1
     for (int i = thread; i < sequences; i += kBuilderThreads) {
+      if (chunk.first_tile[i] == chunk.first_tile[i + 1]) continue;
       const int steps = blocks.longest(chunk.sequence(i));
       atomicAdd(&memory.counts[work_bucket(steps)], 1);
       longest = max(longest, steps);
+      ++with_keys;
     }
   });
   memory.totals[0].add_costs(0, longest);
+  memory.totals[0].add(with_keys, 0);
   Totals before;
-  longest = builder.over_all(memory.totals[0], before).longest;
-  const int begin = builder.begin_buckets(work_bucket(longest));
+  const Totals all = builder.over_all(memory.totals[0], before);
+  const int ranked = all.items;
+  const int begin = builder.begin_buckets(work_bucket(all.longest));
   if (thread < kWorkBuckets) bucket_begin[thread] = begin;
-  if (thread == 0) bucket_begin[kWorkBuckets] = p.batch;
+  if (thread == 0) bucket_begin[kWorkBuckets] = ranked;
   __syncthreads();
 
   builder.for_each_chunk([&](int sequences) {
@@ -116,11 +126,11 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
       const int i = base + thread;
       WorkItem item = {};
       if (i < sequences) item = blocks.item(chunk.sequence(i), 0, 0);
-      const int steps = item.q_blocks * p.gqa_ratio;
-      const int rank = place_in_bucket(memory.begins, i < sequences ? work_bucket(steps) : -1);
-      if (i < sequences) {
+      const int count = i < sequences ? chunk.first_tile[i + 1] - chunk.first_tile[i] : 0;
+      const int rank = place_in_bucket(memory.begins, count > 0 ? work_bucket(item.q_blocks * p.gqa_ratio) : -1);
+      if (count > 0) {
         ranks[builder.loaded + i] = rank;
-        first_item[rank] = chunk.first_tile[i + 1] - chunk.first_tile[i];
+        items_before[rank] = {count, min(count, 2)};
       }
       mark_queries(p, item);
       __syncthreads();  // sequences that are sorted alike stay in order
@@ -129,20 +139,27 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
   builder.await_others();
 
   // From the items of each rank those before it, a share of the ranks a CTA.
-  int own_items = 0;
+  const int end = min(builder.end, ranked);
+  ItemsBefore own = {};
 #pragma unroll 1
-  for (int rank = builder.begin + thread; rank < builder.end; rank += kBuilderThreads) own_items += first_item[rank];
-  memory.totals[1].add(own_items, 0);
+  for (int rank = builder.begin + thread; rank < end; rank += kBuilderThreads) {
+    const ItemsBefore here = items_before[rank];
+    own = {own.all + here.all, own.of_two + here.of_two};
+  }
+  memory.totals[1].add(own.all, own.of_two);
   const int count = min(builder.over_all(memory.totals[1], before).items, p.max_items);
+  ItemsBefore next = {before.items, before.slots};
 #pragma unroll 1
-  for (int base = builder.begin, next = before.items; base < builder.end; base += kBuilderThreads) {
+  for (int base = builder.begin; base < end; base += kBuilderThreads) {
     const int rank = base + thread;
-    const Sum found = sum_over_threads(rank < builder.end ? first_item[rank] : 0, memory.warp_sums);
-    if (rank < builder.end) first_item[rank] = next + found.before;
-    next += found.all;
+    const ItemsBefore here = rank < end ? items_before[rank] : ItemsBefore{};
+    const Sum items_here = sum_over_threads(here.all, memory.warp_sums);
+    const Sum of_two = sum_over_threads(here.of_two, memory.warp_sums);
+    if (rank < end) items_before[rank] = {next.all + items_here.before, next.of_two + of_two.before};
+    next = {next.all + items_here.all, next.of_two + of_two.all};
   }
   if (blockIdx.x == 0 && thread == 0) {
-    first_item[p.batch] = count;
+    items_before[ranked].all = count;
     *static_cast<WorkListHeader*>(p.work_list) = {count};
   }
   builder.await_others();
@@ -152,26 +169,33 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
     if (tile >= builder.tiles) return;
     const int owner = builder.owner(tile), block = tile - chunk.first_tile[owner], index = builder.loaded + owner;
     const int rank = ranks[index];
-    int place = first_item[rank] + block;
-    if (place >= count) return;  // offsets promise more tokens than there are
+    const ItemsBefore before = items_before[rank];
+    if (before.all + block >= count) return;  // offsets promise more tokens than there are
     const Sequence sequence = chunk.sequence(owner);
     const int bucket = work_bucket(blocks.longest(sequence));
     WorkItem item = blocks.item(sequence, index, block);
     const float pairs = blocks.pairs(bucket_cost(bucket));  // the same for all of a bucket, whose sequences share places
+    int place = before.all + block;
     if (pairs < heads) {
       const int groups = static_cast<int>(ceilf(heads / pairs));
       item.heads = (heads + groups - 1) / groups;
     } else {
-      // All heads, and the key blocks of a few sequences in turn.
+      // All heads, and the key blocks of a few sequences in turn. Each of these has a block.
       item.heads = heads;
       const int members = static_cast<int>(pairs / heads + 0.5f);
       const int first = rank - (rank - bucket_begin[bucket]) % members, end = min(first + members, bucket_begin[bucket + 1]);
-      int begin = first_item[first];
-      place = begin;
-      for (int other = first; other < end; ++other) {
-        const int next = first_item[other + 1];
-        place += min(next - begin, other < rank ? block + 1 : block);
-        begin = next;
+      const ItemsBefore of_first = items_before[first];
+      place = of_first.all;
+      if (block == 0) {
+        place += rank - first;
+      } else if (block == 1) {
+        place += before.of_two - of_first.of_two + end - rank;
+      } else {
+        for (int other = first, begin = place; other < end; ++other) {
+          const int next = items_before[other + 1].all;
+          place += min(next - begin, other < rank ? block + 1 : block);
+          begin = next;
+        }
       }
     }
     if (place < p.max_items) items[place] = item;

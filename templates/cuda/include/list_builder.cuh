@@ -124,11 +124,22 @@ struct Chunk {
 // `block` tokens. Returns how many these are. All threads of a builder CTA. Parameters are values, as these are at hand.
 __device__ __noinline__ int load_chunk(Chunk& chunk, const void* q, const void* k, int wide_offsets, int from,
                                        int sequences, bool of_keys, int block, int most_tiles, int* warp_sums) {
+  // All on their way at once: two a thread, and what ends the last sequence.
+  constexpr int kPerThread = kChunk / kBuilderThreads + 1;
+  int q_offsets[kPerThread], k_offsets[kPerThread];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int index = from + min(i * kBuilderThreads + static_cast<int>(threadIdx.x), sequences);
+    q_offsets[i] = offset_at(q, index, wide_offsets & 1);
+    k_offsets[i] = offset_at(k, index, wide_offsets & 2);
+  }
   __syncthreads();  // the chunk before is done with
-#pragma unroll 1
-  for (int i = threadIdx.x; i <= sequences; i += kBuilderThreads) {
-    chunk.q[i] = offset_at(q, from + i, wide_offsets & 1);
-    chunk.k[i] = offset_at(k, from + i, wide_offsets & 2);
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int index = i * kBuilderThreads + threadIdx.x;
+    if (index > sequences) break;
+    chunk.q[index] = q_offsets[i];
+    chunk.k[index] = k_offsets[i];
   }
   __syncthreads();
   const int* cut = of_keys ? chunk.k : chunk.q;
@@ -177,7 +188,7 @@ struct ListBuilder {
     loaded = -1;
     clear_counts();
     if (threadIdx.x < 3) memory.totals[threadIdx.x] = {};
-    __syncthreads();
+    if (begin == end) __syncthreads();  // others have barriers as they take their first chunk
   }
 
   __device__ __forceinline__ void clear_counts() {
@@ -227,6 +238,7 @@ struct ListBuilder {
     if (kCtas == 1) {
       __syncthreads();
     } else {
+      __syncwarp();
       cluster_arrive();
       cluster_wait();
     }
@@ -235,6 +247,10 @@ struct ListBuilder {
   // What all CTAs have in `own`, which is complete, in all; in `before` that of the CTAs before this one.
   __device__ __forceinline__ Totals over_all(const Totals& own, Totals& before) {
     await_others();
+    if (kCtas == 1) {
+      before = {};
+      return own;
+    }
     if (threadIdx.x < kCtas) memory.parts[threadIdx.x] = of(own, threadIdx.x);
     __syncthreads();
     Totals all = {};
@@ -270,9 +286,11 @@ struct ListBuilder {
 
   // After the last look at other CTAs' shared memory, and before the end: it stays until all have looked.
   __device__ __forceinline__ void leave() const {
+    __syncwarp();
     if (kCtas > 1) cluster_arrive();
   }
   __device__ __forceinline__ void await_leave() const {
+    __syncwarp();
     if (kCtas > 1) cluster_wait();
   }
 };

@@ -70,6 +70,7 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
   const QueryBlocks blocks{p};
   Builder builder(blocks, memory);
   int* tickets = piece_tickets(p);
+#pragma unroll 1
   for (int i = blockIdx.x * kBuilderThreads + threadIdx.x; i < p.results; i += kCtas * kBuilderThreads) tickets[i] = 0;
 
   Totals before;
