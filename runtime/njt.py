@@ -152,16 +152,13 @@ def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_
 
 def wrap(out: torch.Tensor, query: NestedTensor) -> torch.Tensor:
     """A packed result (total_q, H, D_v) as an NJT of query's form with its raggedness and cached lengths."""
-    form = form_of(query)
-    if form.lengths is not None:
-        out = open_holes(out, form.offsets, form.lengths, _tokens(query))
+    offsets, lengths, heads = query._offsets, query._lengths, query._ragged_idx == 2
+    if lengths is not None:
+        out = open_holes(out, offsets, lengths, _tokens(query))
     if not (torch.compiler.is_compiling() or out.requires_grad):
-        return form.nest(out)
-    heads = form.ragged_idx == 2
+        return form_of(query).nest(out)
     cached = {"min_seqlen": query._maybe_min_seqlen, "max_seqlen": query._maybe_max_seqlen}
-    view = nested_view_from_values_offsets_lengths(
-        out if heads else out.squeeze(1), form.offsets, form.lengths, **cached
-    )  # type: ignore[no-untyped-call]
+    view = nested_view_from_values_offsets_lengths(out if heads else out.squeeze(1), offsets, lengths, **cached)  # type: ignore[no-untyped-call]
     return cast(torch.Tensor, view.transpose(1, 2) if heads else view)
 
 

@@ -12,7 +12,6 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch._library.simple_registry import singleton
 from torch.nested._internal.nested_tensor import NestedTensor
 
 
@@ -32,5 +31,7 @@ _RULES: tuple[tuple[Any, Callable[..., Any]], ...] = (
 
 # As ``torch.library.register_torch_dispatch``, which does not take operators of the namespace prim.
 for _operator, _rule in _RULES:
-    with suppress(RuntimeError):  # somebody's rule is there already
-        singleton.find(_operator.__qualname__).torch_dispatch_rules.register(NestedTensor, _rule)
+    with suppress(RuntimeError, AttributeError):  # somebody's rule is there already, or torch has none any more
+        torch._library.simple_registry.singleton.find(_operator.__qualname__).torch_dispatch_rules.register(
+            NestedTensor, _rule
+        )

@@ -100,8 +100,11 @@ def _learn(form: Form, values: torch.Tensor) -> _Marks:
     global _marks
     seen = form._construct(values.detach())
     marks = _Marks(tuple(set(seen.__dict__) - set(_ATTRIBUTES)), tuple(seen._values.__dict__), True)
-    assembled = form._assemble(values.detach(), marks)
-    _marks = marks._replace(suffice=_facts(assembled) == _facts(seen))
+    try:
+        suffice = _facts(form._assemble(values.detach(), marks)) == _facts(seen)
+    except (TypeError, AttributeError, RuntimeError):  # torch's private functions have changed
+        suffice = False
+    _marks = marks._replace(suffice=suffice)
     return _marks
 
 
