@@ -147,7 +147,7 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     kept = spec.head_dim // 2 + spec.head_dim_v // 2 + held_registers(spec, config)
     scores, packed, dq = config.block_m // 2, config.block_m // 4, dq_columns(spec, config) // 2
     if not config.early_dv:
-        beside = 8 if not config.overlap else 40 if config.block_m == 64 else 16
+        beside = 10 if not config.overlap else 40 if config.block_m == 64 else 16
         return kept + max(2 * scores, dq + 2 * packed) + beside
     with_p = 2 * scores + packed
     most = with_p + dq if config.late_dq else max(with_p, dq + 2 * packed)

@@ -150,7 +150,9 @@ def test_registers_where_the_most_are_alive() -> None:
     assert fragment_registers(d64, held) == 32 + 32 + 32 + 32 + 16 + 16 + 16
     assert fragment_registers(d64, replace(held, late_dq=True)) == fragment_registers(d64, held) + 32  # dQ too
     together = replace(BASE, block_m=128, early_dv=False)
-    assert fragment_registers(d64, together) == 32 + 32 + 64 + 64 + 8  # P and dS are packed when S and dP are done with
+    assert (
+        fragment_registers(d64, together) == 32 + 32 + 64 + 64 + 10
+    )  # P and dS are packed when S and dP are done with
     assert fragment_registers(d64, replace(together, late_dq=True)) == fragment_registers(d64, together)
 
 
