@@ -139,7 +139,7 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
 
     ``early_dv`` has P packed beside S and dP, ``late_dq`` then dQ too, and ``overlap`` the packed dS of the step
     before. Near the limit two more count, as compiling shows, for the places of K and V where these are the same in
-    every tile.
+    every tile, and for turns with 128 queries.
 
     Without it, dQ of the step before is multiplied when S and dP are gone, and dP when the dS of the step before is.
     What counts beside them, with and without ``overlap``, is what compiling shows.
@@ -147,11 +147,13 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     kept = spec.head_dim // 2 + spec.head_dim_v // 2 + held_registers(spec, config)
     scores, packed, dq = config.block_m // 2, config.block_m // 4, dq_columns(spec, config) // 2
     if not config.early_dv:
-        beside = 8 if not config.overlap else 40 if config.block_m == 64 else 16
+        beside = 10 if not config.overlap else 40 if config.block_m == 64 else 16
         return kept + max(2 * scores, dq + 2 * packed) + beside
     with_p = 2 * scores + packed
     most = with_p + dq if config.late_dq else max(with_p, dq + 2 * packed)
     if config.kv_stages == 1 and (config.late_dq or config.held == "kv"):
+        most += 2
+    if config.late_dq and config.in_turn and config.block_m == 128:
         most += 2
     return kept + most + (packed if config.overlap else 0)
 
@@ -189,8 +191,8 @@ class Sm90BackwardSpace:
             "kv_stages": (2, 1, 3),
             "held": ("kv", "v", "none"),
             "late_dq": (True, False),
-            "early_dv": (True, False),
-            "in_turn": (False, True),
+            "early_dv": (False, True),
+            "in_turn": (True, False),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
@@ -211,8 +213,8 @@ class Sm90BackwardSpace:
             return f"kv_stages must be 1, 2 or 3, got {config.kv_stages}"
         if config.held not in ("none", "v", "kv"):
             return f"held must be none, v or kv, got {config.held}"
-        if config.in_turn and not (config.late_dq and config.warpgroups == 2):
-            return "in_turn needs late_dq, without which warpgroups wait for each other in each step, and two of them"
+        if config.in_turn and config.warpgroups != 2:
+            return f"in_turn is for two math warpgroups, of which block_n {config.block_n} has {config.warpgroups}"
         smem, room = smem_layout(spec, config).total, smem_room(config.ctas_per_sm)
         if smem > room:
             return f"shared memory {smem} B > {room} B a CTA with {config.ctas_per_sm} an SM"

@@ -47,7 +47,7 @@ CASES: tuple[tuple[str, Sm90BackwardConfig], ...] = (
     ),
     ("bwd_bf16_d128_causal", config("bulk", late_dq=True, early_dv=False, in_turn=True)),
     ("bwd_fp16_d64", config("red", stages=3, kv=2, held="kv", late_dq=True, early_dv=False, in_turn=True)),
-    ("bwd_bf16_d64", config("bulk", block_m=128, early_dv=False)),
+    ("bwd_bf16_d64", config("bulk", block_m=128, early_dv=False, in_turn=True)),
 )
 LENGTHS = (0, 1, 63, 0, 65, 129)
 QUERIES, KEYS = (5, 0, 130, 1, 64, 140), (150, 70, 0, 1, 20, 70)

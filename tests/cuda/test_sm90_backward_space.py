@@ -79,7 +79,7 @@ def test_the_default_takes_what_there_is_room_for(name: str, tile: str) -> None:
         ({"num_stages": 4}, "shared memory 265216 B > 232448 B"),
         ({"kv_stages": 4}, "kv_stages must be 1, 2 or 3"),
         ({"kv_stages": 2}, "shared memory 264192 B"),
-        ({"in_turn": True}, "in_turn needs late_dq"),
+        ({"block_n": 64, "in_turn": True}, "in_turn is for two math warpgroups"),
         ({"held": "k"}, "held must be none, v or kv"),
         ({"held": "v"}, "240 registers a thread > 208"),
         ({"late_dq": True}, "242 registers a thread > 208"),
@@ -150,7 +150,9 @@ def test_registers_where_the_most_are_alive() -> None:
     assert fragment_registers(d64, held) == 32 + 32 + 32 + 32 + 16 + 16 + 16
     assert fragment_registers(d64, replace(held, late_dq=True)) == fragment_registers(d64, held) + 32  # dQ too
     together = replace(BASE, block_m=128, early_dv=False)
-    assert fragment_registers(d64, together) == 32 + 32 + 64 + 64 + 8  # P and dS are packed when S and dP are done with
+    assert (
+        fragment_registers(d64, together) == 32 + 32 + 64 + 64 + 10
+    )  # P and dS are packed when S and dP are done with
     assert fragment_registers(d64, replace(together, late_dq=True)) == fragment_registers(d64, together)
 
 

@@ -448,9 +448,9 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l0_e1_t0
       issue_dq(dq, ds_tile, k_tile + warpgroup * kKVPanelBytes);
       issue_dk(dk, ds, q_tile);
       wgmma_wait<1>();
-      pin_registers(dq);
       pin_registers(dv);
       pin_registers(probabilities);
+      pin_registers(dq);
       if (leader) control.dout.arrive_empty(at);
 
       if (KeyTile::has_all_keys(item)) {

@@ -489,7 +489,6 @@ jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1_e1_t0(const __g
           dq_at.parity ^= 1;
         }
       }
-      ++step;
       if (++head == (kv_head + 1) * p.gqa_ratio) {
         head = kv_head * p.gqa_ratio;
         row -= kBlockM;
@@ -499,6 +498,7 @@ jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1_e1_t0(const __g
       pin_registers(ds);
       if (leader) control.q.arrive_empty(at);
       at.advance();
+      ++step;
     }
     if (steps > 0) {
       const RingPosition<2> ds_before = {static_cast<int>((step - 1) % 2), (step - 1) / 2 % 2};
