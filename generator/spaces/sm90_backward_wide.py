@@ -28,7 +28,7 @@ MAX_REGISTERS = 256
 # Registers a thread beside its accumulators with which ptxas 13.0 neither serialises wgmma (C7512) nor spills, of the
 # cases that the grid has: 200 accumulators fit 232 registers, 224 fit 256, 224 don't fit 232.
 SPARE_REGISTERS = 32
-DS_SPARE_REGISTERS = 8  # and so many more beside packed dS
+MORE_SPARE_REGISTERS = 8  # of dK's warpgroup, once with packed dS, and once where a place in a ring is a count modulo 3
 
 
 @dataclass(frozen=True, order=True)
@@ -72,10 +72,10 @@ class SmemLayout:
 
 
 class DqBuffers(NamedTuple):
-    """Where dQ waits for its addition: panels of so many columns, float32."""
+    """Where dQ waits for its addition: so many panels of so many columns, float32."""
 
     columns: int
-    count: int
+    stages: int
 
     @property
     def panel_bytes(self) -> int:
@@ -83,20 +83,21 @@ class DqBuffers(NamedTuple):
         return BLOCK_M * self.columns * 4
 
 
-def _fitting_dq_buffers(spec: KernelSpec, room: int) -> DqBuffers:
-    """Panels of 64 columns if two of them fit, else two or more of 32, but no more than a step has."""
-    wide, narrow = (
-        DqBuffers(columns, min(room // (BLOCK_M * columns * 4), max(2, -(-spec.head_dim // columns))))
-        for columns in (min(64, spec.head_dim), min(32, spec.head_dim))
-    )
-    return wide if wide.count >= 2 else narrow._replace(count=max(2, narrow.count))
-
-
 def dq_buffers(spec: KernelSpec, config: Sm90BackwardWideConfig) -> DqBuffers:
-    """None of them where dQ is added from registers."""
+    """Panels of 64 columns if two of them fit, else two or more of 32, but no more than a step has."""
+    wide, narrow = (DqBuffers(min(columns, spec.head_dim), 0) for columns in (64, 32))
     if config.dq == "red":
-        return DqBuffers(min(64, spec.head_dim), 0)
-    return _fitting_dq_buffers(spec, SMEM_BYTES - smem_layout(spec, replace(config, dq="red")).total)
+        return wide
+    room = SMEM_BYTES - smem_layout(spec, replace(config, dq="red")).total
+    buffers = wide if room >= 2 * wide.panel_bytes else narrow
+    fit, panels = room // buffers.panel_bytes, -(-spec.head_dim // buffers.columns)
+    return buffers._replace(stages=max(2, min(fit, panels)))
+
+
+def dq_rounds(spec: KernelSpec, buffers: DqBuffers) -> int:
+    """How many times a step goes round its buffers; 0 where that is no whole number, or there are none."""
+    panels = -(-spec.head_dim // buffers.columns)
+    return panels // buffers.stages if buffers.stages and panels % buffers.stages == 0 else 0
 
 
 def smem_layout(spec: KernelSpec, config: Sm90BackwardWideConfig) -> SmemLayout:
@@ -109,7 +110,7 @@ def smem_layout(spec: KernelSpec, config: Sm90BackwardWideConfig) -> SmemLayout:
         q_bytes=config.q_stages * BLOCK_M * k_panels * 128,
         dout_bytes=config.dout_stages * BLOCK_M * v_panels * 128,
         p_bytes=BLOCK_M * panel_count(config.block_n) * 128,
-        dq_bytes=buffers.count * buffers.panel_bytes,
+        dq_bytes=buffers.stages * buffers.panel_bytes,
         control_bytes=CONTROL_BYTES,
     )
 
@@ -121,16 +122,24 @@ class PerWarpgroup(NamedTuple):
     dk: int
 
 
-def accumulators(
-    spec: KernelSpec, config: Sm90BackwardWideConfig, *, with_ds: bool | None = None
-) -> PerWarpgroup:
-    """Accumulators a thread: dV or dK, and S or dP or a panel of dQ, whichever is larger; packed dS beside the latter."""
+def accumulators(spec: KernelSpec, config: Sm90BackwardWideConfig, *, with_ds: bool | None = None) -> PerWarpgroup:
+    """Registers a thread for accumulators, and what some cases need beside them: dV or dK, and the larger of S or dP
+    and of a panel of dQ, with packed dS where that is in registers.
+    """
     block, dq = config.block_n // 2, min(64, spec.head_dim) // 2
     with_ds = ds_in_registers(spec, config) if with_ds is None else with_ds
     return PerWarpgroup(
         dv=panel_count(spec.head_dim_v) * block + max(block, dq if config.dq_panels else 0),
-        dk=panel_count(spec.head_dim) * block + max(block, dq + (block // 2 + DS_SPARE_REGISTERS if with_ds else 0)),
+        dk=panel_count(spec.head_dim) * block
+        + max(block, dq + (block // 2 + MORE_SPARE_REGISTERS if with_ds else 0))
+        + (MORE_SPARE_REGISTERS if _counts_modulo_3(spec, config) else 0),
     )
+
+
+def _counts_modulo_3(spec: KernelSpec, config: Sm90BackwardWideConfig) -> bool:
+    """Whether a ring's place is more than some bits of a count."""
+    buffers = dq_buffers(spec, config)
+    return 3 in (config.q_stages, config.dout_stages) or (buffers.stages == 3 and not dq_rounds(spec, buffers))
 
 
 def ds_in_registers(spec: KernelSpec, config: Sm90BackwardWideConfig) -> bool:
@@ -172,11 +181,6 @@ def _sums_panels(spec: KernelSpec, columns: int) -> list[list[tuple[int, int]]]:
         [(column // columns, (column - begin) // 2) for column in range(begin, min(begin + 64, spec.head_dim), columns)]
         for begin in range(0, spec.head_dim, 64)
     ]
-
-
-def _rounds(panels: int, buffers: int) -> int:
-    """How many times a step goes round its buffers; 0 where that is no whole number."""
-    return panels // buffers if buffers and panels % buffers == 0 else 0
 
 
 def _even(spec: KernelSpec) -> int:
@@ -235,8 +239,8 @@ class Sm90BackwardWideSpace:
         needed = accumulators(spec, config)
         if math_registers(needed) is None:
             return (
-                f"dV and S take {needed.dv} accumulators a thread, dK and dP {needed.dk}: with {SPARE_REGISTERS} more "
-                f"registers each they need more than {MAX_REGISTERS}, or more than {MATH_REGISTERS} together"
+                f"dV and S take {needed.dv} registers a thread, dK and dP {needed.dk}: with {SPARE_REGISTERS} more "
+                f"each they need more than {MAX_REGISTERS}, or more than {MATH_REGISTERS} together"
             )
         if needed.dk + SPARE_REGISTERS == MAX_REGISTERS and 0 < config.dq_panels < panel_count(spec.head_dim) - 1:
             return (
@@ -261,7 +265,6 @@ class Sm90BackwardWideSpace:
         config = cast(Sm90BackwardWideConfig, config)
         dq_columns = [min(64, spec.head_dim - 64 * panel) for panel in range(panel_count(spec.head_dim))]
         buffers = dq_buffers(spec, config)
-        sums_panels = _sums_panels(spec, buffers.columns)
         registers = math_registers(accumulators(spec, config)) or PerWarpgroup(MATH_REGISTERS // 2, MATH_REGISTERS // 2)
         return {
             "block_m": BLOCK_M,
@@ -276,8 +279,8 @@ class Sm90BackwardWideSpace:
             "dq_with_dk": _dq_with_dk(spec, config),
             "dq_adders": _dq_adders(config),
             "dq_buffers": buffers,
-            "sums_panels": sums_panels,
-            "rounds": _rounds(sum(map(len, sums_panels)), buffers.count),
+            "sums_panels": _sums_panels(spec, buffers.columns),
+            "dq_rounds": dq_rounds(spec, buffers),
             "ds_in_registers": ds_in_registers(spec, config),
             "element": ELEMENT[spec.dtype],
             "pack": f"pack_{spec.dtype}",

@@ -72,7 +72,7 @@ def test_every_wide_head_has_a_legal_default_and_one_backward() -> None:
         ({"dq": "green"}, "dq must be bulk or red"),
         ({"dq": "bulk"}, "dq_panels must be 0, got 2"),
         ({"dq": "bulk", "dq_panels": 0, "q_stages": 3}, "shared memory 263168 B > 232448 B"),
-        ({"block_n": 96}, "dV and S take 240 accumulators a thread, dK and dP 240"),
+        ({"block_n": 96}, "dV and S take 240 registers a thread, dK and dP 240"),
     ],
 )
 def test_an_illegal_tile_is_refused_with_its_arithmetic(change: dict[str, Knob], reason: str) -> None:

@@ -378,6 +378,7 @@ __device__ __forceinline__ void make_dk_and_dq(const BackwardParams& p, Control&
     bool multiplying = false;  // dK, with Q of the step before
 
     control.v.wait_full(at.kv_at());
+    control.k.wait_full(at.kv_at());
     KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
       float delta[2];
       read_rows(delta, p.delta, p.total_q, head, item.q_begin, item.q_length, row + thread_row, 0.0f);
@@ -393,7 +394,7 @@ __device__ __forceinline__ void make_dk_and_dq(const BackwardParams& p, Control&
       pin_registers(dp);
       if (leader) control.dout.arrive_empty(at.dout_at());
 
-      control.p.wait_full(at.step_at());  // and K is there, of which S was
+      control.p.wait_full(at.step_at());
       gradients_of_rows<unpack_bf16, kQPanelBytes>(dp, smem.p, delta, warp, lane);
       control.p.arrive_empty(at.step_at());
       control.q.wait_full(at.q_at());
@@ -447,7 +448,6 @@ __device__ __forceinline__ void make_dk_and_dq(const BackwardParams& p, Control&
     for (int panel = 0; panel < kPanels; ++panel) pin_registers(dk[panel]);
     if (leader && multiplying) control.q.arrive_empty(RingPosition<kQStages>::after(at.step - 1));
 
-    control.k.wait_full(at.kv_at());  // also where there were no queries
     // The other warpgroup had its last S before its last P: K has been read.
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
