@@ -35,9 +35,9 @@ ROW_REGISTERS = {(1, 1): (56, 256), (1, 2): (56, 200), (1, 3): (56, 104), (2, 1)
 ROW_FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 160, (1, 3): 72, (2, 1): 184, (3, 1): 124}
 # With few registers at launch ptxas refuses (C7602) an instruction of more accumulators, whatever setmaxnreg adds.
 INSTRUCTION_LIMIT = {(1, 1): 128, (1, 2): 96, (1, 3): 48, (1, 4): 32, (2, 1): 128, (3, 1): 96, (4, 1): 64}
-# staged: O leaves through the Q buffer, by TMA. direct: from registers, and the Q buffer is handed back before the last
-# product.
-EPILOGUES = ("staged", "direct")
+# How a tile ends. staged: O leaves through the Q buffer, by TMA. direct: from registers, and the Q buffer is handed
+# back before the last product. overlap: the same, and the last product runs beside the next tile's first scores.
+EPILOGUES = ("staged", "direct", "overlap")
 
 
 @dataclass(frozen=True, order=True)
@@ -50,7 +50,7 @@ class Sm90ForwardConfig(TileConfig):
     num_stages: int = field(metadata={"short": "s"})  # K and V buffers each
     q_stages: int = field(metadata={"short": "q"})  # Q buffers a warpgroup; with 2 its epilogue overlaps the next tile
     ctas_per_sm: int = field(metadata={"short": "c"})
-    epilogue: str = field(default="staged", metadata={"short": "e"})  # a tile's end: one of EPILOGUES
+    epilogue: str = field(default="staged", metadata={"short": "e"})  # one of EPILOGUES
 
     @property
     def warpgroups(self) -> int:
@@ -165,6 +165,8 @@ class Sm90ForwardSpace:
             return f"epilogue must be one of {', '.join(EPILOGUES)}, got {config.epilogue!r}"
         if config.epilogue != "staged" and by_rows(spec):
             return f"epilogue {config.epilogue}: rows that TMA cannot address leave from registers as it is"
+        if config.epilogue == "overlap" and q_buffers(spec, config) == config.warpgroups:
+            return "epilogue overlap needs room for the next tile's Q: q_stages 2, or a spare buffer"
         smem = smem_layout(spec, config).total
         room = smem_room(config.ctas_per_sm)
         if smem > room:

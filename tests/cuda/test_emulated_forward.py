@@ -13,7 +13,7 @@ from emulator.driver import emulated
 from layouts import LAYOUTS, laid_out
 
 from jagtile.generator.oracle import errors, reference, tolerance
-from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig, Sm90ForwardSpace
+from jagtile.generator.spaces.sm90_forward import EPILOGUES, Sm90ForwardConfig, Sm90ForwardSpace
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant
 from jagtile.generator.workloads import JaggedBatch, Workload
@@ -32,6 +32,10 @@ CASES: tuple[tuple[str, dict[str, int | str]], ...] = (
     ("fwd_bf16_d256_causal", {"block_n": 32, "q_stages": 1, "epilogue": "direct"}),
     ("fwd_fp16_d72_causal", {"block_m": 192, "block_n": 48, "q_stages": 1, "epilogue": "direct"}),
     ("fwd_bf16_d32_dv8", {"block_m": 64, "block_n": 32, "ctas_per_sm": 2, "q_stages": 1, "epilogue": "direct"}),
+    ("fwd_bf16_d64", {"block_m": 64, "block_n": 32, "ctas_per_sm": 2, "q_stages": 2, "epilogue": "overlap"}),
+    ("fwd_bf16_d128_causal", {"block_n": 64, "q_stages": 1, "epilogue": "overlap"}),
+    ("fwd_fp16_d72_causal", {"block_m": 192, "block_n": 48, "q_stages": 2, "epilogue": "overlap"}),
+    ("fwd_bf16_d32", {"block_m": 256, "block_n": 16, "num_stages": 3, "epilogue": "overlap"}),
     # Rows that TMA cannot address: pieces of 4, 8 and 16 bytes, rows that begin in the middle of a word.
     ("fwd_bf16_d1", {}),
     ("fwd_fp16_d33_causal", {"block_m": 64, "block_n": 32, "ctas_per_sm": 2, "q_stages": 1}),
@@ -128,14 +132,15 @@ def test_an_expanded_head_is_read_in_place() -> None:
 
 
 @pytest.mark.parametrize("growth", [0.1, 2.0, 40.0])
-def test_scores_that_grow_from_block_to_block(growth: float) -> None:
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_scores_that_grow_from_block_to_block(growth: float, epilogue: str) -> None:
     """Blocks are visited from the first to the last: maxima outgrow their references and blocks are computed again."""
     w = Workload("growing", (130, 0, 300, 5), (130, 40, 500, 400), 2, 2, 64, 64)
     b = w.make("cpu", "bf16", 11)
     b.q[:, :1] = b.q[:, :1].abs()
     age = torch.cat([torch.arange(length) for length in w.seqlens_k])
     b.k.add_((growth / 64 * age)[:, None, None]).clamp_(-200, 200)
-    assert_right(built("fwd_bf16_d64", ()), w, b, scale=0.5)
+    assert_right(built("fwd_bf16_d64", (("epilogue", epilogue),)), w, b, scale=0.5)
 
 
 def test_offsets_of_either_width() -> None:
@@ -146,15 +151,15 @@ def test_offsets_of_either_width() -> None:
         assert_right(built("fwd_bf16_d64", ()), w, b._replace(**offsets))
 
 
-@pytest.mark.parametrize("dim", [64, 33])
-def test_nan_in_one_sequence_stays_there(dim: int) -> None:
+@pytest.mark.parametrize(("dim", "epilogue"), [(64, "staged"), (64, "overlap"), (33, "staged")])
+def test_nan_in_one_sequence_stays_there(dim: int, epilogue: str) -> None:
     w = Workload("neighbours", (100, 77, 130), (70, 200, 61), 1, 1, dim, dim)
     b = w.make("cpu", "bf16", 6)
     expected, _ = reference(*b[:5], scale=0.1)
     b.q[100:177] = b.k[70:270] = b.v[70:270] = float("nan")
     out = torch.full_like(b.q, float("nan"))
     with emulated(seed=4):
-        kernel = cuda.load(built(f"fwd_bf16_d{dim}", ()), torch.device("cuda", 0))
+        kernel = cuda.load(built(f"fwd_bf16_d{dim}", (("epilogue", epilogue),)), torch.device("cuda", 0))
         kernel.forward(*b[:5], out, None, 0.1, False)
     for rows in (slice(0, 100), slice(177, None)):
         assert errors(out[rows], expected[rows]).rel <= tolerance(torch.bfloat16)

@@ -58,7 +58,11 @@ MISTAKES: dict[str, tuple[str, str, str | None]] = {
         "",
         "not ordered after the read by wgmma|arrivals more than",
     ),
-    "a wait has the other parity": ("at.parity ^ 1", "at.parity", "deadlock"),
+    "a wait has the other parity": (
+        "mbarrier_wait(smem_address(&empty[at.slot]), at.parity ^ 1)",
+        "mbarrier_wait(smem_address(&empty[at.slot]), at.parity)",
+        "deadlock",
+    ),
     "barriers are not fenced for copies": ("    mbarrier_init_fence();\n", "", "without fence.mbarrier_init"),
     "nobody waits for barriers to be made": (
         "  }\n  __syncthreads();\n\n  if (warp",
@@ -112,6 +116,21 @@ ROWS_MISTAKES: dict[str, tuple[str, str, str | None]] = {
     "O's rows are not clipped": ("    if (8 * h >= rows) break;\n", "", "race on global|which is in no tensor|^wrong$"),
 }
 
+# Of a kernel whose tiles overlap.
+OVERLAP_VARIANT = replace(VARIANT, config=replace(VARIANT.config, epilogue="overlap"))
+OVERLAP_MISTAKES: dict[str, tuple[str, str, str | None]] = {
+    "the next tile is begun before its K is there": ("control.k.is_full(k_at);", "true;", "race|not ordered"),
+    "the next tile is begun before its Q is there": ("control.q.is_full(next_q) && ", "", "race|not ordered"),
+    "the next tile is begun with K that is not its own": ("begun = next_seen.blocks > 0;", "begun = true;", "deadlock"),
+    "the next tile's first block is not masked": ("if (next_seen.whole_blocks == 0) ", "if (false) ", WRONG),
+    "the next tile's sums are lost": ("    rows = next_rows;\n", "    rows = RowState();\n", WRONG),
+    "O's rows are not clipped": (
+        "if (exists) *reinterpret_cast<uint2*>",
+        "*reinterpret_cast<uint2*>",
+        "race on global|which is in no tensor|^wrong$",
+    ),
+}
+
 
 def outcome(mistake: tuple[str, str] | None, seed: int, variant: Variant = VARIANT) -> str | None:
     """What the emulator reports of two launches; None, if nothing; "wrong", if nothing but the numbers are."""
@@ -132,7 +151,7 @@ def outcome(mistake: tuple[str, str] | None, seed: int, variant: Variant = VARIA
     return None if errors(out, expected).rel <= tolerance(torch.bfloat16) else "wrong"
 
 
-@pytest.mark.parametrize("variant", [VARIANT, ROWS_VARIANT], ids=lambda variant: variant.spec.name)
+@pytest.mark.parametrize("variant", [VARIANT, ROWS_VARIANT, OVERLAP_VARIANT], ids=lambda variant: variant.name)
 @pytest.mark.parametrize("seed", range(4))
 def test_nothing_is_found_in_the_kernel_as_it_is(seed: int, variant: Variant) -> None:
     assert outcome(None, seed, variant) is None
@@ -150,5 +169,13 @@ def test_it_is_found(mistake: str) -> None:
 def test_it_is_found_where_warps_copy_rows(mistake: str) -> None:
     old, new, report = ROWS_MISTAKES[mistake]
     found = outcome((old, new), 0, ROWS_VARIANT)
+    assert found is not None
+    assert re.search(report or "^wrong$", found, re.DOTALL), found
+
+
+@pytest.mark.parametrize("mistake", OVERLAP_MISTAKES)
+def test_it_is_found_where_tiles_overlap(mistake: str) -> None:
+    old, new, report = OVERLAP_MISTAKES[mistake]
+    found = outcome((old, new), 0, OVERLAP_VARIANT)
     assert found is not None
     assert re.search(report or "^wrong$", found, re.DOTALL), found

@@ -116,7 +116,7 @@ __device__ __forceinline__ void combine_partials(const PartialRows<kColumns>& pa
       }
     }
     total = sum_of_warp(total);
-    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;  // 0: the row sees no key
+    const float inverse = inverse_of_sum(total);
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       const int column = 128 * chunk + 4 * lane;

@@ -104,7 +104,10 @@ __device__ __forceinline__ float sum_of_row(float value) {
   return value + __shfl_xor_sync(0xffffffff, value, 2);
 }
 
+// What a row's output is multiplied by in the end. 0: the row sees no key.
+__device__ __forceinline__ float inverse_of_sum(float sum) { return sum == 0.0f ? 0.0f : reciprocal_approx(sum); }
+
 // A row's lse (natural log) from the sum of its probabilities, which are relative to 2^offset.
 __device__ __forceinline__ float log_of_sum(float offset, float sum) {
-  return sum == 0.0f ? -INFINITY : (offset + log2f(sum)) * 0.693147180559945f;
+  return sum == 0.0f ? -INFINITY : (offset + log2_approx(sum)) * 0.693147180559945f;
 }

@@ -255,7 +255,7 @@ jagtile_fwd_bf16_d128_causal_split_m128_n128_s3_q1_c1(const __grid_constant__ Pa
     const int shift = p.bottom_right ? item.k_length - item.q_length : 0;
     const int begin = item.first_block;
     const int first_token = item.row + tokens * warpgroup;
-    // The tile's first key blocks, of which this warpgroup's rows see some key.
+    // The piece's first key blocks, of which this warpgroup's rows see some key.
     const int last_row = min(first_token + tokens - 1, item.q_length - 1);
     const int keys = max(min(item.k_length, last_row + shift + 1), 0);
     const bool idle = first_token >= item.q_length;
@@ -282,7 +282,7 @@ jagtile_fwd_bf16_d128_causal_split_m128_n128_s3_q1_c1(const __grid_constant__ Pa
         if (block >= whole_blocks) mask(block);
         float rescale[2];
         online_softmax<kHeadroom>(scores, rows, rescale, scale_log2);
-        scale_rows(output, rescale);
+        if (block > begin) scale_rows(output, rescale);
         pack_fragments<pack_bf16>(probabilities, scores);
         ++block;
 
@@ -365,7 +365,7 @@ jagtile_fwd_bf16_d128_causal_split_m128_n128_s3_q1_c1(const __grid_constant__ Pa
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float sum = sum_of_row(rows.sum[h]);
-        inverse[h] = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: the row sees no key
+        inverse[h] = inverse_of_sum(sum);
         if (lane % 4 == 0) {
           store_lse(thread_rows[h], probability_offset<kHeadroom>(rows.reference[h], scale_log2), sum);
         }

@@ -265,7 +265,7 @@ jagtile_fwd_bf16_d64_packed_n96_s2_c3(const __grid_constant__ Params p) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float sum = sum_of_row(rows.sum[h]);
-      inverse[h] = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: the row sees no key
+      inverse[h] = inverse_of_sum(sum);
       const int row = tile * kBlockM + thread_row + 8 * h;
       if (p.lse != nullptr && lane % 4 == 0 && row < p.total_q) {
         p.lse[static_cast<long long>(head) * p.total_q + row] = log_of_sum(rows.reference[h] * scale_log2, sum);
