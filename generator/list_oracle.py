@@ -38,7 +38,7 @@ def read(data: bytes, max_items: int) -> BuiltList:
     count, longest = (int(number) for number in np.frombuffer(data, np.int32, 2))
     total = float(np.frombuffer(data, np.float32, 1, 8)[0])
     assert 0 <= count <= max_items, f"{count} items, with room for {max_items}"
-    assert not np.frombuffer(data, np.int32, 2, 12).any(), "counters that are not zero"
+    assert not np.frombuffer(data, np.int32, 2, 16).any(), "counters that are not zero"
     words = np.frombuffer(data, np.int32, 2 * max_items * WORK_ITEM_BYTES // 4, WORK_LIST_HEADER_BYTES)
     items = words.reshape(2, max_items, -1).astype(np.int64)[:, :count]
     return BuiltList(longest, total, items[0], items[1], max_items)

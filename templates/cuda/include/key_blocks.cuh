@@ -70,8 +70,8 @@ __device__ __forceinline__ void mark_queries(const BackwardParams& p, const Work
   for (unsigned left = __ballot_sync(0xffffffff, end - begin > kShort); left != 0; left &= left - 1) {
     const int lane = __ffs(left) - 1;
     const int keys = __shfl_sync(0xffffffff, item.k_length, lane);
-    mark_tokens(keys <= p.block_n ? p.direct : p.summed, __shfl_sync(0xffffffff, begin, lane), __shfl_sync(0xffffffff, end, lane),
-                threadIdx.x % 32, 32);
+    mark_tokens(keys <= p.block_n ? p.direct : p.summed, __shfl_sync(0xffffffff, begin, lane),
+                __shfl_sync(0xffffffff, end, lane), threadIdx.x % 32, 32);
   }
 }
 

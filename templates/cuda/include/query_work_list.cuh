@@ -17,6 +17,10 @@ __device__ __forceinline__ void build_query_list(const Params& p) {
   int own_most;
   const Totals all = count_query_blocks(builder, p.max_items, before, own_most,
                                         [](const WorkItem& item) { return work_bucket(item.kv_blocks); });
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    *static_cast<WorkListHeader*>(p.work_list) = {all.items, all.longest, static_cast<float>(all.cost()),
+                                                  go_heads_together(all.items, p.batch)};
+  }
   builder.begin_buckets(work_bucket(all.longest));
   builder.leave();
   __syncthreads();
@@ -36,10 +40,6 @@ __device__ __forceinline__ void build_query_list(const Params& p) {
     }
     __syncthreads();  // blocks of one sequence stay neighbours: they share in L2
   });
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    *static_cast<WorkListHeader*>(p.work_list) = {all.items, all.longest, static_cast<float>(all.cost()),
-                                                  go_heads_together(all.items, p.batch)};
-  }
   builder.await_leave();
 }
 

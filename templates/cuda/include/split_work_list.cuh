@@ -98,6 +98,10 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
     totals.add(pieces, slots);
     count = builder.over_all(totals, before).items;
   }
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    *static_cast<WorkListHeader*>(p.work_list) = {count, min(all.longest, piece_limit), static_cast<float>(all.cost()),
+                                                  go_heads_together(all.items, p.batch)};
+  }
   const int begin = builder.begin_buckets(work_bucket(min(all.longest, piece_limit)));
   if (threadIdx.x == kWorkBuckets) alone = begin;
   builder.leave();
@@ -140,10 +144,6 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
     }
     __syncthreads();  // blocks of one sequence stay neighbours: they share in L2
   });
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    *static_cast<WorkListHeader*>(p.work_list) = {count, min(all.longest, piece_limit), static_cast<float>(all.cost()),
-                                                  go_heads_together(all.items, p.batch)};
-  }
   builder.await_leave();
 }
 

@@ -1,7 +1,7 @@
 // The device-built work list: an item is a block of rows of a sequence (queries in a forward, keys in a backward), a tile is
 // an item and a head. In a forward most heads are worked off one after the other, sequence by sequence: what runs at a time
 // shares what it visits, which stays in L2. The last heads go together, dearest items first, so that no long tile is left to
-// end alone. Where hardly any two items visit the same keys, all heads go together: a token's heads are neighbours in memory.
+// end alone. Where sequences have a block or two, which share little, all heads go together: a token's heads are neighbours in memory.
 // key_blocks.cuh has the backward's order, list_builder.cuh what all builders share.
 #pragma once
 #include <cstdint>
@@ -37,7 +37,7 @@ struct alignas(64) WorkListHeader {
   int items;
   int longest;        // of queries: blocks that the longest item visits
   float total;        // ... all items
-  int heads_together;  // of queries: whether nearly each item has its sequence's keys to itself
+  int heads_together;  // of queries: whether a sequence has two blocks at most, on average
   int next_tile;      // tiles claimed from the counter
   int finished_ctas;  // the last one to finish rewinds the counters for the next launch
 };
@@ -59,7 +59,7 @@ __device__ __forceinline__ int balancing_heads(const WorkListHeader& list, const
 }
 
 // Of a list of so many blocks of rows.
-__device__ __forceinline__ int go_heads_together(int row_blocks, int batch) { return 2 * row_blocks <= 3 * batch; }
+__device__ __forceinline__ int go_heads_together(int row_blocks, int batch) { return row_blocks <= 2 * batch; }
 
 // Tile number `index` in the order of work.
 template <typename P>
