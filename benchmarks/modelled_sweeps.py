@@ -20,7 +20,7 @@ from jagtile.generator.replay import Sweep, write_sweep
 from jagtile.generator.roofline import predictor
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.sweep import legal_of, sweeps, values_of
-from jagtile.generator.tile import TileConfig, config_from_dict
+from jagtile.generator.tile import TileConfig, config_from_dict, space_for
 from jagtile.generator.workloads import representative
 from jagtile.tuning_db.schema import DeviceFacts
 from jagtile.tuning_db.store import ORIGINS, Database
@@ -40,7 +40,8 @@ def completed(part: Sweep, facts: DeviceFacts) -> Sweep:
 
     configs = [config for config in legal_of(part.target, spec) if config.algorithm in part.algorithms]
     rows = [(c.algorithm, values_of(c), measured[c] if c in measured else modelled(c), None) for c in configs]
-    return msgspec.structs.replace(part, configs=tuple(rows))
+    knobs = {name: dict(space_for(part.target, name).knobs(spec)) for name in part.algorithms}
+    return msgspec.structs.replace(part, algorithms=knobs, configs=tuple(rows))
 
 
 def _config(sweep: Sweep, algorithm: str, values: tuple[object, ...]) -> TileConfig:

@@ -123,7 +123,7 @@ OVERLAP_MISTAKES: dict[str, tuple[str, str, str | None]] = {
     "the next tile is begun before its Q is there": ("control.q.is_full(next_q) && ", "", "race|not ordered"),
     "the next tile is begun with K that is not its own": ("begun = next_seen.blocks > 0;", "begun = true;", "deadlock"),
     "the next tile's first block is not masked": ("if (next_seen.whole_blocks == 0) ", "if (false) ", WRONG),
-    "the next tile's sums are lost": ("    rows = next_rows;\n", "    rows = RowState();\n", WRONG),
+    "the next tile goes on with the last one's sums": ("      rows = RowState();\n", "", WRONG),
     "O's rows are not clipped": (
         "if (exists) *reinterpret_cast<uint2*>",
         "*reinterpret_cast<uint2*>",

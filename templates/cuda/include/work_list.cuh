@@ -1,7 +1,8 @@
 // The device-built work list: an item is a block of rows of a sequence (queries in a forward, keys in a backward), a tile is
 // an item and a head. In a forward most heads are worked off one after the other, sequence by sequence: what runs at a time
 // shares what it visits, which stays in L2. The last heads go together, dearest items first, so that no long tile is left to
-// end alone. Where sequences have a block or two, which share little, all heads go together: a token's heads are neighbours in memory.
+// end alone. Where sequences have a block or two, which share little, all heads go together: a token's heads are neighbours in
+// memory.
 // key_blocks.cuh has the backward's order, list_builder.cuh what all builders share.
 #pragma once
 #include <cstdint>

@@ -269,6 +269,21 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
 
     control.q.wait_full(q_at);
     const SeenKeys seen = seen_keys(item);
+
+    float inverse[2];
+    auto finish_rows = [&] {  // but for O: writes lse, and says what O is multiplied by
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float sum = sum_of_row(rows.sum[h]);
+        inverse[h] = inverse_of_sum(sum);
+        const int row = item.row + thread_row + 8 * h;
+        if (p.lse != nullptr && lane % 4 == 0 && row < item.q_length) {
+          p.lse[static_cast<long long>(head) * p.total_q + item.q_begin + row] =
+              log_of_sum(probability_offset<kHeadroom>(rows.reference[h], scale_log2), sum);
+        }
+      }
+    };
+
     if (seen.blocks > 0) {
       float scores[kBlockN / 2];
       uint32_t probabilities[kStepsPV][4];
@@ -326,12 +341,14 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
       }
       control.v.wait_full(v_at);
       issue_output(output, probabilities, v_tiles + v_at.slot * kVBytes);
+      finish_rows();
       wgmma_wait<0>();
       pin_registers(output);
       if (leader) control.v.arrive_empty(v_at);
       v_at.advance();
     } else {
       free_stored_q();
+      finish_rows();
     }
     if (seen.blocks < item.kv_blocks) {
       // Blocks that only other warpgroups' rows see are handed back unread.
@@ -349,18 +366,6 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
       }
     }
 
-    // Normalise, write lse, send O out through the Q buffer.
-    float inverse[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float sum = sum_of_row(rows.sum[h]);
-      inverse[h] = inverse_of_sum(sum);
-      const int row = item.row + thread_row + 8 * h;
-      if (p.lse != nullptr && lane % 4 == 0 && row < item.q_length) {
-        p.lse[static_cast<long long>(head) * p.total_q + item.q_begin + row] =
-            log_of_sum(probability_offset<kHeadroom>(rows.reference[h], scale_log2), sum);
-      }
-    }
     scale_rows(output, inverse);
     stage_rows<pack_bf16, kColumnsV, kQPanelBytes>(output, q_tile, warp, lane);
     fence_async_proxy();

@@ -244,6 +244,21 @@ jagtile_fwd_fp16_d33_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant_
 
     control.q.wait_full(q_at);
     const SeenKeys seen = seen_keys(item);
+
+    float inverse[2];
+    auto finish_rows = [&] {  // but for O: writes lse, and says what O is multiplied by
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float sum = sum_of_row(rows.sum[h]);
+        inverse[h] = inverse_of_sum(sum);
+        const int row = item.row + thread_row + 8 * h;
+        if (p.lse != nullptr && lane % 4 == 0 && row < item.q_length) {
+          p.lse[static_cast<long long>(head) * p.total_q + item.q_begin + row] =
+              log_of_sum(probability_offset<kHeadroom>(rows.reference[h], scale_log2), sum);
+        }
+      }
+    };
+
     if (seen.blocks > 0) {
       float scores[kBlockN / 2];
       uint32_t probabilities[kStepsPV][4];
@@ -301,12 +316,14 @@ jagtile_fwd_fp16_d33_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant_
       control.v.wait_full(v_at);
       issue_output(output, probabilities, v_tiles + v_at.slot * kVBytes);
       control.q.arrive_empty(q_at);  // no score is computed again
+      finish_rows();
       wgmma_wait<0>();
       pin_registers(output);
       if (leader) control.v.arrive_empty(v_at);
       v_at.advance();
     } else {
       control.q.arrive_empty(q_at);
+      finish_rows();
     }
     if (seen.blocks < item.kv_blocks) {
       // Blocks that only other warpgroups' rows see are handed back unread.
@@ -325,18 +342,6 @@ jagtile_fwd_fp16_d33_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant_
       named_barrier_sync(1 + warpgroup, 128);  // no warp goes on before: a parity tells no more than two phases apart
     }
 
-    // Normalise, write lse and O.
-    float inverse[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float sum = sum_of_row(rows.sum[h]);
-      inverse[h] = inverse_of_sum(sum);
-      const int row = item.row + thread_row + 8 * h;
-      if (p.lse != nullptr && lane % 4 == 0 && row < item.q_length) {
-        p.lse[static_cast<long long>(head) * p.total_q + item.q_begin + row] =
-            log_of_sum(probability_offset<kHeadroom>(rows.reference[h], scale_log2), sum);
-      }
-    }
     scale_rows(output, inverse);
     const int first_row = item.row + thread_row;
     store_rows<pack_fp16, kColumnsV>(output, p.out, item.q_begin + first_row, head, item.q_length - first_row, thread_column);
