@@ -28,8 +28,8 @@ MAX_REGISTERS = 256
 # Registers a thread beside its accumulators with which ptxas 13.0 neither serialises wgmma (C7512) nor spills, of the
 # cases that the grid has: 200 accumulators fit 232 registers, 224 fit 256, 224 don't fit 232.
 SPARE_REGISTERS = 32
-# Of dK's warpgroup, once with packed dS, and once where a place in a ring is a count modulo 3, or where dS is packed and
-# dQ goes from registers or has a group of 8 columns.
+# Of dK's warpgroup, once with packed dS, and once where a place in a ring is a count modulo 3, or where dS is packed
+# and dQ goes from registers or has a group of 8 columns.
 MORE_SPARE_REGISTERS = 8
 
 
