@@ -28,7 +28,9 @@ MAX_REGISTERS = 256
 # Registers a thread beside its accumulators with which ptxas 13.0 neither serialises wgmma (C7512) nor spills, of the
 # cases that the grid has: 200 accumulators fit 232 registers, 224 fit 256, 224 don't fit 232.
 SPARE_REGISTERS = 32
-MORE_SPARE_REGISTERS = 8  # of dK's warpgroup, once with packed dS, and once where a place in a ring is a count modulo 3
+# Of dK's warpgroup, once with packed dS, and once where a place in a ring is a count modulo 3, or where dS is packed
+# and dQ goes from registers or has a group of 8 columns.
+MORE_SPARE_REGISTERS = 8
 
 
 @dataclass(frozen=True, order=True)
@@ -128,11 +130,12 @@ def accumulators(spec: KernelSpec, config: Sm90BackwardWideConfig, *, with_ds: b
     """
     block, dq = config.block_n // 2, min(64, spec.head_dim) // 2
     with_ds = ds_in_registers(spec, config) if with_ds is None else with_ds
+    more = _counts_modulo_3(spec, config) or (with_ds and (config.dq == "red" or spec.head_dim % 16 != 0))
     return PerWarpgroup(
         dv=panel_count(spec.head_dim_v) * block + max(block, dq if config.dq_panels else 0),
         dk=panel_count(spec.head_dim) * block
         + max(block, dq + (block // 2 + MORE_SPARE_REGISTERS if with_ds else 0))
-        + (MORE_SPARE_REGISTERS if _counts_modulo_3(spec, config) else 0),
+        + (MORE_SPARE_REGISTERS if more else 0),
     )
 
 

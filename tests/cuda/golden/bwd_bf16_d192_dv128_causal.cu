@@ -204,7 +204,7 @@ __device__ __forceinline__ void issue_dq(float (&d)[32], uint32_t a, uint32_t b)
 }
 
 // Adds what is handed over of every tile's dQ to its sums, in one lane of a warp.
-__device__ __forceinline__ void add_dq(const BackwardParams& p, Control& control, uint32_t dq) {
+__device__ __forceinline__ void add_to_sums(const BackwardParams& p, Control& control, uint32_t dq) {
   RingPosition<kDqStages> at;
   for_each_tile(control, [&](const WorkItem& item, int kv_head) {
     if (KeyTile::has_all_keys(item)) return;
@@ -520,7 +520,7 @@ jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2_d0_abulk(const __grid_constan
     } else if (warp == 2 && elect_one()) {
       load_query_blocks<kPanelsV>(p, control, control.dout, smem.dout, p.map_dout);
     } else if (warp == 3 && elect_one()) {
-      add_dq(p, control, smem_address(smem.dq));
+      add_to_sums(p, control, smem_address(smem.dq));
     }
   } else if (warp < 8) {
     grow_registers<208>();
