@@ -1,7 +1,7 @@
 """Checks and times chosen Hopper backward variants side by side, as benchmarks/variants.py does forward ones.
 
     PYTHONPATH=.pkg python benchmarks/backward_variants.py --peers fa4,torch-varlen \\
-        "u4k-d128: m64_n128_s2_c1_dbulk_o0_k1_hnone_l0_e1_t0 m64_n128_s2_c1_dred_o0_k1_hnone_l0_e1_t0" "u4k-d64-causal:"
+        "u4k-d128: m64_n128_s2_c1_dbulk_o0_k1_hnone_l0_e1 m64_n128_s2_c1_dred_o0_k1_hnone_l0_e1" "u4k-d64-causal:"
 
 Each argument names a workload and configs (a template's name in front may be left out; none: the default), or is a
 file of such lines. Every variant is compared with the float64 oracle's gradients on small nasty batches and on the

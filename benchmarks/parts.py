@@ -1,7 +1,7 @@
 """Device time of every kernel of a forward and backward, workload by workload: where the time of ragged batches goes.
 
     PYTHONPATH=.pkg python benchmarks/parts.py recsys-d64 one-token-d64 vit-d64
-    PYTHONPATH=.pkg python benchmarks/parts.py recsys-d64=keyblocks_m64_n64_s2_c2_dbulk_o0_k1_hnone_l0_e1_t0
+    PYTHONPATH=.pkg python benchmarks/parts.py recsys-d64=keyblocks_m64_n64_s2_c2_dbulk_o0_k1_hnone_l0_e1
 
 Each argument is a workload, with or without a backward's config; else dispatch chooses, as it does for the forward.
 Prints the median of the launches, as torch's profiler (CUPTI) saw them; a list of work is built once.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import product
 from typing import ClassVar, Literal, cast
 
 from jagtile.generator.spaces.sm90 import (
@@ -41,12 +40,23 @@ class Sm90BackwardConfig(TileConfig):
     held: str = field(metadata={"short": "h"})  # what of K and V registers hold, as A operands: "none", "v" or "kv"
     late_dq: bool = field(metadata={"short": "l"})  # dQ of a step is multiplied in the next one
     early_dv: bool = field(metadata={"short": "e"})  # dV is multiplied before dP is there: P is packed before dS
-    in_turn: bool = field(metadata={"short": "t"})  # the second warpgroup begins a step after the first one
 
     @property
     def warpgroups(self) -> int:
         """Math warpgroups."""
         return self.block_n // 64
+
+
+# P and dS packed together; steps of 128 queries where registers have room, else a late dQ; the last fits all head dims.
+_DEFAULT_TILES = tuple(
+    Sm90BackwardConfig(block_m, 128, 2, 1, "bulk", overlap, kv_stages, held, late_dq, early_dv=False)
+    for block_m, overlap, kv_stages, held, late_dq in (
+        (128, False, 2, "kv", True),
+        (128, True, 2, "none", False),
+        (64, False, 1, "v", True),
+        (64, False, 1, "none", True),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -139,7 +149,7 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
 
     ``early_dv`` has P packed beside S and dP, ``late_dq`` then dQ too, and ``overlap`` the packed dS of the step
     before. Near the limit two more count, as compiling shows, for the places of K and V where these are the same in
-    every tile, and for turns with 128 queries.
+    every tile.
 
     Without it, dQ of the step before is multiplied when S and dP are gone, and dP when the dS of the step before is.
     What counts beside them, with and without ``overlap``, is what compiling shows.
@@ -152,8 +162,6 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     with_p = 2 * scores + packed
     most = with_p + dq if config.late_dq else max(with_p, dq + 2 * packed)
     if config.kv_stages == 1 and (config.late_dq or config.held == "kv"):
-        most += 2
-    if config.late_dq and config.in_turn and config.block_m == 128:
         most += 2
     return kept + most + (packed if config.overlap else 0)
 
@@ -192,7 +200,6 @@ class Sm90BackwardSpace:
             "held": ("kv", "v", "none"),
             "late_dq": (True, False),
             "early_dv": (False, True),
-            "in_turn": (True, False),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
@@ -213,8 +220,6 @@ class Sm90BackwardSpace:
             return f"kv_stages must be 1, 2 or 3, got {config.kv_stages}"
         if config.held not in ("none", "v", "kv"):
             return f"held must be none, v or kv, got {config.held}"
-        if config.in_turn and config.warpgroups != 2:
-            return f"in_turn is for two math warpgroups, of which block_n {config.block_n} has {config.warpgroups}"
         smem, room = smem_layout(spec, config).total, smem_room(config.ctas_per_sm)
         if smem > room:
             return f"shared memory {smem} B > {room} B a CTA with {config.ctas_per_sm} an SM"
@@ -227,16 +232,8 @@ class Sm90BackwardSpace:
         return None
 
     def default(self, spec: KernelSpec) -> TileConfig:
-        """128 keys, and what registers and shared memory have room for: first steps of 128 queries, a late dQ, then
-        K and V in registers, then the overlap, then two buffers of K and V.
-        """
-        wide_steps = Sm90BackwardConfig(128, 128, 2, 1, "bulk", False, 2, "kv", False, True, False)
-        if self.rejection(spec, wide_steps) is None:
-            return wide_steps
-        for late, held, overlap, kv_stages in product((True, False), ("kv", "v", "none"), (True, False), (2, 1)):
-            config = Sm90BackwardConfig(
-                64, 128, 3 if late else 2, 1, "bulk", overlap, kv_stages, held, late, True, False
-            )
+        """The first legal one of a few tiles that did well in measurements (docs/performance-log.md)."""
+        for config in _DEFAULT_TILES:
             if self.rejection(spec, config) is None:
                 return config
         raise AssertionError(f"no default tile for {spec.name}")

@@ -26,7 +26,7 @@ from jagtile.runtime.artifact import Artifact
 def config(
     dq: str, keys: int = 128, stages: int = 2, ctas: int = 1, kv: int = 1, **knobs: bool | int | str
 ) -> Sm90BackwardConfig:
-    return replace(Sm90BackwardConfig(64, keys, stages, ctas, dq, False, kv, "none", False, True, False), **knobs)
+    return replace(Sm90BackwardConfig(64, keys, stages, ctas, dq, False, kv, "none", False, True), **knobs)
 
 
 # Every mechanism of the template once.
@@ -45,9 +45,9 @@ CASES: tuple[tuple[str, Sm90BackwardConfig], ...] = (
         "bwd_bf16_d64_causal",
         config("bulk", kv=2, block_m=128, overlap=True, late_dq=True, early_dv=False),
     ),
-    ("bwd_bf16_d128_causal", config("bulk", late_dq=True, early_dv=False, in_turn=True)),
-    ("bwd_fp16_d64", config("red", stages=3, kv=2, held="kv", late_dq=True, early_dv=False, in_turn=True)),
-    ("bwd_bf16_d64", config("bulk", block_m=128, early_dv=False, in_turn=True)),
+    ("bwd_bf16_d128_causal", config("bulk", late_dq=True, early_dv=False)),
+    ("bwd_fp16_d64", config("red", stages=3, kv=2, held="kv", late_dq=True, early_dv=False)),
+    ("bwd_bf16_d64", config("bulk", block_m=128, early_dv=False)),
 )
 LENGTHS = (0, 1, 63, 0, 65, 129)
 QUERIES, KEYS = (5, 0, 130, 1, 64, 140), (150, 70, 0, 1, 20, 70)
@@ -114,7 +114,7 @@ def test_each_launch_makes_the_list_ready_for_the_next() -> None:
         config("red", late_dq=True),
         config("bulk", kv=2, held="kv", late_dq=True),
         config("bulk", kv=2, held="kv", block_m=128, overlap=True, late_dq=True, early_dv=False),
-        config("red", block_m=128, late_dq=True, early_dv=False, in_turn=True),
+        config("red", block_m=128, late_dq=True, early_dv=False),
     ],
     ids=lambda tile: tile.name,
 )

@@ -41,7 +41,7 @@ class Item(NamedTuple):
 def build_list(w: Workload, in_order: bool, seed: int) -> list[Item]:
     """The items of a batch; the attention kernel is not run."""
     spec = KernelSpec("bwd", "bf16", 32, 32, w.is_causal)
-    variant = Variant("sm_90a", spec, Sm90BackwardConfig(M, N, 2, 2, "bulk", False, 1, "none", False, True, False))
+    variant = Variant("sm_90a", spec, Sm90BackwardConfig(M, N, 2, 2, "bulk", False, 1, "none", False, True))
     b = w.make("cpu", "bf16")
     grads = Gradients(*map(torch.empty_like, b[:3]))
     torch.use_deterministic_algorithms(in_order)

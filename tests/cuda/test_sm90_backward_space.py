@@ -24,9 +24,7 @@ from jagtile.runtime.errors import IllegalConfigError
 
 SPACE = Sm90BackwardSpace()
 D128 = KernelSpec.parse("bwd_bf16_d128")
-BASE = Sm90BackwardConfig(
-    64, 128, 2, 1, "bulk", overlap=False, kv_stages=1, held="none", late_dq=False, early_dv=True, in_turn=False
-)
+BASE = Sm90BackwardConfig(64, 128, 2, 1, "bulk", overlap=False, kv_stages=1, held="none", late_dq=False, early_dv=True)
 SPECS = [
     KernelSpec.parse(name)
     for name in (
@@ -54,12 +52,11 @@ def test_every_spec_has_a_legal_default_of_128_keys(spec: KernelSpec) -> None:
 @pytest.mark.parametrize(
     ("name", "tile"),
     [
-        ("d32", "m128_n128_s2_c1_dbulk_o0_k2_hkv_l0_e1_t0"),
-        ("d64", "m64_n128_s3_c1_dbulk_o0_k2_hkv_l1_e1_t0"),
-        ("d72_dv40", "m64_n128_s3_c1_dbulk_o0_k2_hkv_l1_e1_t0"),
-        ("d96", "m64_n128_s2_c1_dbulk_o0_k1_hv_l0_e1_t0"),
-        ("d64_dv128", "m64_n128_s2_c1_dbulk_o0_k2_hv_l0_e1_t0"),
-        ("d128", "m64_n128_s2_c1_dbulk_o0_k1_hnone_l0_e1_t0"),
+        ("d32", "m128_n128_s2_c1_dbulk_o0_k2_hkv_l1_e0"),
+        ("d64", "m128_n128_s2_c1_dbulk_o1_k2_hnone_l0_e0"),
+        ("d72_dv40", "m64_n128_s2_c1_dbulk_o0_k1_hv_l1_e0"),
+        ("d96", "m64_n128_s2_c1_dbulk_o0_k1_hv_l1_e0"),
+        ("d128", "m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0"),
     ],
 )
 def test_the_default_takes_what_there_is_room_for(name: str, tile: str) -> None:
@@ -79,7 +76,6 @@ def test_the_default_takes_what_there_is_room_for(name: str, tile: str) -> None:
         ({"num_stages": 4}, "shared memory 265216 B > 232448 B"),
         ({"kv_stages": 4}, "kv_stages must be 1, 2 or 3"),
         ({"kv_stages": 2}, "shared memory 264192 B"),
-        ({"block_n": 64, "in_turn": True}, "in_turn is for two math warpgroups"),
         ({"held": "k"}, "held must be none, v or kv"),
         ({"held": "v"}, "240 registers a thread > 208"),
         ({"late_dq": True}, "242 registers a thread > 208"),
@@ -207,7 +203,7 @@ def _matrix() -> list[Variant]:
         Variant("sm_90a", KernelSpec.parse("bwd_fp16_d32_causal"), wide_steps),
         Variant("sm_90a", KernelSpec.parse("bwd_bf16_d64"), together),
         Variant("sm_90a", KernelSpec.parse("bwd_fp16_d64_causal"), replace(together, overlap=False, kv_stages=1)),
-        Variant("sm_90a", D128, replace(BASE, late_dq=True, early_dv=False, in_turn=True)),
+        Variant("sm_90a", D128, replace(BASE, late_dq=True, early_dv=False)),
     ]
 
 

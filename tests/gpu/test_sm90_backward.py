@@ -38,6 +38,7 @@ LONG_STEPS: dict[str, Knob] = {
     "early_dv": False,
 }
 SHORT_STEPS: dict[str, Knob] = LONG_STEPS | {"block_m": 64, "overlap": False, "kv_stages": 1}
+EARLY_DV: dict[str, Knob] = SHORT_STEPS | {"late_dq": False, "early_dv": True}
 # (spec, what differs from the default config of its space)
 CASES = (
     ("bwd_bf16_d8", {}),
@@ -49,19 +50,14 @@ CASES = (
     ),
     ("bwd_bf16_d64", {}),
     ("bwd_bf16_d64_causal", {"dq": "red"}),
-    ("bwd_fp16_d64_causal", {"overlap": False, "num_stages": 3}),
-    (
-        "bwd_bf16_d64",
-        {"block_n": 64, "num_stages": 2, "ctas_per_sm": 2, "held": "none", "kv_stages": 1, "late_dq": False},
-    ),
-    (
-        "bwd_bf16_d64_causal",
-        {"block_n": 64, "num_stages": 2, "ctas_per_sm": 2, "dq": "red", "held": "none", "late_dq": False},
-    ),
+    ("bwd_bf16_d64", EARLY_DV | {"num_stages": 3, "kv_stages": 2, "held": "kv", "late_dq": True}),
+    ("bwd_fp16_d64_causal", EARLY_DV | {"num_stages": 3, "kv_stages": 2, "held": "kv"}),
+    ("bwd_bf16_d64", EARLY_DV | {"block_n": 64, "ctas_per_sm": 2}),
+    ("bwd_bf16_d64_causal", EARLY_DV | {"block_n": 64, "ctas_per_sm": 2, "kv_stages": 2, "dq": "red"}),
     ("bwd_bf16_d64", LONG_STEPS),
-    ("bwd_bf16_d64_causal", LONG_STEPS | {"in_turn": True}),
+    ("bwd_bf16_d64_causal", LONG_STEPS),
     ("bwd_fp16_d64_causal", LONG_STEPS | {"overlap": False, "late_dq": False}),
-    ("bwd_fp16_d32_causal", LONG_STEPS | {"held": "kv", "in_turn": True}),
+    ("bwd_fp16_d32_causal", LONG_STEPS | {"held": "kv"}),
     ("bwd_bf16_d64", SHORT_STEPS | {"num_stages": 3, "overlap": True, "kv_stages": 2, "held": "kv"}),
     ("bwd_bf16_d72_dv40_causal", {}),
     ("bwd_bf16_d96", {}),
@@ -69,12 +65,12 @@ CASES = (
     ("bwd_bf16_d120_causal", {}),
     ("bwd_bf16_d128", {}),
     ("bwd_bf16_d128_causal", {}),
-    ("bwd_bf16_d128", SHORT_STEPS),
-    ("bwd_bf16_d128_causal", SHORT_STEPS | {"num_stages": 3, "in_turn": True}),
+    ("bwd_bf16_d128", EARLY_DV),
+    ("bwd_bf16_d128_causal", SHORT_STEPS | {"num_stages": 3}),
     ("bwd_bf16_d96", SHORT_STEPS | {"held": "v"}),
     ("bwd_fp16_d128", {"dq": "red"}),
     ("bwd_fp16_d128_causal", {"num_stages": 3}),
-    ("bwd_bf16_d96_causal", {"block_n": 64}),
+    ("bwd_bf16_d96_causal", EARLY_DV | {"block_n": 64}),
     ("bwd_bf16_d64_dv128", {}),
     ("bwd_bf16_d128_dv64_causal", {}),
     ("bwd_bf16_d256", {}),
@@ -151,7 +147,9 @@ def test_any_scale(name: str, scale: float) -> None:
 
 IN_ORDER = (
     ("bwd_bf16_d64", {}),
-    ("bwd_bf16_d64", LONG_STEPS | {"in_turn": True}),
+    ("bwd_bf16_d64_causal", EARLY_DV | {"num_stages": 3, "kv_stages": 2, "held": "kv", "late_dq": True}),
+    ("bwd_bf16_d128", EARLY_DV),
+    ("bwd_bf16_d64", LONG_STEPS),
     ("bwd_bf16_d128_causal", SHORT_STEPS),
     ("bwd_bf16_d64_causal", {"dq": "red"}),
     ("bwd_bf16_d128", {"dq": "red"}),

@@ -1,4 +1,4 @@
-// jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l0_e1_t0
+// jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0
 //
 // Backward of attention over a jagged batch, one kernel for one case:
 //   target      sm_90a
@@ -14,11 +14,10 @@
 //   overlap             false
 //   kv_stages           1
 //   held                none
-//   late_dq             false
-//   early_dv            true
-//   in_turn             false
+//   late_dq             true
+//   early_dv            false
 // Generated; edit the template, not this text. To see it again:
-//   jagtile generate sm_90a/bwd_bf16_d128_causal/keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l0_e1_t0
+//   jagtile generate sm_90a/bwd_bf16_d128_causal/keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0
 //
 // One persistent CTA an SM: 2 math warpgroups of 64 keys each, one warpgroup that feeds them. K and V of a tile
 // stay; the queries that see its keys go by from the last, those of every head that shares the kv head.
@@ -28,6 +27,8 @@
 //   warp 3      adds dQ to its sums in global memory (bulk reductions)
 //   warps 4...  S^T = K Q^T, dP^T = V dO^T, P and dS in registers, dV += P^T dO, dK += dS^T Q, dQ = dS K (wgmma);
 //               dK and dV leave through K's and V's buffers (TMA), dQ from registers where the tile has all keys
+// P and dS are packed when both are there, so that P is never in registers twice.
+// dQ of a block is multiplied behind dV of the next block: warpgroups need not be at the same block.
 //
 // Shared memory          bytes
 //   K                      32768   2 panels of 128 rows x 128 B; dK on its way out
@@ -77,7 +78,7 @@ constexpr int kMathBarrier = kWarpgroups + 1;
 constexpr int kParts = 2;
 constexpr int kPartBytes = 16384;
 constexpr int kDqStages = 1;
-using Stats = StatsInMemory;
+using Stats = StatsInRegisters<kBlockM>;
 using Sums = DqSums<kHeadDim>;
 using KeyTile = KeyTiles</*kCausal=*/true, kBlockM, kBlockN, /*kAdders=*/1>;
 
@@ -88,6 +89,7 @@ struct Control {
   RingBarriers<1> loaded;  // all of the tile is on its way
   RingBarriers<kKVStages> k, v;
   RingBarriers<kStages> q, dout, stats;
+  RingBarriers<2> ds;
   RingBarriers<kDqStages> dq[kParts];
   BulkTurns turns;
 };
@@ -272,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(kRowThreads) jagtile_backward_finis
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l0_e1_t0(const __grid_constant__ BackwardParams p) {
+jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0(const __grid_constant__ BackwardParams p) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t k_tile = smem_address(shared);
   const uint32_t v_tile = k_tile + 32768;
@@ -293,6 +295,7 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l0_e1_t0
     control.q.init(1, kWarpgroups);
     control.dout.init(1, kWarpgroups);
     control.stats.init(32, 128 * kWarpgroups);
+    control.ds.init(4 * kWarpgroups, kWarpgroups);
     for (int part = 0; part < kParts; ++part) control.dq[part].init(4, 1);
     mbarrier_init_fence();
     set_claims(control.claims, p);
@@ -389,6 +392,7 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l0_e1_t0
   const uint32_t k_rows = k_tile + warpgroup * kRowsBytes;
   const uint32_t v_rows = v_tile + warpgroup * kRowsBytes;
   RingPosition<kStages> at;  // in the rings of Q, of dO, and of lse and delta
+  uint32_t step = 0;  // of all tiles
   RingPosition<kDqStages> dq_at;
   const int part = warpgroup;  // of dQ, this warpgroup's
 
@@ -418,7 +422,8 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l0_e1_t0
       control.q.wait_full(at);
       issue_scores(scores, k_rows, q_tile);
       const uint32_t dout_tile = dout_tiles + at.slot * kDoutBytes;
-      const uint32_t ds_tile = ds_tiles + left % 2 * kDsBytes;
+      const RingPosition<2> ds_at = {static_cast<int>(step % 2), step / 2 % 2};
+      const uint32_t ds_tile = ds_tiles + ds_at.slot * kDsBytes;
       const float* step_stats = stats + at.slot * 2 * kBlockM;
       float dp[kBlockM / 2];
       control.dout.wait_full(at);
@@ -434,36 +439,52 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l0_e1_t0
                      KeyTile::first_query(p, item, key + 8) - row - 2 * quad);
       }
       uint32_t probabilities[kStepsM][4], ds[kStepsM][4];
-      pack_fragments<pack_bf16>(probabilities, scores);
-      issue_dv(dv, probabilities, dout_tile);
-      wgmma_wait<1>();
+      wgmma_wait<0>();
       pin_registers(dp);
-      gradients_of_scores(dp, scores, Stats(step_stats + kBlockM, quad));
+      pack_gradients<pack_bf16>(probabilities, ds, scores, dp, Stats(step_stats + kBlockM, quad));
       control.stats.arrive_empty(at);
-      pack_fragments<pack_bf16>(ds, dp);
+      issue_dv(dv, probabilities, dout_tile);
+      control.ds.wait_empty(ds_at);
       stage_fragments<kKVPanelBytes>(ds, ds_tile + warpgroup * kRowsBytes, warp, lane);
       fence_async_proxy();
-      named_barrier_sync(kMathBarrier, 128 * kWarpgroups);  // all of dS^T is there, and the other dS^T has been read
-      float dq[32];
-      issue_dq(dq, ds_tile, k_tile + warpgroup * kKVPanelBytes);
-      issue_dk(dk, ds, q_tile);
-      wgmma_wait<1>();
-      pin_registers(dv);
-      pin_registers(probabilities);
-      pin_registers(dq);
-      if (leader) control.dout.arrive_empty(at);
+      __syncwarp();
+      if (lane == 0) control.ds.arrive_full(ds_at);
+      // dQ of the block before, with every warpgroup's dS^T.
+      const RingPosition<2> ds_before = {static_cast<int>((step - 1) % 2), (step - 1) / 2 % 2};
+      const bool add_before = left < steps;
+      if (add_before) {
+        float dq[32];
+        control.ds.wait_full(ds_before);
+        issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes, k_tile + warpgroup * kKVPanelBytes);
+        issue_dk(dk, ds, q_tile);
+        wgmma_wait<1>();
+        pin_registers(dv);
+        pin_registers(probabilities);
+        pin_registers(dq);
+        if (leader) control.dout.arrive_empty(at);
+        if (leader) control.ds.arrive_empty(ds_before);
 
-      if (KeyTile::has_all_keys(item)) {
-        write_part(dq, p, item, head, warpgroup, row + thread_row, quad);
+        if (KeyTile::has_all_keys(item)) {
+          const bool row_begins = head == kv_head * p.gqa_ratio;
+          const int dq_head = row_begins ? head + p.gqa_ratio - 1 : head - 1;  // of the step before
+          const int dq_row = row_begins ? row + kBlockM : row;
+          write_part(dq, p, item, dq_head, warpgroup, dq_row + thread_row, quad);
+        } else {
+          control.dq[part].wait_empty(dq_at);
+          const int token = item.q_begin + thread_row;  // odd or even as in all blocks
+          stage_part(dq, dq_parts + part * (kPartBytes / 4), warpgroup, thread_row, quad, token);
+          fence_async_proxy();
+          __syncwarp();
+          if (lane == 0) control.dq[part].arrive_full(dq_at);
+          dq_at.parity ^= 1;
+        }
       } else {
-        control.dq[part].wait_empty(dq_at);
-        const int token = item.q_begin + thread_row;  // odd or even as in all blocks
-        stage_part(dq, dq_parts + part * (kPartBytes / 4), warpgroup, thread_row, quad, token);
-        fence_async_proxy();
-        __syncwarp();
-        if (lane == 0) control.dq[part].arrive_full(dq_at);
+        issue_dk(dk, ds, q_tile);
+        wgmma_wait<1>();
+        pin_registers(dv);
+        pin_registers(probabilities);
+        if (leader) control.dout.arrive_empty(at);
       }
-      if (!KeyTile::has_all_keys(item)) dq_at.advance();
       if (++head == (kv_head + 1) * p.gqa_ratio) {
         head = kv_head * p.gqa_ratio;
         row -= kBlockM;
@@ -473,6 +494,30 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l0_e1_t0
       pin_registers(ds);
       if (leader) control.q.arrive_empty(at);
       at.advance();
+      ++step;
+    }
+    if (steps > 0) {
+      const RingPosition<2> ds_before = {static_cast<int>((step - 1) % 2), (step - 1) / 2 % 2};
+      float dq[32];
+      control.ds.wait_full(ds_before);
+      issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes, k_tile + warpgroup * kKVPanelBytes);
+      wgmma_wait<0>();
+      pin_registers(dq);
+      if (leader) control.ds.arrive_empty(ds_before);
+      if (KeyTile::has_all_keys(item)) {
+        const bool row_begins = head == kv_head * p.gqa_ratio;
+        const int dq_head = row_begins ? head + p.gqa_ratio - 1 : head - 1;  // of the step before
+        const int dq_row = row_begins ? row + kBlockM : row;
+        write_part(dq, p, item, dq_head, warpgroup, dq_row + thread_row, quad);
+      } else {
+        control.dq[part].wait_empty(dq_at);
+        const int token = item.q_begin + thread_row;  // odd or even as in all blocks
+        stage_part(dq, dq_parts + part * (kPartBytes / 4), warpgroup, thread_row, quad, token);
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) control.dq[part].arrive_full(dq_at);
+        dq_at.parity ^= 1;
+      }
     }
 
     // dV leaves through this warpgroup's rows of V, dK through those of K, when every warpgroup has read them.

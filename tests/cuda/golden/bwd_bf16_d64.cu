@@ -1,4 +1,4 @@
-// jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1_e1_t0
+// jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k2_hnone_l0_e0
 //
 // Backward of attention over a jagged batch, one kernel for one case:
 //   target      sm_90a
@@ -6,19 +6,18 @@
 //   head_dim    64 (queries and keys), 64 (values)
 //   mask        none
 // Template: templates/cuda/sm90/backward.cu.j2, algorithm keyblocks, with
-//   block_m             64
+//   block_m             128
 //   block_n             128
-//   num_stages          3
+//   num_stages          2
 //   ctas_per_sm         1
 //   dq                  bulk
-//   overlap             false
+//   overlap             true
 //   kv_stages           2
-//   held                kv
-//   late_dq             true
-//   early_dv            true
-//   in_turn             false
+//   held                none
+//   late_dq             false
+//   early_dv            false
 // Generated; edit the template, not this text. To see it again:
-//   jagtile generate sm_90a/bwd_bf16_d64/keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1_e1_t0
+//   jagtile generate sm_90a/bwd_bf16_d64/keyblocks_m128_n128_s2_c1_dbulk_o1_k2_hnone_l0_e0
 //
 // One persistent CTA an SM: 2 math warpgroups of 64 keys each, one warpgroup that feeds them. K and V of a tile
 // stay; the queries that see its keys go by from the last, those of every head that shares the kv head.
@@ -28,18 +27,18 @@
 //   warp 3      adds dQ to its sums in global memory (bulk reductions)
 //   warps 4...  S^T = K Q^T, dP^T = V dO^T, P and dS in registers, dV += P^T dO, dK += dS^T Q, dQ = dS K (wgmma);
 //               dK and dV leave through K's and V's buffers (TMA), dQ from registers where the tile has all keys
-// K's and V's rows are A operands of S^T and dP^T in registers, read once a tile.
 // K and V of the next tile arrive while this one is worked on; dK and dV leave while the next one begins.
-// dQ of a block is multiplied while the next block's exponentials are computed: warpgroups need not be at the same block.
+// P and dS are packed when both are there, so that P is never in registers twice.
+// dK is still being multiplied when the next block's S^T begins.
 //
 // Shared memory          bytes
 //   K [2]                  32768   1 panel of 128 rows x 128 B; dK on its way out
 //   V [2]                  32768   1 panel of 128 rows x 128 B; dV on its way out
-//   Q [3]                  24576   1 panel of 64 rows x 128 B
-//   dO [3]                 24576   1 panel of 64 rows x 128 B
-//   dS^T [2]               32768   1 panel of 128 rows x 128 B
-//   dQ [2]                 32768   float32, as in its sums
-//   lse, delta [3]          1536   2 x 64 float32
+//   Q [2]                  32768   1 panel of 128 rows x 128 B
+//   dO [2]                 32768   1 panel of 128 rows x 128 B
+//   dS^T [2]               65536   2 panels of 128 rows x 128 B
+//   dQ                     32768   float32, as in its sums
+//   lse, delta [2]          2048   2 x 128 float32
 //   tiles, barriers         1024
 #include "cuda/include/backward_params.cuh"
 #include "cuda/include/backward_rows.cuh"
@@ -56,10 +55,10 @@ namespace {
 
 constexpr int kHeadDim = 64;
 constexpr int kHeadDimV = 64;
-constexpr int kBlockM = 64;  // queries a step
+constexpr int kBlockM = 128;  // queries a step
 constexpr int kBlockN = 128;  // keys a tile
 constexpr int kWarpgroups = 2;
-constexpr int kStages = 3;
+constexpr int kStages = 2;
 constexpr int kKVStages = 2;
 constexpr int kTileSlots = 2;
 constexpr int kPanels = 1;   // 64-column panels of Q and K
@@ -72,14 +71,14 @@ constexpr int kQBytes = kPanels * kQPanelBytes;
 constexpr int kDoutBytes = kPanelsV * kQPanelBytes;
 constexpr int kKBytes = kPanels * kKVPanelBytes;
 constexpr int kVBytes = kPanelsV * kKVPanelBytes;
-constexpr int kDsBytes = 1 * kKVPanelBytes;
+constexpr int kDsBytes = 2 * kKVPanelBytes;
 constexpr int kRowsBytes = 64 * 128;  // a warpgroup's rows of a panel
 constexpr int kMathBarrier = kWarpgroups + 1;
 
-// dQ of a block is made in parts, each by one warpgroup, which take turns.
-constexpr int kParts = 1;
+// dQ of a block is made in parts, each by one warpgroup: 64 queries.
+constexpr int kParts = 2;
 constexpr int kPartBytes = 16384;
-constexpr int kDqStages = 2;  // each warpgroup has a buffer
+constexpr int kDqStages = 1;
 using Stats = StatsInRegisters<kBlockM>;
 using Sums = DqSums<kHeadDim>;
 using KeyTile = KeyTiles</*kCausal=*/false, kBlockM, kBlockN, /*kAdders=*/1>;
@@ -91,28 +90,33 @@ struct Control {
   RingBarriers<1> loaded;  // all of the tile is on its way
   RingBarriers<kKVStages> k, v;
   RingBarriers<kStages> q, dout, stats;
-  RingBarriers<2> ds;
   RingBarriers<kDqStages> dq[kParts];
   BulkTurns turns;
 };
 static_assert(sizeof(Control) <= 1024);
 
-// d (64 x 64) {+}= A (64 x 16, registers) B^T (64 x 16, K-major in shared memory).
-__device__ __forceinline__ void multiply_held(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+// d (64 x 128) {+}= A (64 x 16) B^T (128 x 16), both K-major in shared memory.
+__device__ __forceinline__ void multiply_rows(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
-      "setp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "setp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n"
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, p, 1, 1, 0, 0;\n"
       "}\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
         "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
         "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+      : "l"(a), "l"(b), "r"(accumulate));
 }
 
 // d (64 x 64) += A (64 x 16, registers) B (16 x 64, shared memory, its columns contiguous).
@@ -147,45 +151,51 @@ __device__ __forceinline__ void multiply_dq(float (&d)[32], uint64_t a, uint64_t
       : "l"(a), "l"(b), "r"(accumulate));
 }
 
-// d (64 x 64) = A B^T, asynchronously; A's fragments in registers, 64 rows of B, 64 columns.
-__device__ __forceinline__ void issue_scores(float (&d)[32], const uint32_t (&a)[4][4], uint32_t b) {
+// d (64 x 128) = A B^T, asynchronously; 64 rows of A and 128 rows of B, 64 columns each.
+__device__ __forceinline__ void issue_scores(float (&d)[64], uint32_t a, uint32_t b) {
+  const uint64_t a_descriptor = wgmma_descriptor(a, 16, 1024);
   const uint64_t b_descriptor = wgmma_descriptor(b, 16, 1024);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
-    multiply_held(d, a[step], b_descriptor + ((step / 4 * kQPanelBytes + step % 4 * 32) >> 4), step > 0);
+    const int inside = step % 4 * 32;
+    multiply_rows(d, a_descriptor + ((step / 4 * kKVPanelBytes + inside) >> 4),
+                b_descriptor + ((step / 4 * kQPanelBytes + inside) >> 4), step > 0);
   }
   wgmma_commit();
 }
 
-// d (64 x 64) = A B^T, asynchronously; A's fragments in registers, 64 rows of B, 64 columns.
-__device__ __forceinline__ void issue_dp(float (&d)[32], const uint32_t (&a)[4][4], uint32_t b) {
+// d (64 x 128) = A B^T, asynchronously; 64 rows of A and 128 rows of B, 64 columns each.
+__device__ __forceinline__ void issue_dp(float (&d)[64], uint32_t a, uint32_t b) {
+  const uint64_t a_descriptor = wgmma_descriptor(a, 16, 1024);
   const uint64_t b_descriptor = wgmma_descriptor(b, 16, 1024);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
-    multiply_held(d, a[step], b_descriptor + ((step / 4 * kQPanelBytes + step % 4 * 32) >> 4), step > 0);
+    const int inside = step % 4 * 32;
+    multiply_rows(d, a_descriptor + ((step / 4 * kKVPanelBytes + inside) >> 4),
+                b_descriptor + ((step / 4 * kQPanelBytes + inside) >> 4), step > 0);
   }
   wgmma_commit();
 }
 
-// d (64 x 64) += A B, asynchronously; A's fragments in registers, 64 rows of B.
-__device__ __forceinline__ void issue_dv(float (&d)[32], const uint32_t (&a)[4][4], uint32_t b) {
+// d (64 x 64) += A B, asynchronously; A's fragments in registers, 128 rows of B.
+__device__ __forceinline__ void issue_dv(float (&d)[32], const uint32_t (&a)[8][4], uint32_t b) {
   const uint64_t b_descriptor = wgmma_descriptor(b, kQPanelBytes, 1024);
   wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < 4; ++step) {
+  for (int step = 0; step < 8; ++step) {
     multiply_dv(d, a[step], b_descriptor + (step * 16 * 128 >> 4));
   }
   wgmma_commit();
 }
 
-// d (64 x 64) += A B, asynchronously; A's fragments in registers, 64 rows of B.
-__device__ __forceinline__ void issue_dk(float (&d)[32], const uint32_t (&a)[4][4], uint32_t b) {
+// d (64 x 64) += A B, asynchronously; A's fragments in registers, 128 rows of B.
+__device__ __forceinline__ void issue_dk(float (&d)[32], const uint32_t (&a)[8][4], uint32_t b) {
   const uint64_t b_descriptor = wgmma_descriptor(b, kQPanelBytes, 1024);
   wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < 4; ++step) {
+  for (int step = 0; step < 8; ++step) {
     multiply_dv(d, a[step], b_descriptor + (step * 16 * 128 >> 4));
   }
   wgmma_commit();
@@ -226,7 +236,7 @@ __device__ __forceinline__ void stage_panel(const float (&dq)[kRegisters], float
 // A part from its buffer to its sums, in one thread; committed.
 __device__ __forceinline__ void add_part(const BackwardParams& p, const WorkItem& item, int head, int row, int part,
                                          uint32_t buffer) {
-  const int first = row;
+  const int first = row + 64 * part;
   const int rows = min(item.q_length - first, 64);
   if (rows > 0) {
 #pragma unroll
@@ -263,16 +273,16 @@ extern "C" __global__ void __launch_bounds__(kRowThreads) jagtile_backward_finis
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1_e1_t0(const __grid_constant__ BackwardParams p) {
+jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k2_hnone_l0_e0(const __grid_constant__ BackwardParams p) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t k_tiles = smem_address(shared);
   const uint32_t v_tiles = k_tiles + 32768;
   const uint32_t q_tiles = v_tiles + 32768;
-  const uint32_t dout_tiles = q_tiles + 24576;
-  const uint32_t ds_tiles = dout_tiles + 24576;
-  float* const dq_parts = reinterpret_cast<float*>(shared + 147456);
-  float* const stats = reinterpret_cast<float*>(shared + 180224);  // [stage][lse, delta][query]
-  Control& control = *reinterpret_cast<Control*>(shared + 181760);
+  const uint32_t dout_tiles = q_tiles + 32768;
+  const uint32_t ds_tiles = dout_tiles + 32768;
+  float* const dq_parts = reinterpret_cast<float*>(shared + 196608);
+  float* const stats = reinterpret_cast<float*>(shared + 229376);  // [stage][lse, delta][query]
+  Control& control = *reinterpret_cast<Control*>(shared + 231424);
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform, and known to be
 
   if (threadIdx.x == 0) {
@@ -284,7 +294,6 @@ jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1_e1_t0(const __g
     control.q.init(1, kWarpgroups);
     control.dout.init(1, kWarpgroups);
     control.stats.init(32, 128 * kWarpgroups);
-    control.ds.init(4 * kWarpgroups, 1);
     for (int part = 0; part < kParts; ++part) control.dq[part].init(4, 1);
     mbarrier_init_fence();
     set_claims(control.claims, p);
@@ -349,27 +358,23 @@ jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1_e1_t0(const __g
         });
       });
     } else if (warp == 3 && elect_one()) {
-      uint32_t parities = 0;  // of the buffers, a bit each
+      RingPosition<1> at;
       for_each_tile(control, [&](const WorkItem& item, int kv_head) {
         if (KeyTile::has_all_keys(item)) return;
         if (p.turns != nullptr) control.turns.begin<KeyTile>(p, item, kv_head);
-        int slot = 0, leaving = -1;  // the block's buffer, and that of the block before
         KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
-          const RingPosition<kDqStages> at = {slot, parities >> slot & 1};
           if (p.turns != nullptr) control.turns.await(control.dq[0].is_full(at));
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
             control.dq[part].wait_full(at);
-            add_part(p, item, head, row, part, smem_address(dq_parts) + at.slot * kPartBytes);
+            add_part(p, item, head, row, part, smem_address(dq_parts) + part * kPartBytes);
           }
           tma_store_wait_read<1>();
-          if (leaving >= 0) mbarrier_arrive(smem_address(&control.dq[0].empty[leaving]));
-          leaving = slot;
-          parities ^= 1 << slot;
-          if (++slot == kDqStages) slot = 0;
+          control.dq[0].arrive_empty(at);
+          tma_store_wait_read<0>();
+          control.dq[1].arrive_empty(at);
+          at.advance();
         });
-        tma_store_wait_read();
-        if (leaving >= 0) mbarrier_arrive(smem_address(&control.dq[0].empty[leaving]));
         if (p.turns != nullptr) control.turns.pass();
       });
       tma_store_wait();
@@ -383,9 +388,8 @@ jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1_e1_t0(const __g
   const bool leader = threadIdx.x % 128 == 0;
   const int thread_row = 16 * (warp % 4) + lane / 4;  // the upper of two, 8 apart, among the warpgroup's 64
   RingPosition<kStages> at;  // in the rings of Q, of dO, and of lse and delta
-  uint32_t step = 0;  // of all tiles
-  RingPosition<kDqStages> dq_at = {warpgroup, 0};
-  constexpr int part = 0;
+  RingPosition<kDqStages> dq_at;
+  const int part = warpgroup;  // of dQ, this warpgroup's
   int leaving = -1;  // the leader's: the slot of K and V that the previous tile's dK and dV are leaving through
   auto free_left_slot = [&] {
     if (leaving >= 0) {
@@ -413,38 +417,31 @@ jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1_e1_t0(const __g
     const int mask_end = first_key + 64 > KeyTile::keys_seen(item, shift) ? kNoQuery : 0;
 
     control.k.wait_full(kv_at);
-    uint32_t k_held[4][4];
-    load_fragments<kKVPanelBytes>(k_held, k_rows, warp, lane);
     control.v.wait_full(kv_at);
-    uint32_t v_held[4][4];
-    load_fragments<kKVPanelBytes>(v_held, v_rows, warp, lane);
     const int steps = item.q_blocks * p.gqa_ratio;
     int row = KeyTile::last_row(item);  // of the block's queries, within the sequence
     int head = kv_head * p.gqa_ratio;
+    uint32_t ds[kStepsM][4] = {};
+    RingPosition<kStages> q_used;  // what dK is being multiplied with
 #pragma unroll 1
     for (int left = steps; left > 0; --left) {
       const uint32_t q_tile = q_tiles + at.slot * kQBytes;
       float scores[kBlockM / 2];
       control.q.wait_full(at);
-      issue_scores(scores, k_held, q_tile);
+      issue_scores(scores, k_rows, q_tile);
+      wgmma_wait<1>();  // dP has no registers before dS leaves them
+      pin_registers(dk);
+      pin_registers(ds);
+      if (leader && left < steps) control.q.arrive_empty(q_used);
       const uint32_t dout_tile = dout_tiles + at.slot * kDoutBytes;
-      const RingPosition<2> ds_at = {static_cast<int>(step % 2), step / 2 % 2};
-      const uint32_t ds_tile = ds_tiles + ds_at.slot * kDsBytes;
+      const uint32_t ds_tile = ds_tiles + left % 2 * kDsBytes;
       const float* step_stats = stats + at.slot * 2 * kBlockM;
       float dp[kBlockM / 2];
       control.dout.wait_full(at);
-      issue_dp(dp, v_held, dout_tile);
+      issue_dp(dp, v_rows, dout_tile);
       control.stats.wait_full(at);
       wgmma_wait<1>();
       pin_registers(scores);
-      // dQ of the block before, with every warpgroup's dS^T.
-      const RingPosition<2> ds_before = {static_cast<int>((step - 1) % 2), (step - 1) / 2 % 2};
-      const bool add_before = left < steps && (steps - left - 1) % kWarpgroups == warpgroup;
-      float dq[32];
-      if (add_before) {
-        control.ds.wait_full(ds_before);
-        issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes, k_tile);
-      }
       const Stats lse(step_stats, quad);
       probabilities_of_scores(scores, lse, p.scale_log2);
       if (row < mask_end) {
@@ -452,79 +449,47 @@ jagtile_bwd_bf16_d64_keyblocks_m64_n128_s3_c1_dbulk_o0_k2_hkv_l1_e1_t0(const __g
         mask_queries(scores, KeyTile::first_query(p, item, key) - row - 2 * quad,
                      KeyTile::first_query(p, item, key + 8) - row - 2 * quad);
       }
-      uint32_t probabilities[kStepsM][4], ds[kStepsM][4];
-      pack_fragments<pack_bf16>(probabilities, scores);
+      uint32_t probabilities[kStepsM][4];
+      wgmma_wait<0>();
+      pin_registers(dp);
+      pack_gradients<pack_bf16>(probabilities, ds, scores, dp, Stats(step_stats + kBlockM, quad));
+      control.stats.arrive_empty(at);
       issue_dv(dv, probabilities, dout_tile);
       free_left_slot();
-      wgmma_wait<1>();
-      pin_registers(dp);
-      pin_registers(dq);
-      if (leader && add_before) control.ds.arrive_empty(ds_before);
-      gradients_of_scores(dp, scores, Stats(step_stats + kBlockM, quad));
-      control.stats.arrive_empty(at);
-      pack_fragments<pack_bf16>(ds, dp);
-      control.ds.wait_empty(ds_at);
       stage_fragments<kKVPanelBytes>(ds, ds_tile + warpgroup * kRowsBytes, warp, lane);
       fence_async_proxy();
-      __syncwarp();
-      if (lane == 0) control.ds.arrive_full(ds_at);
+      named_barrier_sync(kMathBarrier, 128 * kWarpgroups);  // all of dS^T is there, and the other dS^T has been read
+      float dq[32];
+      issue_dq(dq, ds_tile + warpgroup * kKVPanelBytes, k_tile);
       issue_dk(dk, ds, q_tile);
       wgmma_wait<1>();
       pin_registers(dv);
       pin_registers(probabilities);
+      pin_registers(dq);
       if (leader) control.dout.arrive_empty(at);
-      if (add_before) {
-        if (KeyTile::has_all_keys(item)) {
-          const bool row_begins = head == kv_head * p.gqa_ratio;
-          const int dq_head = row_begins ? head + p.gqa_ratio - 1 : head - 1;  // of the step before
-          const int dq_row = row_begins ? row + kBlockM : row;
-          write_part(dq, p, item, dq_head, warpgroup, dq_row + thread_row, quad);
-        } else {
-          control.dq[part].wait_empty(dq_at);
-          const int token = item.q_begin + thread_row;  // odd or even as in all blocks
-          stage_part(dq, dq_parts + dq_at.slot * (kPartBytes / 4), warpgroup, thread_row, quad, token);
-          fence_async_proxy();
-          __syncwarp();
-          if (lane == 0) control.dq[part].arrive_full(dq_at);
-          dq_at.parity ^= 1;
-        }
+
+      if (KeyTile::has_all_keys(item)) {
+        write_part(dq, p, item, head, warpgroup, row + 64 * warpgroup + thread_row, quad);
+      } else {
+        control.dq[part].wait_empty(dq_at);
+        const int token = item.q_begin + thread_row;  // odd or even as in all blocks
+        stage_part(dq, dq_parts + part * (kPartBytes / 4), warpgroup, thread_row, quad, token);
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) control.dq[part].arrive_full(dq_at);
       }
+      if (!KeyTile::has_all_keys(item)) dq_at.advance();
       if (++head == (kv_head + 1) * p.gqa_ratio) {
         head = kv_head * p.gqa_ratio;
         row -= kBlockM;
       }
-      wgmma_wait<0>();
-      pin_registers(dk);
-      pin_registers(ds);
-      if (leader) control.q.arrive_empty(at);
+      q_used = at;
       at.advance();
-      ++step;
     }
-    if (steps > 0) {
-      const RingPosition<2> ds_before = {static_cast<int>((step - 1) % 2), (step - 1) / 2 % 2};
-      if ((steps - 1) % kWarpgroups == warpgroup) {
-        float dq[32];
-        control.ds.wait_full(ds_before);
-        issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes, k_tile);
-        wgmma_wait<0>();
-        pin_registers(dq);
-        if (leader) control.ds.arrive_empty(ds_before);
-        if (KeyTile::has_all_keys(item)) {
-          const bool row_begins = head == kv_head * p.gqa_ratio;
-          const int dq_head = row_begins ? head + p.gqa_ratio - 1 : head - 1;  // of the step before
-          const int dq_row = row_begins ? row + kBlockM : row;
-          write_part(dq, p, item, dq_head, warpgroup, dq_row + thread_row, quad);
-        } else {
-          control.dq[part].wait_empty(dq_at);
-          const int token = item.q_begin + thread_row;  // odd or even as in all blocks
-          stage_part(dq, dq_parts + dq_at.slot * (kPartBytes / 4), warpgroup, thread_row, quad, token);
-          fence_async_proxy();
-          __syncwarp();
-          if (lane == 0) control.dq[part].arrive_full(dq_at);
-          dq_at.parity ^= 1;
-        }
-      }
-    }
+    wgmma_wait<0>();
+    pin_registers(dk);
+    pin_registers(ds);
+    if (leader && steps > 0) control.q.arrive_empty(q_used);
 
     free_left_slot();  // where no query sees this tile
 
