@@ -56,7 +56,7 @@ def test_list_has_a_row_for_each_device_and_spec(run, run_json):
 def test_show_puts_the_fastest_first_and_failures_last_with_their_reason(run):
     shown = run("db", "show", SPEC.name, "--device", SLUG).stdout
     assert shown.index(FAST.name) < shown.index(SLOW.name) < shown.index(BAD.name)
-    (chosen,) = (line for line in shown.splitlines() if FAST.name in line)
+    (chosen,) = (line for line in shown.splitlines() if FAST.name in line.split())
     assert " user " in chosen
     assert chosen.rstrip().endswith("stale")  # the record names no source
     assert "relative error 0.7" in shown
