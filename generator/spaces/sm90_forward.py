@@ -36,8 +36,8 @@ ROW_FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 160, (1, 3): 72, (2, 1): 184, (3, 1):
 # With few registers at launch ptxas refuses (C7602) an instruction of more accumulators, whatever setmaxnreg adds.
 INSTRUCTION_LIMIT = {(1, 1): 128, (1, 2): 96, (1, 3): 48, (1, 4): 32, (2, 1): 128, (3, 1): 96, (4, 1): 64}
 # How a tile ends. staged: O leaves through the Q buffer, by TMA. direct: from registers, and the Q buffer is handed
-# back before the last product. overlap: the same, and the last product runs beside the next tile's first scores.
-EPILOGUES = ("staged", "direct", "overlap")
+# back before the last product.
+EPILOGUES = ("staged", "direct")
 
 
 @dataclass(frozen=True, order=True)
@@ -165,8 +165,6 @@ class Sm90ForwardSpace:
             return f"epilogue must be one of {', '.join(EPILOGUES)}, got {config.epilogue!r}"
         if config.epilogue != "staged" and by_rows(spec):
             return f"epilogue {config.epilogue}: rows that TMA cannot address leave from registers as it is"
-        if config.epilogue == "overlap" and q_buffers(spec, config) == config.warpgroups:
-            return "epilogue overlap needs room for the next tile's Q: q_stages 2, or a spare buffer"
         smem = smem_layout(spec, config).total
         room = smem_room(config.ctas_per_sm)
         if smem > room:

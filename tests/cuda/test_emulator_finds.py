@@ -116,14 +116,9 @@ ROWS_MISTAKES: dict[str, tuple[str, str, str | None]] = {
     "O's rows are not clipped": ("    if (8 * h >= rows) break;\n", "", "race on global|which is in no tensor|^wrong$"),
 }
 
-# Of a kernel whose tiles overlap.
-OVERLAP_VARIANT = replace(VARIANT, config=replace(VARIANT.config, epilogue="overlap"))
-OVERLAP_MISTAKES: dict[str, tuple[str, str, str | None]] = {
-    "the next tile is begun before its K is there": ("control.k.is_full(k_at);", "true;", "race|not ordered"),
-    "the next tile is begun before its Q is there": ("control.q.is_full(next_q) && ", "", "race|not ordered"),
-    "the next tile is begun with K that is not its own": ("begun = next_seen.blocks > 0;", "begun = true;", "deadlock"),
-    "the next tile's first block is not masked": ("if (next_seen.whole_blocks == 0) ", "if (false) ", WRONG),
-    "the next tile goes on with the last one's sums": ("      rows = RowState();\n", "", WRONG),
+# Of a kernel whose O leaves from registers.
+DIRECT_VARIANT = replace(VARIANT, config=replace(VARIANT.config, epilogue="direct"))
+DIRECT_MISTAKES: dict[str, tuple[str, str, str | None]] = {
     "O's rows are not clipped": (
         "if (exists) *reinterpret_cast<uint2*>",
         "*reinterpret_cast<uint2*>",
@@ -151,7 +146,7 @@ def outcome(mistake: tuple[str, str] | None, seed: int, variant: Variant = VARIA
     return None if errors(out, expected).rel <= tolerance(torch.bfloat16) else "wrong"
 
 
-@pytest.mark.parametrize("variant", [VARIANT, ROWS_VARIANT, OVERLAP_VARIANT], ids=lambda variant: variant.name)
+@pytest.mark.parametrize("variant", [VARIANT, ROWS_VARIANT, DIRECT_VARIANT], ids=lambda variant: variant.name)
 @pytest.mark.parametrize("seed", range(4))
 def test_nothing_is_found_in_the_kernel_as_it_is(seed: int, variant: Variant) -> None:
     assert outcome(None, seed, variant) is None
@@ -173,9 +168,9 @@ def test_it_is_found_where_warps_copy_rows(mistake: str) -> None:
     assert re.search(report or "^wrong$", found, re.DOTALL), found
 
 
-@pytest.mark.parametrize("mistake", OVERLAP_MISTAKES)
-def test_it_is_found_where_tiles_overlap(mistake: str) -> None:
-    old, new, report = OVERLAP_MISTAKES[mistake]
-    found = outcome((old, new), 0, OVERLAP_VARIANT)
+@pytest.mark.parametrize("mistake", DIRECT_MISTAKES)
+def test_it_is_found_where_o_leaves_from_registers(mistake: str) -> None:
+    old, new, report = DIRECT_MISTAKES[mistake]
+    found = outcome((old, new), 0, DIRECT_VARIANT)
     assert found is not None
     assert re.search(report or "^wrong$", found, re.DOTALL), found

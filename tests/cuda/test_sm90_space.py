@@ -145,13 +145,6 @@ def test_an_epilogue_that_is_not_named_is_the_first_there_was() -> None:
             parse_config("sm_90a", name)
 
 
-def test_tiles_overlap_only_where_the_next_one_has_a_q_buffer() -> None:
-    assert SPACE.rejection(D128, replace(BASE, epilogue="overlap")) is None  # by the spare one
-    without = replace(BASE, block_n=192, epilogue="overlap")
-    assert "room for the next tile's Q" in str(SPACE.rejection(D128, without))
-    assert SPACE.rejection(D128, replace(without, epilogue="direct")) is None
-
-
 def test_rows_that_are_stored_from_registers_anyway_have_one_epilogue() -> None:
     assert "as it is" in str(SPACE.rejection(KernelSpec.parse("fwd_bf16_d33"), replace(BASE, epilogue="direct")))
 

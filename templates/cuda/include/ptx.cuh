@@ -53,9 +53,6 @@ __device__ __forceinline__ bool any_of_warpgroup(int barrier, bool value) {
   return __any_sync(0xffffffff, any);
 }
 
-// Whether it is true in all of them; likewise.
-__device__ __forceinline__ bool all_of_warpgroup(int barrier, bool value) { return !any_of_warpgroup(barrier, !value); }
-
 template <int kRegisters>
 __device__ __forceinline__ void grow_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));

@@ -68,12 +68,6 @@ struct Control {
 };
 static_assert(sizeof(Control) <= 1024);
 
-struct SeenKeys {    // of a tile's, by a warpgroup's rows
-  int blocks;        // the first ones, of which some row sees a key
-  int whole_blocks;  // ... and all rows see every key
-  int upper_limit;   // keys that the thread's upper row sees
-};
-
 // d (64 x 128) {+}= A (64 x 16) B^T (128 x 16), both K-major in shared memory.
 __device__ __forceinline__ void multiply_qk(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
   asm volatile(
@@ -238,15 +232,6 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
   const int thread_row = 64 * warpgroup + 16 * (warp % 4) + lane / 4;  // the upper of two, 8 apart
   const int thread_column = 2 * (lane % 4);
   const float scale_log2 = p.scale_log2;
-  auto seen_keys = [&](const WorkItem& item) -> SeenKeys {
-    const int shift = p.bottom_right ? item.k_length - item.q_length : 0;
-    const int last_row = min(item.row + 64 * warpgroup + 63, item.q_length - 1);
-    const int keys = max(min(item.k_length, last_row + shift + 1), 0);
-    const bool idle = item.row + 64 * warpgroup >= item.q_length;
-    const int blocks = idle ? 0 : (keys + kBlockN - 1) / kBlockN;
-    const int whole_blocks = max(min(item.k_length, item.row + 64 * warpgroup + shift + 1), 0) / kBlockN;
-    return {blocks, whole_blocks, item.row + thread_row + shift + 1};
-  };
   RingPosition<kTileSlots> tile_at;
   RingPosition<kQBuffers> q_at = {warpgroup};
   RingPosition<kStages> k_at, v_at;
@@ -268,7 +253,14 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
     RowState rows;
 
     control.q.wait_full(q_at);
-    const SeenKeys seen = seen_keys(item);
+    const int shift = p.bottom_right ? item.k_length - item.q_length : 0;
+    // The tile's first key blocks, of which this warpgroup's rows see some key, and those that all of them see whole.
+    const int last_row = min(item.row + 64 * warpgroup + 63, item.q_length - 1);
+    const int keys = max(min(item.k_length, last_row + shift + 1), 0);
+    const bool idle = item.row + 64 * warpgroup >= item.q_length;
+    const int blocks = idle ? 0 : (keys + kBlockN - 1) / kBlockN;
+    const int whole_blocks = max(min(item.k_length, item.row + 64 * warpgroup + shift + 1), 0) / kBlockN;
+    const int upper_limit = item.row + thread_row + shift + 1;  // keys that the thread's upper row sees
 
     float inverse[2];
     auto finish_rows = [&] {  // but for O: writes lse, and says what O is multiplied by
@@ -284,13 +276,13 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
       }
     };
 
-    if (seen.blocks > 0) {
+    if (blocks > 0) {
       float scores[kBlockN / 2];
       uint32_t probabilities[kStepsPV][4];
-      auto mask = [&](const WorkItem& item, const SeenKeys& seen, int block) {
+      auto mask = [&](int block) {
         const int first_column = block * kBlockN + thread_column;
-        mask_scores(scores, min(item.k_length, seen.upper_limit) - first_column,
-                    min(item.k_length, seen.upper_limit + 8) - first_column);
+        mask_scores(scores, min(item.k_length, upper_limit) - first_column,
+                    min(item.k_length, upper_limit + 8) - first_column);
       };
       int block = 0;
       while (true) {
@@ -302,7 +294,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
         pin_registers(scores);
         if (leader) control.k.arrive_empty(k_at);
         k_at.advance();
-        if (block >= seen.whole_blocks) mask(item, seen, block);
+        if (block >= whole_blocks) mask(block);
         float rescale[2];
         online_softmax<kHeadroom>(scores, rows, rescale, scale_log2);
         if (block > 0) scale_rows(output, rescale);
@@ -312,14 +304,14 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
         // K stays until none of the warpgroup's rows needs the block again.
         const float offset[2] = {probability_offset<kHeadroom>(rows.reference[0], scale_log2),
                                  probability_offset<kHeadroom>(rows.reference[1], scale_log2)};
-        for (; block < seen.blocks; ++block) {
+        for (; block < blocks; ++block) {
           control.k.wait_full(k_at);
           issue_scores(scores, q_tile, k_tiles + k_at.slot * kKBytes);
           control.v.wait_full(v_at);
           issue_output(output, probabilities, v_tiles + v_at.slot * kVBytes);
           wgmma_wait<1>();
           pin_registers(scores);
-          if (block >= seen.whole_blocks) mask(item, seen, block);
+          if (block >= whole_blocks) mask(block);
           float sum[2] = {0.0f, 0.0f};
           exponentials<0, kHalf>(scores, offset, sum, scale_log2);
           hold_until_computed(sum[0] + sum[1], smem_address(&control.never_written));
@@ -337,7 +329,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
           if (leader) control.k.arrive_empty(k_at);
           k_at.advance();
         }
-        if (block == seen.blocks) break;
+        if (block == blocks) break;
       }
       control.v.wait_full(v_at);
       issue_output(output, probabilities, v_tiles + v_at.slot * kVBytes);
@@ -350,10 +342,10 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant
       free_stored_q();
       finish_rows();
     }
-    if (seen.blocks < item.kv_blocks) {
+    if (blocks < item.kv_blocks) {
       // Blocks that only other warpgroups' rows see are handed back unread.
 #pragma unroll 1
-      for (int unread = item.kv_blocks - seen.blocks; unread > 0; --unread) {
+      for (int unread = item.kv_blocks - blocks; unread > 0; --unread) {
         if (warp % 4 == 0) {
           control.k.wait_full(k_at);
           if (leader) control.k.arrive_empty(k_at);
