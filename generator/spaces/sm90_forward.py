@@ -58,9 +58,18 @@ class Sm90ForwardConfig(TileConfig):
         return self.block_m // 64
 
 
-# (block_m, block_n, q_stages), the best for small head dims first; the last is legal for every head dim,
-# the one before for those that TMA loads.
-_DEFAULT_TILES = ((192, 128, 2), (192, 112, 1), (128, 128, 2), (128, 112, 1), (128, 96, 1), (128, 80, 1), (128, 64, 1))
+# The best for small head dims first; the last is legal for every head dim.
+_DEFAULT_TILES = tuple(
+    Sm90ForwardConfig(block_m, block_n, num_stages, q_stages, 1, epilogue)
+    for block_m, block_n, num_stages, q_stages, epilogue in (
+        (192, 128, 3, 2, "staged"),
+        (192, 112, 2, 2, "staged"),
+        (192, 64, 4, 2, "staged"),
+        (192, 64, 2, 2, "staged"),
+        (128, 96, 2, 1, "direct"),
+        (128, 64, 2, 1, "staged"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -182,8 +191,7 @@ class Sm90ForwardSpace:
 
     def default(self, spec: KernelSpec) -> TileConfig:
         """The first legal one of a few tiles that did well in measurements (docs/performance-log.md)."""
-        for block_m, block_n, q_stages in _DEFAULT_TILES:
-            config = Sm90ForwardConfig(block_m, block_n, 2, q_stages, ctas_per_sm=1)
+        for config in _DEFAULT_TILES:
             if self.rejection(spec, config) is None:
                 return config
         raise AssertionError(f"no default tile for {spec.name}")
