@@ -13,7 +13,7 @@ import torch
 from torch._C import DispatchKey, DispatchKeySet
 from torch.nested._internal.nested_tensor import NestedTensor
 
-from jagtile.runtime.autograd import is_eager
+from jagtile.runtime.autograd import is_eager, is_real
 
 _ATTRIBUTES = ("_ragged_idx", "_size", "_strides", "_values", "_offsets", "_lengths", "_metadata_cache")
 _KEYS = DispatchKeySet(DispatchKey.NestedTensor).add(DispatchKey.AutogradNestedTensor)
@@ -32,7 +32,7 @@ class Form(NamedTuple):
     def nest(self, packed: torch.Tensor) -> NestedTensor:
         """The nested tensor, which autograd does not follow."""
         values = packed.transpose(0, 1) if self.ragged_idx == 2 else packed.squeeze(1)
-        if not is_eager():
+        if not (is_eager() and is_real(packed)):
             return self._construct(values)
         marks = _marks or _learn(self, values)
         return self._assemble(values, marks) if marks.suffice else self._construct(values)
