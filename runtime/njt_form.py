@@ -101,7 +101,8 @@ def _learn(form: Form, values: torch.Tensor) -> _Marks:
     seen = form._construct(values.detach())
     marks = _Marks(tuple(set(seen.__dict__) - set(_ATTRIBUTES)), tuple(seen._values.__dict__), True)
     try:
-        suffice = _facts(form._assemble(values.detach(), marks)) == _facts(seen)
+        # Of what was seen, not of the model: a deep copy of a nested tensor has its size from the original's offsets.
+        suffice = _facts(form_of(seen)._assemble(values.detach(), marks)) == _facts(seen)
     except (TypeError, AttributeError, RuntimeError):  # torch's private functions have changed
         suffice = False
     _marks = marks._replace(suffice=suffice)

@@ -11,6 +11,7 @@ from njt_cases import head_by_head, njt, with_holes, without_heads
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nested._internal.nested_tensor import NestedTensor
 
+import jagtile
 from jagtile.runtime import njt_form
 
 
@@ -80,3 +81,10 @@ def test_fake_tensors_teach_nothing_outside_their_mode(unlearned):
     nested = njt_form.form_of(model).nest(fake)
     assert type(nested._values) is type(fake)
     assert njt_form._marks is None
+
+
+def test_a_deep_copy_does_not_tell_of_another_torch(unlearned):
+    copied = copy.deepcopy(njt())  # torch's own results of it have another nested int
+    out = jagtile.sdpa(copied, copied, copied)
+    assert njt_form._marks.suffice
+    assert jagtile.sdpa(copied, copied, copied).shape == out.shape
