@@ -12,7 +12,6 @@ from typing import NamedTuple, cast
 import torch
 from torch.nested._internal.nested_tensor import NestedTensor, nested_view_from_values_offsets_lengths
 
-from jagtile.runtime import njt_answers  # noqa: F401  for its rules
 from jagtile.runtime.api import CausalAlignment, attend
 from jagtile.runtime.autograd import is_eager, is_real
 from jagtile.runtime.checks import bottom_right, check_flag, check_operands, softmax_scale
@@ -20,6 +19,7 @@ from jagtile.runtime.dropout import arguments_of, check_dropout_p
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.fallback import why_no_kernel
 from jagtile.runtime.holes import close_holes, offsets_of, open_holes
+from jagtile.runtime.njt_answers import answer_at_once
 from jagtile.runtime.njt_autograd import nested_attention
 from jagtile.runtime.njt_form import form_of
 
@@ -98,6 +98,7 @@ def sdpa(
     dropout_p = check_dropout_p(dropout_p)
     if trained:
         if why_no_kernel(packed.q, packed.v, is_causal, trained=True) is None:
+            answer_at_once(cast(NestedTensor, query))
             state = None
             if dropout_p:
                 dropout_p, state = arguments_of(dropout_p, packed.q, packed.v, is_causal, by_kernel=True)

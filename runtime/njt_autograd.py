@@ -49,7 +49,7 @@ class NestedAttention(torch.autograd.Function):
             return (*_gradients(ctx, grads[0]), None, None, None)
         with torch.no_grad():  # create_graph=True
             found = _gradients(ctx, grads[0])
-        last = [None if grad is None else _Last.apply(grad.requires_grad_()) for grad in found]  # type: ignore[no-untyped-call]
+        last = [None if grad is None else _Last.apply(grad.requires_grad_(), grads[0]) for grad in found]  # type: ignore[no-untyped-call]
         return (*last, None, None, None)
 
 
@@ -71,8 +71,10 @@ class _Last(torch.autograd.Function):
     """The identity, differentiating which is refused."""
 
     @staticmethod
-    def forward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        """A tensor of its own: a view of the argument would be followed through it."""
+    def forward(ctx: Any, grad: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
+        """A tensor of its own: a view of the argument would be followed through it. dout leads to what it came from:
+        without it a second derivative by that alone would be taken for zero.
+        """
         return grad.detach()
 
     @staticmethod

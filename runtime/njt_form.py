@@ -13,7 +13,7 @@ import torch
 from torch._C import DispatchKey, DispatchKeySet
 from torch.nested._internal.nested_tensor import NestedTensor
 
-from jagtile.runtime.autograd import is_eager
+from jagtile.runtime.autograd import is_eager, is_real
 
 _ATTRIBUTES = ("_ragged_idx", "_size", "_strides", "_values", "_offsets", "_lengths", "_metadata_cache")
 _KEYS = DispatchKeySet(DispatchKey.NestedTensor).add(DispatchKey.AutogradNestedTensor)
@@ -32,7 +32,7 @@ class Form(NamedTuple):
     def nest(self, packed: torch.Tensor) -> NestedTensor:
         """The nested tensor, which autograd does not follow."""
         values = packed.transpose(0, 1) if self.ragged_idx == 2 else packed.squeeze(1)
-        if not is_eager():
+        if not (is_eager() and is_real(packed)):
             return self._construct(values)
         marks = _marks or _learn(self, values)
         return self._assemble(values, marks) if marks.suffice else self._construct(values)
@@ -101,7 +101,8 @@ def _learn(form: Form, values: torch.Tensor) -> _Marks:
     seen = form._construct(values.detach())
     marks = _Marks(tuple(set(seen.__dict__) - set(_ATTRIBUTES)), tuple(seen._values.__dict__), True)
     try:
-        suffice = _facts(form._assemble(values.detach(), marks)) == _facts(seen)
+        # Of what was seen, not of the model: a deep copy of a nested tensor has its size from the original's offsets.
+        suffice = _facts(form_of(seen)._assemble(values.detach(), marks)) == _facts(seen)
     except (TypeError, AttributeError, RuntimeError):  # torch's private functions have changed
         suffice = False
     _marks = marks._replace(suffice=suffice)

@@ -149,6 +149,8 @@ def test_second_derivatives_are_refused_and_first_ones_with_a_graph_are_not(nest
     values = grad.values() if nested else grad
     torch.testing.assert_close(values.detach(), plain.values() if nested else plain)
     assert grad.requires_grad
+    with pytest.raises(jagtile.UnsupportedError, match="no second derivatives"):  # only what leads to x is run
+        torch.autograd.grad(values.square().sum(), x, allow_unused=True, retain_graph=True)
     with pytest.raises(jagtile.UnsupportedError, match="no second derivatives"):
         values.square().sum().backward()
 

@@ -17,13 +17,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PROBE = """
 import json, logging, sys
 import torch
+from torch._library.simple_registry import singleton as registry
 from torch.nested._internal import ops
+from torch.nested._internal.nested_tensor import NestedTensor
 before, sdpa, handlers = set(sys.modules), ops.jagged_scaled_dot_product_attention, len(logging.getLogger().handlers)
 import jagtile
 print(json.dumps({
     "modules": sorted(set(sys.modules) - before),
     "cuda": torch.cuda.is_initialized(),
     "patched": ops.jagged_scaled_dot_product_attention is not sdpa,
+    "rules": [name for name, entry in registry._data.items() if entry.torch_dispatch_rules.find(NestedTensor)],
     "handlers": len(logging.getLogger().handlers) - handlers + len(logging.getLogger("jagtile").handlers),
     "public": sorted(name for name in jagtile.__all__),
 }))
@@ -77,6 +80,7 @@ def test_it_says_nothing(imported):
 
 def test_it_leaves_torch_alone(imported):
     assert not imported["patched"]
+    assert imported["rules"] == []
 
 
 def test_the_public_names_are_these(imported):
