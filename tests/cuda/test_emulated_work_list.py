@@ -24,7 +24,7 @@ from jagtile.runtime.cuda import list_builder, params, work_list
 SPLIT = "fwd_bf16_d64_causal/split_m64_n32_s2_q1_c1"
 PERSISTENT = "fwd_bf16_d64/persistent_m64_n64_s2_q1_c1"
 NAMES = [SPLIT, PERSISTENT]
-KEY_BLOCKS = Sm90BackwardConfig(64, 64, 2, 2, "bulk", False, 1, "none", False)
+KEY_BLOCKS = Sm90BackwardConfig(64, 64, 2, 2, "bulk", False, 1, "none", False, True, False)
 CHUNK = 2048  # sequences that a CTA looks at at a time
 _seeds = itertools.count(1)
 
