@@ -11,7 +11,7 @@ import pytest
 import torch
 from emulator import kernels
 from emulator.backward_checks import assert_right
-from emulator.driver import emulated
+from emulator.driver import EmulatorError, emulated
 
 from jagtile.generator.oracle import errors, reference
 from jagtile.generator.oracle_gradients import Gradients, gradient_tolerance, reference_gradients
@@ -94,6 +94,26 @@ def test_warpgroups_that_are_a_step_apart() -> None:
         for seed in range(8):  # each under another schedule
             w = workload(case[0], (200, 3), (300, 130), (2, 1))
             assert_right(built(*case), w, seed, with_dlse=False)
+
+
+@pytest.mark.parametrize("arrives", ["every warp", "one warp"])
+def test_warps_that_come_late_to_their_turn(arrives: str) -> None:
+    name = "bwd_bf16_d64"
+    variant = Variant("sm_90a", KernelSpec.parse(name), config("red", late_dq=True, early_dv=False, in_turn=True))
+    one_of_all = kernels.substitution("control.issued.init(4, 4);", "control.issued.init(1, 1);")
+    by_leaders = kernels.substitution("if (lane == 0 && warpgroup ==", "if (leader && warpgroup ==", count=2)
+    one_warp = arrives == "one warp"
+    artifact = kernels.artifact(variant, (lambda source: by_leaders(one_of_all(source))) if one_warp else None)
+
+    def launches() -> None:
+        for _ in range(16):  # each under another schedule, some with a slow warp
+            assert_right(artifact, workload(name, (500,), (256,), (1, 1)), with_dlse=False)
+
+    if one_warp:
+        with pytest.raises(EmulatorError, match="deadlock"):
+            launches()
+    else:
+        launches()
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
