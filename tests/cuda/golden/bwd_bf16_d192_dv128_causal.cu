@@ -274,12 +274,6 @@ __device__ __forceinline__ void hand_over(const float (&dq)[kRegisters], Control
   if (elect_one()) control.dq.arrive_full(dq_at);
 }
 
-// Before K and V are handed back: both warpgroups have seen them come, or one would miss it if they came again. What they hand
-// each other in a step says so, too.
-__device__ __forceinline__ void meet_without_steps(const WorkItem& item) {
-  if (item.q_blocks == 0) named_barrier_sync(3, 256);
-}
-
 // A gradient's transposed accumulators leave through a buffer that nothing reads any more, panel by panel.
 template <int kTilePanels>
 __device__ __forceinline__ void store_gradient(const float (&gradient)[kTilePanels][kBlockN / 2], uint32_t buffer,
@@ -292,6 +286,9 @@ __device__ __forceinline__ void store_gradient(const float (&gradient)[kTilePane
   }
   fence_async_proxy();
   named_barrier_sync(barrier, 128);  // it is staged
+  // Without steps, in which the warpgroups wait for each other: both have seen K and V come before these are handed back, or
+  // one that is late would miss it when the next ones come.
+  if (item.q_blocks == 0) named_barrier_sync(3, 256);
   if (leader) {
 #pragma unroll
     for (int panel = 0; panel < kTilePanels; ++panel) {
@@ -363,7 +360,6 @@ __device__ __forceinline__ void make_dv(const BackwardParams& p, Control& contro
 
     control.v.wait_full(at.kv_at());
     control.p.wait_empty(at.step_at());  // the other warpgroup has its last dP, and V has been read
-    meet_without_steps(item);
     store_gradient(dv, smem.v, p.map_dv, item, kv_head, kBarrier, warp, lane, leader);
     if (leader) control.v.arrive_empty(at.kv_at());
     control.tile.arrive_empty(at.tile_at());
@@ -456,7 +452,6 @@ __device__ __forceinline__ void make_dk_and_dq(const BackwardParams& p, Control&
     if (leader && multiplying) control.q.arrive_empty(RingPosition<kQStages>::after(at.step - 1));
 
     // The other warpgroup had its last S before its last P: K has been read.
-    meet_without_steps(item);
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
 #pragma unroll
