@@ -28,7 +28,9 @@ MAX_REGISTERS = 256
 # Registers a thread beside its accumulators with which ptxas 13.0 neither serialises wgmma (C7512) nor spills, of the
 # cases that the grid has: 200 accumulators fit 232 registers, 224 fit 256, 224 don't fit 232.
 SPARE_REGISTERS = 32
-MORE_SPARE_REGISTERS = 8  # of dK's warpgroup, once with packed dS, and once where a place in a ring is a count modulo 3
+# More of dK's warpgroup: once with packed dS, twice where dQ ends with a panel of 8 columns, and once where a place
+# in a ring is a count modulo 3.
+MORE_SPARE_REGISTERS = 8
 
 
 @dataclass(frozen=True, order=True)
@@ -128,10 +130,11 @@ def accumulators(spec: KernelSpec, config: Sm90BackwardWideConfig, *, with_ds: b
     """
     block, dq = config.block_n // 2, min(64, spec.head_dim) // 2
     with_ds = ds_in_registers(spec, config) if with_ds is None else with_ds
+    packed_spare = MORE_SPARE_REGISTERS * (2 if spec.head_dim % 64 == 8 else 1)
     return PerWarpgroup(
         dv=panel_count(spec.head_dim_v) * block + max(block, dq if config.dq_panels else 0),
         dk=panel_count(spec.head_dim) * block
-        + max(block, dq + (block // 2 + MORE_SPARE_REGISTERS if with_ds else 0))
+        + max(block, dq + (block // 2 + packed_spare if with_ds else 0))
         + (MORE_SPARE_REGISTERS if _counts_modulo_3(spec, config) else 0),
     )
 
@@ -242,6 +245,8 @@ class Sm90BackwardWideSpace:
                 f"dV and S take {needed.dv} registers a thread, dK and dP {needed.dk}: with {SPARE_REGISTERS} more "
                 f"each they need more than {MAX_REGISTERS}, or more than {MATH_REGISTERS} together"
             )
+        if needed.dk + SPARE_REGISTERS == MAX_REGISTERS and config.dq == "bulk" and spec.head_dim % 64 == 8:
+            return f"dK's warpgroup, with {needed.dk} accumulators a thread, spills where it hands over 8 columns of dQ"
         if needed.dk + SPARE_REGISTERS == MAX_REGISTERS and 0 < config.dq_panels < panel_count(spec.head_dim) - 1:
             return (
                 f"dK's warpgroup, with {needed.dk} accumulators a thread, spills where it hands over dS and makes more "
