@@ -133,8 +133,8 @@ class Heads(NamedTuple):
 
 
 def _key_tiles(offsets_q: Ints, offsets_k: Ints, how: Blocking) -> tuple[Ints, Ints, Ints]:
-    """Blocks of keys in the order of sequences, without their heads; the sequence of each; of each sequence the first's
-    query blocks."""
+    """Blocks of keys in the order of sequences, heads and turns left 0; the sequence of each; of each sequence the
+    first's query blocks."""
     q_begin, q_length = offsets_q[:-1], np.maximum(np.diff(offsets_q), 0)
     k_begin, k_length = offsets_k[:-1], np.maximum(np.diff(offsets_k), 0)
     if how.causal and how.bottom_right:
@@ -154,10 +154,9 @@ def _key_tiles(offsets_q: Ints, offsets_k: Ints, how: Blocking) -> tuple[Ints, I
     owner = np.repeat(np.arange(len(counts)), counts)
     block = np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]
     row = block * how.block_n
-    turn = k_begin[owner] // how.block_n + owner + block
     columns = (*(values[owner] for values in (q_begin, q_length, k_begin, k_length)), row, query_blocks(owner, row))
-    every = np.arange(len(counts))
-    return np.stack([*columns, np.zeros_like(row), turn], 1), owner, query_blocks(every, np.zeros_like(every))
+    every, zeros = np.arange(len(counts)), np.zeros_like(row)
+    return np.stack([*columns, zeros, zeros], 1), owner, query_blocks(every, np.zeros_like(every))
 
 
 def assert_right_keys(
@@ -168,8 +167,8 @@ def assert_right_keys(
     tiles, owner, first_blocks = _key_tiles(offsets_q, offsets_k, how)
     assert count == len(tiles), f"{count} items, not {len(tiles)}"
     items = np.frombuffer(data, np.int32, 8 * count, WORK_LIST_HEADER_BYTES).reshape(-1, 8).astype(np.int64)
-    together = items[:, 6].copy()
-    items[:, 6] = 0
+    together, turn = items[:, 6].copy(), items[:, 7].copy()
+    items[:, 6:] = 0
     number = {tile.tobytes(): index for index, tile in enumerate(np.ascontiguousarray(tiles))}
     order = np.array([number[item.tobytes()] for item in items], np.int64)
     assert np.array_equal(np.sort(order), np.arange(count)), "each item once"
@@ -179,6 +178,8 @@ def assert_right_keys(
     same = np.flatnonzero(np.diff(owner) == 0)  # tiles that are followed by another of their sequence
     assert (place[same] < place[same + 1]).all(), "key blocks of a sequence in order"
     assert (together[place[same]] == together[place[same + 1]]).all(), "heads of a sequence"
+    assert np.array_equal(np.sort(turn), np.arange(count)), "each turn once"
+    assert (turn[place[same]] + 1 == turn[place[same + 1]]).all(), "turns of a sequence"
     first, last = (np.unique(part, return_index=True)[1] for part in (owner, owner[::-1]))
     last = count - 1 - last
     steps = first_blocks[owner[first]] * (heads.queries // heads.keys)

@@ -245,6 +245,8 @@ class Sm90BackwardWideSpace:
                 f"dV and S take {needed.dv} registers a thread, dK and dP {needed.dk}: with {SPARE_REGISTERS} more "
                 f"each they need more than {MAX_REGISTERS}, or more than {MATH_REGISTERS} together"
             )
+        if needed.dk + SPARE_REGISTERS == MAX_REGISTERS and config.dq == "bulk" and spec.head_dim % 64 == 8:
+            return f"dK's warpgroup, with {needed.dk} accumulators a thread, spills where it hands over 8 columns of dQ"
         if needed.dk + SPARE_REGISTERS == MAX_REGISTERS and 0 < config.dq_panels < panel_count(spec.head_dim) - 1:
             return (
                 f"dK's warpgroup, with {needed.dk} accumulators a thread, spills where it hands over dS and makes more "

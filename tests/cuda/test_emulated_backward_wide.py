@@ -9,10 +9,11 @@ import pytest
 import torch
 from emulator import kernels
 from emulator.backward_checks import assert_right, backward
+from emulator.driver import EmulatorError
 
 from jagtile.generator.oracle import errors
 from jagtile.generator.oracle_gradients import gradient_tolerance, reference_gradients
-from jagtile.generator.spaces.sm90_backward_wide import Sm90BackwardWideSpace
+from jagtile.generator.spaces.sm90_backward_wide import Sm90BackwardWideConfig, Sm90BackwardWideSpace
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Knob, Variant, config_from_dict
 from jagtile.generator.workloads import Workload
@@ -54,6 +55,25 @@ def test_gradients_match_the_oracle(name: str, change: dict[str, Knob]) -> None:
     assert_right(artifact, Workload("cross", *lengths, 2, 1, *kind))
     if spec.causal:
         assert_right(artifact, Workload("cross", *lengths, 2, 1, *kind, causal_alignment="bottom_right"))
+
+
+@pytest.mark.parametrize("meet", [True, False])
+def test_warps_of_math_that_come_late_to_tiles_without_steps(meet: bool) -> None:
+    spec = KernelSpec.parse("bwd_fp16_d40_dv256")
+    variant = Variant("sm_90a", spec, Sm90BackwardWideConfig(32, 2, 1, 0, "red"))
+    edit = kernels.substitution("if (item.q_blocks == 0) named_barrier_sync(3, 256);", "")
+    artifact = kernels.artifact(variant, None if meet else edit)
+    w = Workload("few queries", (20, *[0] * 99), (20, *[5] * 99), 1, 1, 40, 256, False)
+
+    def launches() -> None:
+        for _ in range(12):  # each under another schedule, some with a slow warp
+            assert_right(artifact, w, with_dlse=False)
+
+    if meet:
+        launches()
+    else:
+        with pytest.raises(EmulatorError, match="deadlock"):
+            launches()
 
 
 @pytest.mark.parametrize("scale", [-0.1, 0.0])

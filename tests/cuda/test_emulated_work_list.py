@@ -211,6 +211,8 @@ def test_key_blocks_of_sequences_that_are_empty() -> None:
 def test_nothing_is_written_beyond_the_room_for_key_blocks() -> None:
     assert_right_of_keys([200] * 300, [200] * 300, tokens=3000)
     assert_right_of_keys([50, 60_000, 70], [70, 50_000, 10], tokens=3000, causal=True)
+    # Sequences that share places, of which the first has more key blocks than there is room for.
+    assert_right_of_keys([64] * 3, [50_000] * 3, (1, 1), tokens=3000)
 
 
 # --- what goes wrong

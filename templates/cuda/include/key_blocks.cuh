@@ -16,11 +16,9 @@ struct KeyBlocks {
 
   __device__ __forceinline__ int size() const { return p.block_n; }
 
-  // Block number `block` of sequence number `index`. Queries that see no key are left out: the sequence begins with the first
-  // that does.
-  __device__ __forceinline__ WorkItem item(const Sequence& sequence, int index, int block) const {
+  // Block number `block` of a sequence. Queries that see no key are left out: the sequence begins with the first that does.
+  __device__ __forceinline__ WorkItem item(const Sequence& sequence, int block) const {
     WorkItem item = {sequence.q_begin, sequence.q_length, sequence.k_begin, sequence.k_length, block * p.block_n};
-    item.turn = item.k_begin / p.block_n + index + block;
     int first_row = 0;
     if (p.causal) {
       if (p.bottom_right && item.q_length > item.k_length) {
@@ -37,7 +35,7 @@ struct KeyBlocks {
 
   // Steps of a sequence's longest tile, its first.
   __device__ __forceinline__ int longest(const Sequence& sequence) const {
-    return item(sequence, 0, 0).q_blocks * p.gqa_ratio;
+    return item(sequence, 0).q_blocks * p.gqa_ratio;
   }
 
   // Pairs side by side, of tiles of `steps` steps: all SMs together make pairs x steps of them from a key block of a pair to
@@ -125,7 +123,7 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
     for (int base = 0; base < sequences; base += kBuilderThreads) {
       const int i = base + thread;
       WorkItem item = {};
-      if (i < sequences) item = blocks.item(chunk.sequence(i), 0, 0);
+      if (i < sequences) item = blocks.item(chunk.sequence(i), 0);
       const int count = i < sequences ? chunk.first_tile[i + 1] - chunk.first_tile[i] : 0;
       const int rank = place_in_bucket(memory.begins, count > 0 ? work_bucket(item.q_blocks * p.gqa_ratio) : -1);
       if (count > 0) {
@@ -147,7 +145,8 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
     own = {own.all + here.all, own.of_two + here.of_two};
   }
   memory.totals[1].add(own.all, own.of_two);
-  const int count = min(builder.over_all(memory.totals[1], before).items, p.max_items);
+  const int wanted = builder.over_all(memory.totals[1], before).items;
+  const int count = min(wanted, p.max_items);  // offsets may promise more tokens than there are
   ItemsBefore next = {before.items, before.slots};
 #pragma unroll 1
   for (int base = builder.begin; base < end; base += kBuilderThreads) {
@@ -167,21 +166,24 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
   const int heads = p.heads / p.gqa_ratio;
   builder.for_each_tile([&](int, int tile) {
     if (tile >= builder.tiles) return;
-    const int owner = builder.owner(tile), block = tile - chunk.first_tile[owner], index = builder.loaded + owner;
-    const int rank = ranks[index];
+    const int owner = builder.owner(tile), block = tile - chunk.first_tile[owner];
+    const int rank = ranks[builder.loaded + owner];
     const ItemsBefore before = items_before[rank];
-    if (before.all + block >= count) return;  // offsets promise more tokens than there are
+    int place = before.all + block;
+    if (place >= count) return;
     const Sequence sequence = chunk.sequence(owner);
     const int bucket = work_bucket(blocks.longest(sequence));
-    WorkItem item = blocks.item(sequence, index, block);
+    WorkItem item = blocks.item(sequence, block);
+    item.turn = place;
+    item.heads = heads;
     const float pairs = blocks.pairs(bucket_cost(bucket));  // the same for all of a bucket, whose sequences share places
-    int place = before.all + block;
-    if (pairs < heads) {
+    if (count < wanted) {
+      // One after the other: sequences that are cut off leave no places empty.
+    } else if (pairs < heads) {
       const int groups = static_cast<int>(ceilf(heads / pairs));
       item.heads = (heads + groups - 1) / groups;
     } else {
       // All heads, and the key blocks of a few sequences in turn. Each of these has a block.
-      item.heads = heads;
       const int members = static_cast<int>(pairs / heads + 0.5f);
       const int first = rank - (rank - bucket_begin[bucket]) % members, end = min(first + members, bucket_begin[bucket + 1]);
       const ItemsBefore of_first = items_before[first];
@@ -198,7 +200,7 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
         }
       }
     }
-    if (place < p.max_items) items[place] = item;
+    items[place] = item;
   });
 }
 

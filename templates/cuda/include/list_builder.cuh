@@ -259,8 +259,8 @@ struct ListBuilder {
     for (int cta = 0; cta < kCtas; ++cta) {
       const Totals part = memory.parts[cta];
       if (cta == blockIdx.x) before = all;
-      all = {all.items + part.items, all.slots + part.slots, max(all.longest, part.longest), all.cost_low + part.cost_low,
-             all.cost_high + part.cost_high};
+      all = {all.items + part.items, all.slots + part.slots, max(all.longest, part.longest),
+             all.cost_low + (part.cost_low & 0xfffff), all.cost_high + part.cost_high + (part.cost_low >> 20)};
     }
     return all;
   }

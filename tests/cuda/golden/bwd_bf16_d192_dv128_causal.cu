@@ -286,6 +286,9 @@ __device__ __forceinline__ void store_gradient(const float (&gradient)[kTilePane
   }
   fence_async_proxy();
   named_barrier_sync(barrier, 128);  // it is staged
+  // Without steps, in which the warpgroups wait for each other: both have seen K and V come before these are handed back, or
+  // one that is late would miss it when the next ones come.
+  if (item.q_blocks == 0) named_barrier_sync(3, 256);
   if (leader) {
 #pragma unroll
     for (int panel = 0; panel < kTilePanels; ++panel) {

@@ -22,6 +22,7 @@ double early_products = 0.0;
 namespace {
 
 constexpr uint64_t kIdlePolls = 2'000'000, kPatience = 2'000;
+constexpr double kSlowness = 0.99;  // how often a slow warp is passed over for other warps and copies
 
 struct Launch {
   void (*entry)(void**) = nullptr;
@@ -29,6 +30,7 @@ struct Launch {
   uint32_t smem = 0;
   int registers = 0, cluster = 1;  // CTAs of one
   double async_rate = 0.0, preemption = 0.0;
+  int slow_warp = -1;  // of each CTA; -1: none
   std::vector<std::unique_ptr<Cta>> resident;
   std::vector<Warp*> ready;
   std::vector<AsyncOperation> pending;
@@ -224,7 +226,11 @@ void run_pending() {
 }
 
 void run_warp() {
-  const size_t which = rng.below(static_cast<uint32_t>(launch->ready.size()));
+  size_t which = rng.below(static_cast<uint32_t>(launch->ready.size()));
+  if (launch->ready[which]->index == launch->slow_warp && rng.chance(kSlowness)) {
+    if (launch->ready.size() == 1 && !launch->pending.empty()) return run_pending();
+    which = (which + 1) % launch->ready.size();
+  }
   Warp& warp = *launch->ready[which];
   // All lanes that are ready, from a random one on. Nothing else happens until each has come to a place where it waits:
   // to the rest of the machine a warp that has not diverged is one thread.
@@ -463,6 +469,8 @@ extern "C" const char* emu_launch(void (*entry)(void**), void** arguments, const
   state.async_rate = kRates[emu::rng.below(4)];
   state.preemption = kPreemption[emu::rng.below(3)];
   emu::early_products = emu::rng.below(3) * 0.5;
+  const uint32_t warps = (block[0] * block[1] * block[2] + 31) / 32;
+  if (emu::rng.below(2)) state.slow_warp = static_cast<int>(emu::rng.below(warps));
   state.entry = entry;
   state.arguments = arguments;
   state.smem = smem;
@@ -470,7 +478,6 @@ extern "C" const char* emu_launch(void (*entry)(void**), void** arguments, const
   state.cluster = cluster;
   error.clear();
   try {
-    const size_t warps = (size_t{block[0]} * block[1] * block[2] + 31) / 32;
     emu::start_global_races(size_t{grid[0]} * grid[1] * grid[2], warps);
     emu::run_to_end(static_cast<int>(grid[0] * grid[1] * grid[2]), slots);
     error = state.error;
