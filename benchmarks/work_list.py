@@ -33,7 +33,7 @@ HEADS, DIM = 4, 64
 LISTS = {  # variants with tiles of 64 queries, or keys
     "persistent": "fwd_bf16_d64{}/persistent_m64_n64_s2_q1_c1",
     "split": "fwd_bf16_d64{}/split_m64_n64_s2_q1_c1",
-    "backward": "bwd_bf16_d64{}/keyblocks_m64_n64_s2_c1_dbulk_o0_k1_hnone_l0",
+    "backward": "bwd_bf16_d64{}/keyblocks_m64_n64_s2_c1_dbulk_o0_k1_hnone_l0_e1",
 }
 BUILDERS = {"one CTA": 1 << 30, "cluster": 0}  # the longest list of one CTA
 

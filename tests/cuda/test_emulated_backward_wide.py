@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, reduce
 
 import gradient_checks
 import pytest
@@ -61,8 +61,13 @@ def test_gradients_match_the_oracle(name: str, change: dict[str, Knob]) -> None:
 def test_warps_of_math_that_come_late_to_tiles_without_steps(meet: bool) -> None:
     spec = KernelSpec.parse("bwd_fp16_d40_dv256")
     variant = Variant("sm_90a", spec, Sm90BackwardWideConfig(32, 2, 1, 0, "red"))
-    edit = kernels.substitution("if (item.q_blocks == 0) named_barrier_sync(3, 256);", "")
-    artifact = kernels.artifact(variant, None if meet else edit)
+    seen = [kernels.substitution(f"if (lane == 0) control.{of}.arrive_empty(at.kv_at());", "") for of in "kv"]
+    seen += [kernels.substitution(f"control.{of}.init(1, 5);", f"control.{of}.init(1, 1);") for of in "kv"]
+
+    def unseen(source: str) -> str:
+        return reduce(lambda text, edit: edit(text), seen, source)
+
+    artifact = kernels.artifact(variant, None if meet else unseen)
     w = Workload("few queries", (20, *[0] * 99), (20, *[5] * 99), 1, 1, 40, 256, False)
 
     def launches() -> None:

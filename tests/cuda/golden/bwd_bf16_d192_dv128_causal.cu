@@ -286,9 +286,6 @@ __device__ __forceinline__ void store_gradient(const float (&gradient)[kTilePane
   }
   fence_async_proxy();
   named_barrier_sync(barrier, 128);  // it is staged
-  // Without steps, in which the warpgroups wait for each other: both have seen K and V come before these are handed back, or
-  // one that is late would miss it when the next ones come.
-  if (item.q_blocks == 0) named_barrier_sync(3, 256);
   if (leader) {
 #pragma unroll
     for (int panel = 0; panel < kTilePanels; ++panel) {
@@ -319,6 +316,7 @@ __device__ __forceinline__ void make_dv(const BackwardParams& p, Control& contro
     const int mask_end = item.row + kBlockN > item.k_length ? kNoQuery : item.row + kBlockN - 1 - shift;
 
     control.k.wait_full(at.kv_at());
+    if (lane == 0) control.k.arrive_empty(at.kv_at());  // a warp that is late does not miss this K for the next one
     KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
       float lse[2];
       read_rows(lse, p.lse, p.total_q, head, item.q_begin, item.q_length, row + thread_row, -INFINITY);
@@ -381,6 +379,7 @@ __device__ __forceinline__ void make_dk_and_dq(const BackwardParams& p, Control&
     bool multiplying = false;  // dK, with Q of the step before
 
     control.v.wait_full(at.kv_at());
+    if (lane == 0) control.v.arrive_empty(at.kv_at());  // likewise
     control.k.wait_full(at.kv_at());
     KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
       float delta[2];
@@ -492,8 +491,8 @@ jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2_d0_abulk(const __grid_constan
     // Freed by the warps of Q and dO, the adder of dQ and every math thread.
     control.tile.init(1, 3 + 256);
     control.loaded.init(2, 1);
-    control.k.init(1, 1);
-    control.v.init(1, 1);
+    control.k.init(1, 5);  // freed by the warpgroup whose gradient leaves through it, when each warp of the other has seen it
+    control.v.init(1, 5);
     control.p.init(128, 128);
     control.q.init(1, 2);
     control.dout.init(1, 2);
