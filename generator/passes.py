@@ -16,6 +16,7 @@ from jagtile.runtime.kernel import BackwardKernel, ForwardKernel, Kernel
 
 _ROW_BAR = 5  # times the tolerance: the worst row's bar; torch's own CPU kernels stay below 2 (D 16 to 128)
 _GRADIENT_ROW_BAR = 10  # likewise: with two or three keys dS cancels; right kernels reach 6.5 (a GPU, D 256)
+_SCATTER = 2.0  # an error of n numbers scatters by 1 / sqrt(2 n): right kernels reach 1.02 times the bar in 128
 _LSE_BAR: dict[DType, float] = {"fp32": 2e-5, "bf16": 2e-3, "fp16": 2e-3}  # max abs
 
 
@@ -74,7 +75,8 @@ class ForwardPass:
         out = poisoned(case.out, case.batch.q.dtype)
         lse = torch.full_like(case.lse, math.nan, dtype=torch.float32)
         self._run(kernel, workload, case.batch, out, lse)
-        found, found_lse, bar = errors(out, case.out), errors(lse, case.lse), tolerance(spec.dtype, spec.head_dim_v)
+        found, found_lse = errors(out, case.out), errors(lse, case.lse)
+        bar = tolerance(spec.dtype, spec.head_dim_v) * (1 + _SCATTER / math.sqrt(max(out.numel(), 1)))
         wrong = []
         if not found.rel <= bar:
             wrong.append(f"relative error {found.rel:.3g} above {bar:.3g}")

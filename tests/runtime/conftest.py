@@ -114,7 +114,7 @@ def no_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
 @dataclass(frozen=True, order=True)
 class PlainConfig(TileConfig):
     algorithm = "plain"
-    block: int = field(default=64, metadata={"short": "b"})
+    block: int = field(metadata={"short": "b"})
 
 
 @dataclass(frozen=True)

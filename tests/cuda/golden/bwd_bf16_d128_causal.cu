@@ -213,26 +213,6 @@ __device__ __forceinline__ void issue_dq(float (&d)[32], uint32_t a, uint32_t b)
   wgmma_commit();
 }
 
-// A thread's accumulators of one row, written to the row.
-struct StorePieces {
-  float* row;
-  __device__ __forceinline__ void operator()(int lane_place, int place, float a, float b, float c, float d) const {
-    *reinterpret_cast<float4*>(row + lane_place + place) = {a, b, c, d};
-  }
-  __device__ __forceinline__ void operator()(int lane_place, int place, float a, float b) const {
-    *reinterpret_cast<float2*>(row + lane_place + place) = {a, b};
-  }
-};
-
-// A panel of a warpgroup's dQ into shared memory; `row` is the thread's upper row among the 64, `token` that row's token.
-template <int kPanel, int kFirst, int kRegisters>
-__device__ __forceinline__ void stage_panel(const float (&dq)[kRegisters], float* panel, int row, int quad, int token) {
-  constexpr int kColumns = Sums::columns(kPanel);
-  const int swap = Sums::group_swap(kPanel, token);
-  for_each_piece<kColumns, kFirst>(dq, 0, quad, swap, StorePieces{panel + row * kColumns});
-  for_each_piece<kColumns, kFirst>(dq, 1, quad, swap, StorePieces{panel + (row + 8) * kColumns});
-}
-
 // A part from its buffer to its sums, in one thread; committed.
 __device__ __forceinline__ void add_part(const BackwardParams& p, const WorkItem& item, int head, int row, int part,
                                          uint32_t buffer) {
@@ -246,9 +226,9 @@ template <int kRegisters>
 __device__ __forceinline__ void stage_part(const float (&dq)[kRegisters], float* part, int warpgroup, int row, int quad,
                                            int token) {
   if (warpgroup == 0) {
-    stage_panel<0, 0>(dq, part, row, quad, token);
+    stage_sums<Sums, 0, 0>(dq, part, row, quad, token);
   } else {
-    stage_panel<1, 0>(dq, part, row, quad, token);
+    stage_sums<Sums, 1, 0>(dq, part, row, quad, token);
   }
 }
 
