@@ -170,7 +170,7 @@ def test_rendered_lines_are_tidy(spec: KernelSpec, change: dict[str, int]) -> No
 
 
 def _matrix() -> list[Variant]:
-    """The defaults, and the tiles nearest to each limit: where a rule that is too generous would show."""
+    """The defaults, and tiles nearest to a limit: where a rule that is too generous would show."""
     rng = random.Random(7)
     variants = [Variant("sm_90a", spec, SPACE.default(spec)) for spec in SPECS]
     for spec in SPECS:
@@ -180,7 +180,7 @@ def _matrix() -> list[Variant]:
             shape = (config.block_m, config.ctas_per_sm)
             if shape not in by_shape or config.block_n > by_shape[shape].block_n:
                 by_shape[shape] = config
-        variants += [Variant("sm_90a", spec, config) for config in rng.sample(sorted(by_shape.values()), 2)]
+        variants.append(Variant("sm_90a", spec, rng.choice(sorted(by_shape.values()))))
     return variants
 
 
