@@ -78,7 +78,7 @@ def lengths(batch: int, longest: int, seed: int) -> list[int]:
 
 @pytest.mark.usefixtures("builders")
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("batch", [1, 7, 8, 9, 64, 1023, 2049, 5000])
+@pytest.mark.parametrize("batch", [1, 9, 64, 2049])
 def test_any_number_of_sequences(name: str, batch: int) -> None:
     queries, keys = (lengths(batch, 130, batch + which) for which in (0, 1))
     assert_right(built(name), [*queries, 3], [*keys, 3], bottom_right=batch % 2 == 0)
@@ -178,7 +178,7 @@ def assert_right_of_keys(
 
 
 @pytest.mark.usefixtures("builders")
-@pytest.mark.parametrize("batch", [1, 9, 64, 1025, 2049, 5000])
+@pytest.mark.parametrize("batch", [1, 9, 2049])
 @pytest.mark.parametrize("in_order", [False, True])
 def test_key_blocks_of_any_number_of_sequences(batch: int, in_order: bool) -> None:
     queries, keys = (lengths(batch, 200, batch + which) for which in (0, 1))

@@ -22,7 +22,7 @@ double early_products = 0.0;
 namespace {
 
 constexpr uint64_t kIdlePolls = 2'000'000, kPatience = 2'000;
-constexpr double kSlowness = 0.99;  // how often a slow warp is passed over for other warps and copies
+constexpr double kSlowness = 0.95;  // how often a slow warp is passed over for other warps and copies
 
 struct Launch {
   void (*entry)(void**) = nullptr;
