@@ -11,7 +11,8 @@ from jagtile.runtime.cuda.params import WORK_ITEM_BYTES, WORK_LIST_HEADER_BYTES
 
 Ints = npt.NDArray[np.int64]
 ROUND = 1024  # tiles that a device places at once, in any order
-_MOST_PIECES, _SMALLEST_PIECE = 127, 256  # templates/cuda/include/split_work_list.cuh
+_MOST_PIECES, _PIECES_PER_CTA, _FEW_ROWS = 127, 4, 4  # templates/cuda/include/split_work_list.cuh
+_SMALLEST_PIECE, _SMALLEST_OF_FEW_ROWS, _WORTH_CUTTING = 512, 256, 1024
 
 
 class Blocking(NamedTuple):
@@ -68,9 +69,12 @@ def _pieces(tiles: Ints, how: Blocking, extra_items: int) -> Ints:
     """The same with keys cut into pieces, in order."""
     costs = tiles[:, 5]
     longest, total = int(costs.max(initial=0)), int(costs.sum())
-    room, fewest = -(-total // extra_items), -(-longest // _MOST_PIECES)
-    limit = max(room, fewest, _SMALLEST_PIECE // how.block_n, 1)
-    pieces = np.maximum(-(-costs // limit), 1)
+    part, fewest = -(-total // extra_items), -(-longest // _MOST_PIECES)
+    few_rows = max(part, fewest, _SMALLEST_OF_FEW_ROWS // how.block_n, 1)
+    piece = max(min((_PIECES_PER_CTA - 1) * part, longest), fewest, _SMALLEST_PIECE // how.block_n, 1)
+    whole = costs <= min(_PIECES_PER_CTA * part + _WORTH_CUTTING // how.block_n, max(longest, 1))
+    limits = np.where(_FEW_ROWS * tiles[:, 1] <= how.block_m, few_rows, np.where(whole, np.maximum(costs, 1), piece))
+    pieces = np.maximum(-(-costs // limits), 1)
     index = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     tiles, pieces, slots = (np.repeat(values, pieces, 0) for values in (tiles, pieces, _slots(pieces)))
     blocks, longer = tiles[:, 5] // pieces, tiles[:, 5] % pieces
@@ -97,8 +101,7 @@ def assert_right_queries(
     backwards = np.repeat(first + lengths - 1, lengths) - within
     expected = items[::-1] if extra_items is not None else tiles[backwards]
     assert np.array_equal(built.by_sequence, expected), "the list by sequences"
-    longest = [(some[:, 5] - some[:, 6]).max(initial=0) for some in (items, tiles)]
-    assert longest[0] <= built.longest <= longest[1], "the longest item"
+    assert built.longest == (items[:, 5] - items[:, 6]).max(initial=0), "the longest item"
     assert built.total == np.float32(tiles[:, 5].sum()), "the sum of all costs"
 
     number = {item.tobytes(): place for place, item in enumerate(np.ascontiguousarray(items))}

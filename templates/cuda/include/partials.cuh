@@ -50,22 +50,26 @@ __device__ __forceinline__ bool is_last_piece(int* ticket, int pieces, int barri
   return any_of_warpgroup(barrier, last);
 }
 
-__device__ __forceinline__ float max_of_warp(float value) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(0xffffffff, value, step));
-  return value;
-}
+// A lane's columns of a row of O, and the row's state, as its pieces are added up.
+template <int kChunks>
+struct RowSum {
+  float4 output[kChunks] = {};
+  float offset = -INFINITY, sum = 0.0f;
 
-__device__ __forceinline__ float sum_of_warp(float value) {
+  __device__ __forceinline__ void add(float piece_offset, float piece_sum, const float4 (&piece)[kChunks]) {
+    if (piece_sum == 0.0f) return;  // no key seen, or no such piece
+    const float reference = fmaxf(offset, piece_offset);
+    const float kept = exp2_approx(offset - reference), factor = exp2_approx(piece_offset - reference);
+    offset = reference;
+    sum = fmaf(sum, kept, factor * piece_sum);
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffff, value, step);
-  return value;
-}
-
-__device__ __forceinline__ void add_scaled(float4& sum, float factor, const float4& value) {
-  sum = make_float4(fmaf(factor, value.x, sum.x), fmaf(factor, value.y, sum.y), fmaf(factor, value.z, sum.z),
-                    fmaf(factor, value.w, sum.w));
-}
+    for (int i = 0; i < kChunks; ++i) {
+      const float4 scaled = {factor * piece[i].x, factor * piece[i].y, factor * piece[i].z, factor * piece[i].w};
+      output[i] = {fmaf(output[i].x, kept, scaled.x), fmaf(output[i].y, kept, scaled.y),
+                   fmaf(output[i].z, kept, scaled.z), fmaf(output[i].w, kept, scaled.w)};
+    }
+  }
+};
 
 // Where a warpgroup's pieces are, and what its rows are.
 template <int kColumns>
@@ -79,54 +83,78 @@ struct PartialRows {
 };
 
 // Adds up the pieces in their order, whoever left them when, and writes the normalised rows, packed, into swizzled
-// 64-column panels of 128-byte rows. A warp takes a row at a time, a lane four columns. `store_lse` takes a row, what its
-// probabilities are relative to, and their sum.
+// 64-column panels of 128-byte rows. A warp takes a few rows at a time, a lane four columns of each, and has several pieces
+// on their way at once: one by one, a tile's rows would wait for memory longer than its products take. `store_lse` takes a
+// row, what its probabilities are relative to, and their sum.
 template <Pack kPack, int kColumns, int kPanelBytes, typename StoreLse>
 __device__ __forceinline__ void combine_partials(const PartialRows<kColumns>& partials, unsigned char* panels, int warp,
                                                  int lane, StoreLse store_lse) {
   constexpr int kChunks = (kColumns + 127) / 128;
-  for (int row = warp % 4; row < 64; row += 4) {
-    const PackedRow packed = packed_row(row, partials.tokens, partials.heads);
-    if (packed.token >= partials.valid_tokens) continue;
-
-    float maximum = -INFINITY;
-    for (int piece = lane; piece < partials.pieces; piece += 32) {
-      maximum = fmaxf(maximum, __ldcg(&partials.first[piece * partials.stride].state[row]).x);
-    }
-    maximum = max_of_warp(maximum);
-    float total = 0.0f;
-    float4 sums[kChunks] = {};
-    for (int begin = 0; begin < partials.pieces; begin += 32) {
-      float weight = 0.0f;  // of the piece that is this lane's
-      if (begin + lane < partials.pieces && maximum != -INFINITY) {
-        const float2 state = __ldcg(&partials.first[(begin + lane) * partials.stride].state[row]);
-        weight = exp2_approx(state.x - maximum);
-        total = fmaf(weight, state.y, total);
-      }
-      const int count = min(32, partials.pieces - begin);
-#pragma unroll 8
-      for (int piece = 0; piece < count; ++piece) {
-        const float factor = __shfl_sync(0xffffffff, weight, piece);
-        const float* output = partials.first[(begin + piece) * partials.stride].output[row];
+  constexpr int kRows = kChunks == 1 ? 2 : 1, kPieces = 4;  // at a time
+  auto has_token = [&](int row) {
+    return packed_row(row, partials.tokens, partials.heads).token < partials.valid_tokens;
+  };
+#pragma unroll 1
+  for (int first = warp % 4; first < 64; first += 4 * kRows) {
+    bool wanted[kRows], any = false;
 #pragma unroll
-        for (int chunk = 0; chunk < kChunks; ++chunk) {
-          const int column = 128 * chunk + 4 * lane;
-          if (column < kColumns) add_scaled(sums[chunk], factor, __ldcg(reinterpret_cast<const float4*>(output + column)));
+    for (int r = 0; r < kRows; ++r) {
+      wanted[r] = has_token(first + 4 * r);
+      any |= wanted[r];
+    }
+    if (!any) continue;
+
+    // A lane loads the offset or the sum of one row's piece.
+    const int own_row = first + lane / (2 * kPieces) * 4, own_piece = lane / 2 % kPieces;
+    const int own_pieces = lane < 2 * kPieces * kRows && has_token(own_row) ? partials.pieces : 0;
+    RowSum<kChunks> sums[kRows];
+#pragma unroll 1
+    for (int begin = 0; begin < partials.pieces; begin += kPieces) {
+      const Partial<kColumns>* piece = partials.first + begin * partials.stride;
+      float state = 0.0f;
+      if (begin + own_piece < own_pieces) {
+        state = __ldcg(reinterpret_cast<const float*>(&piece[own_piece * partials.stride].state[own_row]) + lane % 2);
+      }
+      float4 outputs[kRows][kPieces][kChunks] = {};
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          if (begin + i >= partials.pieces || !wanted[r]) continue;
+#pragma unroll
+          for (int chunk = 0; chunk < kChunks; ++chunk) {
+            const int column = 128 * chunk + 4 * lane;
+            const float* output = &piece[i * partials.stride].output[first + 4 * r][column];
+            if (column < kColumns) outputs[r][i][chunk] = __ldcg(reinterpret_cast<const float4*>(output));
+          }
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+          const int owner = 2 * (r * kPieces + i);
+          sums[r].add(__shfl_sync(0xffffffff, state, owner), __shfl_sync(0xffffffff, state, owner + 1), outputs[r][i]);
         }
       }
     }
-    total = sum_of_warp(total);
-    const float inverse = inverse_of_sum(total);
+
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      const int column = 128 * chunk + 4 * lane;
-      if (column < kColumns) {
-        unsigned char* group = panels + column / 64 * kPanelBytes + row * 128 + (column % 64 / 8 ^ row % 8) * 16;
-        *reinterpret_cast<uint2*>(group + column % 8 * 2) =
-            make_uint2(kPack(sums[chunk].x * inverse, sums[chunk].y * inverse),
-                       kPack(sums[chunk].z * inverse, sums[chunk].w * inverse));
+    for (int r = 0; r < kRows; ++r) {
+      if (!wanted[r]) continue;
+      const int row = first + 4 * r;
+      const float inverse = inverse_of_sum(sums[r].sum);
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        const int column = 128 * chunk + 4 * lane;
+        const float4& sum = sums[r].output[chunk];
+        if (column < kColumns) {
+          unsigned char* group = panels + column / 64 * kPanelBytes + row * 128 + (column % 64 / 8 ^ row % 8) * 16;
+          *reinterpret_cast<uint2*>(group + column % 8 * 2) =
+              make_uint2(kPack(sum.x * inverse, sum.y * inverse), kPack(sum.z * inverse, sum.w * inverse));
+        }
       }
+      if (lane == 0) store_lse(packed_row(row, partials.tokens, partials.heads), sums[r].offset, sums[r].sum);
     }
-    if (lane == 0) store_lse(packed, maximum, total);
   }
 }

@@ -19,7 +19,7 @@ __device__ __forceinline__ void build_query_list(const Params& p) {
                                         [](const WorkItem& item) { return work_bucket(item.kv_blocks); });
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     *static_cast<WorkListHeader*>(p.work_list) = {all.items, all.longest, static_cast<float>(all.cost()),
-                                                  go_heads_together(all.items, p.batch)};
+                                                  go_heads_together(all.items, p.batch, p.causal)};
   }
   builder.begin_buckets(work_bucket(all.longest));
   builder.leave();

@@ -1,13 +1,20 @@
 // The device-built work list of kernels that split keys: an item is a block of query rows and a piece of the keys that it
-// visits. Keys are split where a block of rows is dear beside what a CTA has to do in all.
+// visits. Keys are split where a block of rows is dear beside what a CTA has to do in all: pieces have to be left in memory
+// and added up.
 #pragma once
 #include <cstdint>
 
 #include "cuda/include/query_blocks.cuh"
 #include "cuda/include/work_list.cuh"
 
-constexpr int kMaxPieces = 127;      // of a block of rows
-constexpr int kSmallestPiece = 256;  // keys
+constexpr int kMaxPieces = 127;   // of a block of rows
+constexpr int kPiecesPerCta = 4;  // of all work: what there is room for (runtime/cuda/head_packs.py)
+constexpr int kFewRows = 4;       // a part of a tile: 1/4 of its rows
+
+// In keys. A piece of a whole tile's rows costs what some 400 keys take: a tile's begin and end, its rows written, and read
+// by the one that adds up. With few rows it costs little more than the begin and end.
+constexpr int kSmallestPiece = 512, kSmallestOfFewRows = 256;
+constexpr int kWorthCutting = 1024;  // more than a CTA's share
 
 // Which piece of a row block's keys an item is. Slots count the pieces of all that is split; this is the first piece's.
 struct Piece {
@@ -37,12 +44,27 @@ struct Cut {
   }
 };
 
-// Key blocks of a piece at most: as many pieces as there is room for, which is a few a CTA, but no tiny ones.
-__device__ __forceinline__ int longest_piece(const Params& p, unsigned long long total, int longest) {
-  if (p.extra_items == 0) return max(longest, 1);
-  const int room = static_cast<int>((total + p.extra_items - 1) / p.extra_items);
-  return max(max(room, (longest + kMaxPieces - 1) / kMaxPieces), max(kSmallestPiece / p.block_n, 1));
-}
+// How far the keys of row blocks are cut, in key blocks. Few rows in pieces of 1/4 of a CTA's share of the work: many even
+// ones. Others only where they are so far above a share that cutting them pays, in pieces that leave room for what is not cut.
+struct Limits {
+  int few_rows, piece, whole;
+
+  __device__ __forceinline__ Limits(const Params& p, unsigned long long total, int longest) {
+    few_rows = piece = whole = max(longest, 1);
+    if (p.extra_items == 0) return;
+    const int fewest = (longest + kMaxPieces - 1) / kMaxPieces;
+    const long long part = (total + p.extra_items - 1) / p.extra_items;  // kPiecesPerCta of these are a share
+    few_rows = max(max(static_cast<int>(part), fewest), max(kSmallestOfFewRows / p.block_n, 1));
+    piece = max(max(static_cast<int>(min((kPiecesPerCta - 1) * part, 1LL * longest)), fewest),
+                max(kSmallestPiece / p.block_n, 1));
+    whole = static_cast<int>(min(kPiecesPerCta * part + kWorthCutting / p.block_n, 1LL * max(longest, 1)));
+  }
+
+  __device__ __forceinline__ int longest_piece(const Params& p, const WorkItem& item) const {
+    if (kFewRows * item.q_length <= p.block_m) return few_rows;
+    return item.kv_blocks > whole ? piece : whole;
+  }
+};
 
 // Two kinds of row blocks, each sorted by cost: first those that have their sequence's keys to themselves and are bound by
 // memory, then those that share them.
@@ -77,32 +99,36 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
   int own_most;
   const Totals all = count_query_blocks(builder, p.max_items - p.extra_items, before, own_most,
                                         [&](const WorkItem& item) { return bucket_of(p, item, item.kv_blocks); });
-  const int piece_limit = longest_piece(p, all.cost(), all.longest);
-  const bool cuts = all.longest > piece_limit;
+  const Limits limits(p, all.cost(), all.longest);
+  const bool cuts = all.longest > min(limits.few_rows, limits.whole);
 
-  int count = all.items;
+  int count = all.items, longest = all.longest;
   if (cuts) {
     builder.clear_counts();
     __syncthreads();
-    int pieces = 0, slots = 0;
+    int pieces = 0, slots = 0, own_longest = 0;
     builder.for_each_tile([&](int before_chunk, int tile) {
       if (tile >= builder.tiles || before_chunk + tile >= own_most) return;
       const WorkItem item = query_item(builder, tile);
-      const Cut cut(item.kv_blocks, piece_limit);
+      const Cut cut(item.kv_blocks, limits.longest_piece(p, item));
       if (cut.longer > 0) atomicAdd(&memory.counts[bucket_of(p, item, cut.blocks + 1)], cut.longer);
       atomicAdd(&memory.counts[bucket_of(p, item, cut.blocks)], cut.pieces - cut.longer);
       pieces += cut.pieces;
       if (cut.pieces > 1) slots += cut.pieces;
+      own_longest = max(own_longest, cut.blocks + (cut.longer > 0));
     });
     Totals& totals = memory.totals[2];
     totals.add(pieces, slots);
-    count = builder.over_all(totals, before).items;
+    totals.add_costs(0, own_longest);
+    const Totals cut = builder.over_all(totals, before);
+    count = cut.items;
+    longest = cut.longest;
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) {
-    *static_cast<WorkListHeader*>(p.work_list) = {count, min(all.longest, piece_limit), static_cast<float>(all.cost()),
-                                                  go_heads_together(all.items, p.batch)};
+    *static_cast<WorkListHeader*>(p.work_list) = {count, longest, static_cast<float>(all.cost()),
+                                                  go_heads_together(all.items, p.batch, p.causal)};
   }
-  const int begin = builder.begin_buckets(work_bucket(min(all.longest, piece_limit)));
+  const int begin = builder.begin_buckets(work_bucket(longest));
   if (threadIdx.x == kWorkBuckets) alone = begin;
   builder.leave();
   __syncthreads();
@@ -117,7 +143,7 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
     int place = before_chunk + tile, slot = 0;
     Cut cut(item.kv_blocks);
     if (cuts) {
-      cut = Cut(item.kv_blocks, piece_limit);
+      cut = Cut(item.kv_blocks, limits.longest_piece(p, item));
       const Sum pieces_here = sum_over_threads(active ? cut.pieces : 0, memory.warp_sums);
       const Sum slots_here = sum_over_threads(active && cut.pieces > 1 ? cut.pieces : 0, memory.warp_sums);
       place = pieces + pieces_here.before;

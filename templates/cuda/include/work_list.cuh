@@ -34,11 +34,13 @@ struct alignas(16) Tile {
   int head;  // -1: no work left
 };
 
+enum HeadsTogether { kNotTogether, kDearestFirst, kBySequence };
+
 struct alignas(64) WorkListHeader {
   int items;
   int longest;        // of queries: blocks that the longest item visits
   float total;        // ... all items
-  int heads_together;  // of queries: whether a sequence has two blocks at most, on average
+  int heads_together;  // of queries: whether heads go together, and in which order of items (HeadsTogether)
   int next_tile;      // tiles claimed from the counter
   int finished_ctas;  // the last one to finish rewinds the counters for the next launch
 };
@@ -48,39 +50,53 @@ __device__ __forceinline__ WorkItem* work_items(void* work_list) {
   return reinterpret_cast<WorkItem*>(static_cast<char*>(work_list) + sizeof(WorkListHeader));
 }
 
-// Heads that go together at the end: enough that every CTA has the longest tile's work before it, and no more, since their
-// keys are in flight all at once. `P` has the heads, how many of them share what they visit (gqa_ratio), and the list's
-// capacity (max_items).
+// Heads that go together, dearest items first: the last ones, enough that every CTA has the longest tile's work before it, and
+// no more, since their keys are in flight all at once. 0: all go together, sequence by sequence, which the longest tile, at
+// most 1/8 of a CTA's work, can't hold up much. `P` has the heads, how many of them share what they visit (gqa_ratio), and
+// the list's capacity (max_items).
 template <typename P>
 __device__ __forceinline__ int balancing_heads(const WorkListHeader& list, const P& p) {
-  if (list.heads_together) return p.heads;
   const float needed = static_cast<float>(list.longest) * gridDim.x / fmaxf(list.total, 1.0f);
+  if (list.heads_together != kNotTogether) {
+    return list.heads_together == kBySequence && 8.0f * needed <= p.heads ? 0 : p.heads;
+  }
   const int heads = static_cast<int>(fminf(needed, p.heads)) + p.gqa_ratio;
   return min(heads - heads % p.gqa_ratio, p.heads);
 }
 
-// Of a list of so many blocks of rows.
-__device__ __forceinline__ int go_heads_together(int row_blocks, int batch) { return row_blocks <= 2 * batch; }
+// Of a list of so many blocks of rows. Causal blocks of a sequence, unequally dear, lie far apart in the order of cost: its
+// second one would read again from memory what was in L2 for the first.
+__device__ __forceinline__ int go_heads_together(int row_blocks, int batch, bool causal) {
+  if (row_blocks > 2 * batch) return kNotTogether;
+  return causal && 2 * row_blocks > 3 * batch ? kBySequence : kDearestFirst;
+}
 
-// Tile number `index` in the order of work.
+// Tile number `index` in the order of work; false, and a tile without a head, if there is none.
 template <typename P>
-__device__ __forceinline__ void claim_tile(Tile& tile, WorkListHeader* list, const P& p, int balancing, uint32_t index) {
-  const WorkItem* items = work_items(list);
-  const uint32_t count = list->items, front = (p.heads - balancing) * count;
-  uint32_t head = 0, together = p.gqa_ratio;  // heads side by side: those of a kv head at least
+__device__ __forceinline__ bool claim_tile(Tile& tile, WorkListHeader* list, const P& p, int balancing, uint32_t index) {
+  const uint32_t count = list->items;
+  if (index >= count * p.heads) {
+    tile.head = -1;
+    return false;
+  }
+  const uint32_t front = (p.heads - balancing) * count;
+  uint32_t item = 0, head = 0, together;  // heads side by side
   if (index < front) {
-    items += p.max_items;
+    item = p.max_items;
+    together = balancing ? p.gqa_ratio : p.heads;  // those of a kv head at least
   } else {
     head = p.heads - balancing;
     together = balancing;
     index -= front;
   }
-  const uint32_t place = index / together;
-  tile.head = head + place / count * together + index % together;
-  const int4* from = reinterpret_cast<const int4*>(items + place % count);
+  const uint32_t place = index / together, round = place / count;
+  tile.head = head + round * together + index - place * together;
+  item += place - round * count;
+  const int4* from = reinterpret_cast<const int4*>(work_items(list) + item);
   reinterpret_cast<int4*>(&tile.item)[0] = from[0];
   asm volatile("" ::: "memory");  // one after the other: whoever claims has few registers
   reinterpret_cast<int4*>(&tile.item)[1] = from[1];
+  return true;
 }
 
 // Runs `load` on every tile of this CTA, in one lane of a loading warp or in all of them, each of which hands the tile back.

@@ -212,18 +212,12 @@ jagtile_fwd_bf16_d128_causal_split_m128_n128_s3_q1_c1(const __grid_constant__ Pa
       // The first tile goes by CTA number, the rest by a shared counter.
       WorkListHeader* list = static_cast<WorkListHeader*>(p.work_list);
       const int balancing = balancing_heads(*list, p);
-      const int tiles = list->items * p.heads;
       RingPosition<kTileSlots> at;
       for (int tile = blockIdx.x;; tile = gridDim.x + atomicAdd(&list->next_tile, 1), at.advance()) {
-        Tile& claimed = control.tiles[at.slot];
         control.tile.wait_empty(at);
-        if (tile < tiles) {
-          claim_tile(claimed, list, p, balancing, tile);
-        } else {
-          claimed.head = -1;
-        }
+        const bool claimed = claim_tile(control.tiles[at.slot], list, p, balancing, tile);
         control.tile.arrive_full(at);
-        if (tile >= tiles) break;
+        if (!claimed) break;
       }
       rewind_work_list(list);
     }
