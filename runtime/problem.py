@@ -14,8 +14,8 @@ DTYPE_NAMES: dict[torch.dtype, DType] = {torch.float32: "fp32", torch.bfloat16: 
 
 # Regime borders, in tokens of mean length; max_seqlen, where the caller gave it, counts an eighth, so that a batch with
 # a few very long sequences is treated by those, which hold most of its work.
-TINY_MEAN = 24
-SHORT_MEAN = 128
+TINY_MEAN = 20
+SHORT_MEAN = 96
 LONG_MEAN = 1024
 MAX_SHARE = 8
 UNEQUAL_RATIO = 2  # total_k and total_q further apart than this make a cross (or decode) batch
@@ -48,7 +48,7 @@ def regime(problem: Problem) -> str:
 def regime_index(batch: int, total_q: int, total_k: int, max_seqlen_q: int = 0, max_seqlen_k: int = 0) -> int:
     """Index into ``REGIMES``; max_seqlen 0 means unknown. Total, and monotone: longer never gives a shorter regime.
 
-    tiny: both mean lengths up to 24; short: up to 128. Then, where queries and keys differ by more than a factor of
+    tiny: both mean lengths up to 20; short: up to 96. Then, where queries and keys differ by more than a factor of
     two, decode (up to 16 queries a sequence against more keys) or cross. Otherwise medium below a mean of 1024, long
     from there on.
     """

@@ -100,6 +100,14 @@ def test_numbers_match_the_oracle(name: str, change: dict[str, int | str]) -> No
         assert_right(artifact, w, b._replace(q=in_nan(b.q), k=in_nan(b.k), v=in_nan(b.v)), launches=2)
 
 
+@pytest.mark.parametrize("heads", [(3, 3), (6, 2)])
+def test_heads_side_by_side_sequence_by_sequence(heads: tuple[int, int]) -> None:
+    """Causal sequences of two blocks of rows."""
+    name, change = CASES[1]
+    w = Workload("two blocks", (100,) * 12, (100,) * 12, *heads, 64, 64, is_causal=True)
+    assert_right(built(name, tuple(change.items())), w, w.make("cpu", "bf16", 6), launches=2)
+
+
 @pytest.mark.parametrize(
     "name", ["fwd_bf16_d20", "fwd_fp16_d33_causal", "fwd_bf16_d50", "fwd_bf16_d64_dv20", "fwd_bf16_d127"]
 )

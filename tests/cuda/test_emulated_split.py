@@ -28,6 +28,8 @@ ONE_GROUP = "fwd_bf16_d64_causal/split_m64_n32_s2_q1_c1"
 TWO_GROUPS = "fwd_bf16_d64/split_m128_n64_s2_q2_c1"
 THREE_GROUPS = "fwd_fp16_d72_dv40_causal/split_m192_n48_s3_q2_c1"
 VARIANTS = [ONE_GROUP, TWO_GROUPS, THREE_GROUPS]
+WIDE = "fwd_bf16_d256/split_m64_n64_s2_q2_c1"
+LARGE_TILES = "fwd_bf16_d64_causal/split_m192_n64_s3_q2_c1"
 # Few queries and long keys, skewed; sequences without queries, without keys, without either.
 QUERIES, KEYS = (1, 0, 3, 1, 0, 70, 1), (1500, 300, 0, 65, 0, 130, 2)
 _seeds = itertools.count(1)  # no two launches share a schedule
@@ -93,6 +95,20 @@ def test_more_heads_than_a_tile_has_rows() -> None:
 def test_a_piece_that_begins_on_the_diagonal_of_some_rows_and_beyond_that_of_others() -> None:
     w = workload(THREE_GROUPS, (192, 1), (288, 1000), ratio=1, causal_alignment="bottom_right")
     assert_right(THREE_GROUPS, w, w.make("cpu", "fp16", 8))
+
+
+@pytest.mark.parametrize("name", [ONE_GROUP, WIDE])
+@pytest.mark.parametrize("ratio", [1, 3])
+def test_whole_tiles_of_rows_are_added_up_from_many_pieces(name: str, ratio: int) -> None:
+    w = workload(name, (70, 64), (2700, 600), ratio=ratio, causal_alignment="bottom_right")
+    assert_right(name, w, w.make("cpu", "bf16", 9), processors=16, launches=2)
+    assert max(item.pieces for item in build_list(name, w, 16).by_cost) >= (6 if ratio == 1 else 4)
+
+
+def test_heads_side_by_side_sequence_by_sequence() -> None:
+    """Causal sequences of two blocks of rows."""
+    w = workload(ONE_GROUP, (100,) * 12, (100,) * 12, ratio=1, heads_kv=3)
+    assert_right(ONE_GROUP, w, w.make("cpu", "bf16", 10), processors=2, launches=2)
 
 
 def test_several_kv_heads_and_offsets_of_64_bits() -> None:
@@ -266,3 +282,40 @@ def test_keys_are_split_where_few_tiles_must_fill_the_device_and_only_there() ->
     assert len(found.by_cost) == 32  # pieces of 256 keys, the smallest; there is room for 33
     many = workload(ONE_GROUP, (64,) * 60, (256,) * 60, ratio=1, heads_kv=4, causal_alignment="bottom_right")
     assert {item.pieces for item in build_list(ONE_GROUP, many, 16).by_cost} == {0}
+
+
+def test_decoding_is_cut_into_quarters_of_a_share() -> None:
+    w = workload(LARGE_TILES, (1,) * 64, (16384, *range(300, 6600, 100)), 4, 8, causal_alignment="bottom_right")
+    found = build_list(LARGE_TILES, w, 132)
+    assert found.longest <= found.total * found.block["heads"] / (4 * 132) + 1
+    assert max(item.pieces for item in found.by_cost) > 3
+
+
+@pytest.mark.parametrize(
+    ("lengths", "ratio", "heads_kv"),
+    [
+        ((1024,) * 32, 1, 16),
+        ((335,) * 379, 1, 32),
+        ((2048,) * 4, 4, 8),
+        ((2667,) * 2 + (83,) * 25, 1, 8),  # its longest row blocks are as dear as a CTA's share
+        ((16384, *(256,) * 63), 1, 16),
+    ],
+)
+def test_nothing_is_cut_where_row_blocks_fill_the_device(lengths: tuple[int, ...], ratio: int, heads_kv: int) -> None:
+    w = workload(LARGE_TILES, lengths, lengths, ratio, heads_kv)
+    assert {item.pieces for item in build_list(LARGE_TILES, w, 132).by_cost} == {0}
+
+
+def test_few_sequences_with_few_heads_are_cut_little() -> None:
+    w = workload(LARGE_TILES, (4000, 4358, 5031), (4000, 4358, 5031), ratio=1, heads_kv=2)
+    found = build_list(LARGE_TILES, w, 132)
+    quarter = -(-found.total // found.block["extra_items"])
+    limit = 4 * quarter + 1024 / 64
+    row_blocks = sum(-(-length // 192) for length in w.seqlens_q)
+    assert row_blocks < len(found.by_cost) < 1.5 * row_blocks
+    assert found.longest <= limit
+    for item in found.by_cost:
+        blocks = visible_blocks(w, item, found.block)
+        assert (item.pieces > 0) == (blocks > limit)
+        if item.pieces:
+            assert 512 / 64 <= item.kv_blocks - item.first_block <= 3 * quarter

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.workloads import named, representative
-from jagtile.runtime.problem import REGIMES, Problem, regime, regime_index
+from jagtile.runtime.problem import REGIMES, SHORT_MEAN, TINY_MEAN, Problem, regime, regime_index
 
 SPEC = KernelSpec("fwd", "bf16", 64, 64, False)
 counts = st.integers(0, 1 << 40)
@@ -50,6 +50,18 @@ def test_the_named_workloads_fall_where_they_should(name, expected, hints):
     assert of(named()[name], hints) == expected
 
 
+@pytest.mark.parametrize(("border", "names"), [(TINY_MEAN, ("tiny", "short")), (SHORT_MEAN, ("short", "medium"))])
+def test_a_border_belongs_to_the_shorter_side(border, names):
+    assert tuple(REGIMES[regime_index(7, total, total)] for total in (7 * border, 7 * border + 1)) == names
+    assert tuple(REGIMES[regime_index(7, 7, 7, 8 * border + more)] for more in (0, 1)) == names
+
+
+def test_what_was_measured_at_lengths_near_the_borders_is_heeded():
+    """On an H100 the short regime's configs led at means of 23 and 64, the medium one's at 120, the tiny one's at 16."""
+    of_mean = {mean: REGIMES[regime_index(100, 100 * mean, 100 * mean)] for mean in (16, 23, 64, 120)}
+    assert of_mean == {16: "tiny", 23: "short", 64: "short", 120: "medium"}
+
+
 def test_a_few_very_long_sequences_are_seen_through_max_seqlen():
     skewed = named()["skew-d128"]
     assert of(skewed, hints=False) == "medium"
@@ -77,7 +89,7 @@ def test_longer_sequences_never_give_a_shorter_regime(batch, mean, longer, hint,
     assert order(mean + longer, hint + more) <= REGIMES.index("long")
 
 
-@given(batch=st.integers(1, 5000), keys=st.integers(129, 40_000), queries=st.integers(1, 40_000))
+@given(batch=st.integers(1, 5000), keys=st.integers(SHORT_MEAN + 1, 40_000), queries=st.integers(1, 40_000))
 def test_more_queries_against_the_same_keys_never_return_to_decode(batch, keys, queries):
     names = [REGIMES[regime_index(batch, batch * q, batch * keys)] for q in range(1, queries, max(1, queries // 50))]
     assert names == sorted(names, key=lambda name: name != "decode")
