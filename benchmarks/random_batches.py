@@ -4,7 +4,8 @@
 
 Lengths are constant, uniform, lognormal, zipf or bimodal; head_dim 64 or 128; causal or not; 1 to 64 heads; 1, 4 or 8
 query heads a kv head. All in one interleaved run with a cold cache, as `jagtile bench`. The ratio is the time of the
-best peer over ours. Exit status 1 where one ratio is below --floor, or their geometric mean below --mean.
+best peer over ours. Exit status 1 where one ratio is below --floor, or their geometric mean below --mean. variants.py
+times other configs on a batch, by its number.
 """
 
 from __future__ import annotations
@@ -59,6 +60,12 @@ def draw(rng: random.Random, index: int, device: str) -> Workload:
     return Workload(name, seqlens, seqlens, heads, heads // group, head_dim, head_dim, is_causal)
 
 
+def batches(count: int, seed: int, device: str) -> list[Workload]:
+    """The first ``count`` batches; which these are follows from the seed and the kind of device."""
+    rng = random.Random(seed)
+    return [draw(rng, index, device) for index in range(count)]
+
+
 def best_ratio(result: WorkloadResult) -> tuple[float, str] | None:
     """Time of the fastest peer that is not ours over ours, and its name; None where there is no such pair of times."""
     ratios = [(p.ratio, p.peer) for p in result.peers if p.peer not in OURS and p.ratio is not None]
@@ -83,8 +90,7 @@ def main() -> None:
     parser.add_argument("--mean", type=float, default=1.4)
     parser.add_argument("-o", "--output", type=Path, help="write all results as JSON")
     options = parser.parse_args()
-    rng = random.Random(options.seed)
-    workloads = [draw(rng, index, options.device) for index in range(options.count)]
+    workloads = batches(options.count, options.seed, options.device)
     found: list[tuple[float, str]] = []
 
     def on_result(report: BenchReport) -> None:

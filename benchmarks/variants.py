@@ -1,10 +1,11 @@
 """Checks and times chosen Hopper forward variants side by side: the tool for trying a change of the templates.
 
     PYTHONPATH=.pkg python benchmarks/variants.py --peers fa3 \
-        "u4k-d64: m192_n128_s2_q2_c1 m256_n64_s3_q1_c1" "u4k-d64-causal: m192_n128_s3_q2_c1"
+        "u4k-d64: m192_n128_s2_q2_c1 m256_n64_s3_q1_c1" "random46: split_m192_n64_s3_q2_c1 m192_n64_s4_q2_c1"
 
 Each argument names a workload and configs (``persistent_`` may be left out, ``split_`` not), or is a file of such
-lines. Every variant is compared with the float64 oracle on small nasty batches and on the workload itself, then all
+lines. A workload is one of generator/workloads.json, or a batch of random_batches.py by its number there (and its
+--seed). Every variant is compared with the float64 oracle on small nasty batches and on the workload itself, then all
 variants and peers take turns in shuffled order with a cold L2. Prints medians and the ratio of the fastest peer's time
 to each.
 """
@@ -14,11 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from random_batches import batches
 from sanitize import check, nasty_workloads
 
 from jagtile.generator.build import build
@@ -42,10 +45,11 @@ def main() -> None:
     parser.add_argument("--peers", default="fa3", help="comma-separated, see `jagtile bench` (default: fa3)")
     parser.add_argument("--samples", type=int, default=15)
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16"))
+    parser.add_argument("--seed", type=int, default=0, help="of random_batches.py, whose batches are named")
     parser.add_argument("-o", "--output", type=Path, help="write the medians as JSON")
     options = parser.parse_args()
     device = torch.device("cuda", torch.cuda.current_device())
-    plan = [_parse(line, options.dtype) for line in lines(options.lines)]
+    plan = [_parse(line, options.dtype, options.seed) for line in lines(options.lines)]
     kernels = _load({variant for _, variants in plan for variant in variants}, device)
     medians = {}
     for workload, variants in plan:
@@ -55,9 +59,10 @@ def main() -> None:
         options.output.write_text(json.dumps(medians, indent=1))
 
 
-def _parse(line: str, dtype: str) -> tuple[Workload, list[Variant]]:
+def _parse(line: str, dtype: str, seed: int) -> tuple[Workload, list[Variant]]:
     name, _, configs = line.partition(":")
-    workload = named()[name.strip()]
+    number = re.fullmatch(r"random(\d+)", name.strip())
+    workload = batches(int(number[1]) + 1, seed, "cuda")[-1] if number else named()[name.strip()]
     prefix = f"sm_90a/{workload.spec(dtype).name}/"  # type: ignore[arg-type]
     return workload, [Variant.parse(prefix + with_algorithm(config)) for config in configs.split()]
 

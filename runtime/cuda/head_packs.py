@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 ROWS = 64  # of one math warpgroup
-PIECES_PER_CTA = 4  # beyond the first of each block of rows: how evenly work can be shared out
+PIECES_PER_CTA = 4  # beyond the first of each block of rows: how evenly work can be shared out (kPiecesPerCta there)
 MAX_EXTRA_ITEMS = (1 << 15) - 1  # twice as many slots are counted in 16 bits
 
 

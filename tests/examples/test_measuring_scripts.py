@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import random
 from pathlib import Path
 from types import ModuleType
 
@@ -35,12 +34,9 @@ def borders() -> ModuleType:
 
 
 def test_random_batches_are_many_kinds_within_bounds_and_always_the_same(random_batches):
-    def drawn():
-        rng = random.Random(0)
-        return [random_batches.draw(rng, index, "cuda") for index in range(50)]
-
-    workloads = drawn()
-    assert workloads == drawn()
+    workloads = random_batches.batches(50, 0, "cuda")
+    assert workloads == random_batches.batches(50, 0, "cuda")
+    assert workloads[:7] == random_batches.batches(7, 0, "cuda")
     assert {w.name.split()[1] for w in workloads} == set(random_batches.KINDS)
     assert {w.num_heads // w.num_heads_kv for w in workloads} == {1, 4, 8}
     assert {(w.head_dim, w.is_causal) for w in workloads} == {(64, False), (64, True), (128, False), (128, True)}

@@ -57,7 +57,7 @@ def test_a_border_belongs_to_the_shorter_side(border, names):
 
 
 def test_what_was_measured_at_lengths_near_the_borders_is_heeded():
-    """On an H100 the short regime's configs led at means of 23 and 64, the medium one's at 120, the tiny one's at 16."""
+    """On an H100 the short regime's configs led at means of 23 and 64, the medium one's at 120."""
     of_mean = {mean: REGIMES[regime_index(100, 100 * mean, 100 * mean)] for mean in (16, 23, 64, 120)}
     assert of_mean == {16: "tiny", 23: "short", 64: "short", 120: "medium"}
 

@@ -2,7 +2,7 @@
 // an item and a head. In a forward most heads are worked off one after the other, sequence by sequence: what runs at a time
 // shares what it visits, which stays in L2. The last heads go together, dearest items first, so that no long tile is left to
 // end alone. Where sequences have a block or two, which share little, all heads go together: a token's heads are neighbours in
-// memory.
+// memory; dearest items first, unless that takes a sequence's blocks apart.
 // key_blocks.cuh has the backward's order, list_builder.cuh what all builders share.
 #pragma once
 #include <cstdint>
@@ -64,8 +64,8 @@ __device__ __forceinline__ int balancing_heads(const WorkListHeader& list, const
   return min(heads - heads % p.gqa_ratio, p.heads);
 }
 
-// Of a list of so many blocks of rows. Causal blocks of a sequence, unequally dear, lie far apart in the order of cost: its
-// second one would read again from memory what was in L2 for the first.
+// How heads go together in a list of so many blocks of rows. Causal blocks of a sequence are unequally dear: in the order of cost
+// the second would read again from memory what was in L2 for the first.
 __device__ __forceinline__ int go_heads_together(int row_blocks, int batch, bool causal) {
   if (row_blocks > 2 * batch) return kNotTogether;
   return causal && 2 * row_blocks > 3 * batch ? kBySequence : kDearestFirst;
