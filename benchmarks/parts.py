@@ -24,7 +24,7 @@ from jagtile.generator.workloads import Workload, named
 from jagtile.runtime import cuda
 from jagtile.runtime.kernel import Kernel
 from jagtile.runtime.loader import kernel_for
-from jagtile.runtime.problem import REGIMES, regime_index
+from jagtile.runtime.problem import regime as regime_of
 from jagtile.runtime.routes import decide
 
 CALLS = 11
@@ -54,7 +54,7 @@ def main() -> None:
     for job in parser.parse_args().jobs:
         name, _, config = job.partition("=")
         w = named()[name]
-        regime = REGIMES[regime_index(w.batch, w.total_q, w.total_k, max(w.seqlens_q), max(w.seqlens_k))]
+        regime = regime_of(w.problem("bf16"))
         print(f"{name} ({regime})")
         for direction in _DIRECTIONS:
             spec = replace(w.spec("bf16"), direction=direction)

@@ -33,7 +33,7 @@ def forward(
     For real tensors on a CPU or a CUDA device. On the CPU the offsets' values are checked: ValueError.
     """
     total_q, heads, head_dim = q.shape
-    total_k, _, head_dim_v = v.shape
+    total_k, heads_kv, head_dim_v = v.shape
     batch = cu_seqlens_q.shape[0] - 1
     device_index = q.get_device()
     covered = total_q
@@ -44,7 +44,7 @@ def forward(
     out = q.new_empty(total_q, heads, head_dim_v)
     lse = q.new_empty(heads, total_q, dtype=torch.float32) if return_lse else None
     if batch and total_q and total_k:
-        regime = regime_index(batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0)
+        regime = regime_index(batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0, heads // heads_kv)
         dropout = dropout_of(dropout_p, dropout_state) if dropout_p else None
         route = (q.dtype, head_dim, head_dim_v, is_causal, device_index, regime, dropout is not None)
         kernel = ROUTES.get(route) or resolve(route)
@@ -92,7 +92,7 @@ def backward(
     dk = k.new_empty(total_k, heads_kv, head_dim)
     dv = v.new_empty(total_k, heads_kv, head_dim_v)
     if batch and total_q and total_k:
-        regime = regime_index(batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0)
+        regime = regime_index(batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0, heads // heads_kv)
         dropout = dropout_of(dropout_p, dropout_state) if dropout_p else None
         route = (q.dtype, head_dim, head_dim_v, is_causal, q.get_device(), regime, dropout is not None)
         kernel = BACKWARD_ROUTES.get(route) or resolve_backward(route)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,6 +58,13 @@ def test_a_border_belongs_to_the_shorter_side(border, names):
     assert tuple(REGIMES[regime_index(7, 7, 7, 8 * border + more)] for more in (0, 1)) == names
 
 
+def test_groups_of_heads_are_short_for_longer():
+    groups = [REGIMES[regime_index(10, 1200, 1200, group=group)] for group in (1, 3, 4, 8)]
+    assert groups == ["medium", "medium", "short", "short"]
+    packed = Problem(SPEC, 475, 475 * 109, 475 * 109, 32, 4, 109, 109)
+    assert (regime(packed), regime(replace(packed, heads_kv=32))) == ("short", "medium")
+
+
 def test_what_was_measured_at_lengths_near_the_borders_is_heeded():
     """On an H100 the short regime's configs led at means of 23 and 64, the medium one's at 120."""
     of_mean = {mean: REGIMES[regime_index(100, 100 * mean, 100 * mean)] for mean in (16, 23, 64, 120)}
@@ -75,9 +84,9 @@ def test_what_the_tuner_times_for_a_regime_belongs_to_it(name, target):
         assert of(workload, hints=False) == name
 
 
-@given(batch=counts, total_q=counts, total_k=counts, max_q=counts, max_k=counts)
-def test_every_problem_has_a_regime(batch, total_q, total_k, max_q, max_k):
-    assert 0 <= regime_index(batch, total_q, total_k, max_q, max_k) < len(REGIMES)
+@given(batch=counts, total_q=counts, total_k=counts, max_q=counts, max_k=counts, group=st.integers(1, 64))
+def test_every_problem_has_a_regime(batch, total_q, total_k, max_q, max_k, group):
+    assert 0 <= regime_index(batch, total_q, total_k, max_q, max_k, group) < len(REGIMES)
 
 
 @given(batch=st.integers(1, 5000), mean=st.integers(0, 40_000), longer=st.integers(0, 40_000), hint=counts, more=counts)
