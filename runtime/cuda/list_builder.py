@@ -6,9 +6,9 @@ from typing import Any
 
 from jagtile.runtime.cuda import driver
 
-MOST_ALONE = 1024  # blocks of a list that one CTA builds, a thread each
+MOST_ALONE = 2048  # blocks of a list that one CTA builds
 CLUSTER_CTAS = 8
-_THREADS = 1024
+_THREADS = 1024  # one for each sequence, where one CTA builds
 
 
 class ListBuilder:
@@ -18,9 +18,9 @@ class ListBuilder:
         self._alone = driver.function(module, symbol)
         self._cluster = driver.function(module, f"{symbol}_cluster")
 
-    def build(self, launch: driver.Launcher, most_blocks: int, stream: int, arguments: int) -> None:
-        """Launch, for a list of at most so many blocks."""
-        if most_blocks <= MOST_ALONE:
+    def build(self, launch: driver.Launcher, batch: int, most_blocks: int, stream: int, arguments: int) -> None:
+        """Launch, for a list of at most so many blocks of a batch."""
+        if batch <= _THREADS and most_blocks <= MOST_ALONE:
             launch(self._alone, 1, _THREADS, 0, stream, arguments)
         else:
             launch(self._cluster, CLUSTER_CTAS, _THREADS, 0, stream, arguments)

@@ -9,17 +9,17 @@ template <int kCtas>
 __device__ __forceinline__ void build_query_list(const Params& p) {
   using Builder = ListBuilder<kCtas, kWorkBuckets, QueryBlocks>;
   __shared__ typename Builder::Memory memory;
+  Builder builder(p, memory);
   WorkItem* items = work_items(p.work_list);
-  const QueryBlocks blocks{p};
-  Builder builder(blocks, memory);
 
   Totals before;
   int own_most;
-  const Totals all = count_query_blocks(builder, p.max_items, before, own_most,
+  WorkItem first = {};
+  const Totals all = count_query_blocks(builder, p.max_items, before, own_most, first,
                                         [](const WorkItem& item) { return work_bucket(item.kv_blocks); });
+  const int together = go_heads_together(all.items, p.batch);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
-    *static_cast<WorkListHeader*>(p.work_list) = {all.items, all.longest, static_cast<float>(all.cost()),
-                                                  go_heads_together(all.items, p.batch)};
+    *static_cast<WorkListHeader*>(p.work_list) = {all.items, all.longest, static_cast<float>(all.cost()), together};
   }
   builder.begin_buckets(work_bucket(all.longest));
   builder.leave();
@@ -27,18 +27,22 @@ __device__ __forceinline__ void build_query_list(const Params& p) {
 
   WorkItem* items_by_sequence = items + p.max_items + before.items;  // of this CTA
   builder.for_each_tile([&](int before_chunk, int tile) {
-    const bool active = tile < builder.tiles && before_chunk + tile < own_most;
-    WorkItem item = {};
-    if (active) item = query_item(builder, tile);
+    builder.begin_round(tile);
+    const int number = before_chunk + tile;
+    const bool active = tile < builder.tiles && number < own_most;
+    WorkItem item = first;
+    if (active && number != threadIdx.x) item = query_item(builder, tile);
     const int place = place_in_bucket(memory.begins, active ? work_bucket(item.kv_blocks) : -1);
+    store_items(items, active ? place : -1, item);
+    if (together) return;
+    int by_sequence = -1;
     if (active) {
-      items[place] = item;
       // Of a sequence the last rows, which see the most keys, come first.
       const int* first_tile = &memory.chunk.first_tile[builder.owner(tile)];
       const int end = min(first_tile[1], own_most - before_chunk);
-      items_by_sequence[before_chunk + first_tile[0] + end - 1 - tile] = item;
+      by_sequence = before_chunk + first_tile[0] + end - 1 - tile;
     }
-    __syncthreads();  // blocks of one sequence stay neighbours: they share in L2
+    store_items(items_by_sequence, by_sequence, item);
   });
   builder.await_leave();
 }
