@@ -103,13 +103,13 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
 
   const int thread = threadIdx.x;
 #pragma unroll 1
-  for (int word = blockIdx.x * kBuilderThreads + thread; word < (p.total_q + 31) / 32; word += kCtas * kBuilderThreads) {
+  for (int word = blockIdx.x * builder.threads() + thread; word < (p.total_q + 31) / 32; word += kCtas * builder.threads()) {
     p.direct[word] = p.summed[word] = 0;
   }
   int longest = 0, with_keys = 0;
   builder.for_each_chunk([&](int sequences) {
 #pragma unroll 1
-    for (int i = thread; i < sequences; i += kBuilderThreads) {
+    for (int i = thread; i < sequences; i += builder.threads()) {
       if (chunk.first_tile[i] == chunk.first_tile[i + 1]) continue;
       const int steps = blocks.longest(chunk.sequence(i));
       atomicAdd(&memory.counts[work_bucket(steps)], 1);
@@ -122,14 +122,13 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
   Totals before;
   const Totals all = builder.over_all(memory.totals[0], before);
   const int ranked = all.items;
-  const int begin = builder.begin_buckets(work_bucket(all.longest));
-  if (thread < kWorkBuckets) bucket_begin[thread] = begin;
+  builder.begin_buckets(work_bucket(all.longest), [&](int bucket, int begin) { bucket_begin[bucket] = begin; });
   if (thread == 0) bucket_begin[kWorkBuckets] = ranked;
   __syncthreads();
 
   builder.for_each_chunk([&](int sequences) {
 #pragma unroll 1
-    for (int i = thread; i - thread < sequences; i += kBuilderThreads) {
+    for (int i = thread; i - thread < sequences; i += builder.threads()) {
       builder.begin_round(i);  // sequences that are sorted alike stay in order
       const int count = i < sequences ? chunk.first_tile[i + 1] - chunk.first_tile[i] : 0;
       const int bucket = count > 0 ? work_bucket(blocks.longest(chunk.sequence(i))) : -1;
@@ -148,7 +147,7 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
   int wanted = 0;
   if (kCtas > 1) {
 #pragma unroll 1
-    for (int rank = builder.begin + thread; rank < end; rank += kBuilderThreads) {
+    for (int rank = builder.begin + thread; rank < end; rank += builder.threads()) {
       const ItemsBefore here = items_before[rank];
       next = {next.all + here.all, next.of_two + here.of_two};
     }
@@ -157,11 +156,11 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
     next = {before.items, before.slots};
   }
 #pragma unroll 1
-  for (int base = builder.begin; base < end; base += kBuilderThreads) {
+  for (int base = builder.begin; base < end; base += builder.threads()) {
     if (base > builder.begin) __syncthreads();
     const int rank = base + thread;
     const ItemsBefore here = rank < end ? items_before[rank] : ItemsBefore{};
-    const auto sums = sum_over_threads<2>({here.all, here.of_two}, memory.warp_sums);
+    const auto sums = sum_over_threads<2>({here.all, here.of_two});
     if (rank < end) items_before[rank] = {next.all + sums.before.of[0], next.of_two + sums.before.of[1]};
     next = {next.all + sums.all.of[0], next.of_two + sums.all.of[1]};
   }
@@ -214,10 +213,10 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
   };
   builder.for_each_chunk([&](int sequences) {
 #pragma unroll 1
-    for (int tile = thread; tile < builder.tiles; tile += kBuilderThreads) place_tile(tile);
+    for (int tile = thread; tile < builder.tiles; tile += builder.threads()) place_tile(tile);
     // Last, as nobody waits for these bits.
 #pragma unroll 1
-    for (int i = thread; i - thread < sequences; i += kBuilderThreads) {
+    for (int i = thread; i - thread < sequences; i += builder.threads()) {
       mark_queries(p, i < sequences ? blocks.item(chunk.sequence(i), 0) : WorkItem{});
     }
   });

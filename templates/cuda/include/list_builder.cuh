@@ -7,7 +7,7 @@
 #include "cuda/include/ptx.cuh"
 #include "cuda/include/work_list.cuh"
 
-constexpr int kBuilderThreads = 1024;
+constexpr int kBuilderThreads = 1024;  // at most
 constexpr int kClusterCtas = 8;   // the largest cluster that is portable
 constexpr int kWorkBuckets = 512;
 
@@ -78,7 +78,8 @@ struct PrefixSums {
 // Prefix sums over the threads of a builder CTA. Another barrier of the CTA comes between two calls. Not inlined, as a
 // builder's time is to a good part that of its code's first way into the caches.
 template <int kValues>
-__device__ __noinline__ PrefixSums<kValues> sum_over_threads(Values<kValues> values, int (*warp_sums)[32]) {
+__device__ __noinline__ PrefixSums<kValues> sum_over_threads(Values<kValues> values) {
+  __shared__ int warp_sums[kValues][32];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   Values<kValues> inclusive = values;
 #pragma unroll
@@ -97,7 +98,7 @@ __device__ __noinline__ PrefixSums<kValues> sum_over_threads(Values<kValues> val
   PrefixSums<kValues> sums;
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {  // each warp for itself, which takes no second barrier
-    const unsigned sum = warp_sums[i][lane];
+    const unsigned sum = lane < blockDim.x / 32 ? warp_sums[i][lane] : 0;
     sums.all.of[i] = __reduce_add_sync(0xffffffff, sum);
     sums.before.of[i] = __reduce_add_sync(0xffffffff, lane < warp ? sum : 0) + inclusive.of[i] - values.of[i];
   }
@@ -199,7 +200,7 @@ struct Offsets {
 // builder CTA.
 template <int kPerThread>
 __device__ __forceinline__ int cut_chunk(Chunk<kPerThread>& chunk, const Offsets<kPerThread>& offsets, bool of_keys,
-                                         int block, int most_tiles, int (*warp_sums)[32]) {
+                                         int block, int most_tiles) {
   const Divisor block_tokens(block);  // while the offsets are on their way
   int tiles[kPerThread], own = 0;
 #pragma unroll
@@ -208,7 +209,7 @@ __device__ __forceinline__ int cut_chunk(Chunk<kPerThread>& chunk, const Offsets
     tiles[i] = min(block_tokens.blocks(max(length, 0)), most_tiles);
     own += tiles[i];
   }
-  const auto sums = sum_over_threads<1>({own}, warp_sums);
+  const auto sums = sum_over_threads<1>({own});
   int begin = sums.before.of[0];
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
@@ -219,10 +220,11 @@ __device__ __forceinline__ int cut_chunk(Chunk<kPerThread>& chunk, const Offsets
     chunk.own(min(begin, chunk.kHeldTiles), min(end, chunk.kHeldTiles), index);
     begin = end;
   }
-  if (threadIdx.x == kBuilderThreads - 1) {
-    chunk.q[chunk.kSequences] = offsets.q[kPerThread];
-    chunk.k[chunk.kSequences] = offsets.k[kPerThread];
-    chunk.first_tile[chunk.kSequences] = begin;
+  if (threadIdx.x == blockDim.x - 1) {
+    const int end = kPerThread * blockDim.x;
+    chunk.q[end] = offsets.q[kPerThread];
+    chunk.k[end] = offsets.k[kPerThread];
+    chunk.first_tile[end] = begin;
   }
   __syncthreads();
   return sums.all.of[0];
@@ -231,10 +233,10 @@ __device__ __forceinline__ int cut_chunk(Chunk<kPerThread>& chunk, const Offsets
 // The same of another chunk than the first: rare code, kept together. Parameters are values, as these are at hand.
 template <int kPerThread>
 __device__ __noinline__ int next_chunk(Chunk<kPerThread>& chunk, const void* of_q, const void* of_k, int wide, int from,
-                                       int sequences, bool of_keys, int block, int most_tiles, int (*warp_sums)[32]) {
+                                       int sequences, bool of_keys, int block, int most_tiles) {
   __syncthreads();  // the chunk before is done with
   const Offsets<kPerThread> offsets(of_q, of_k, wide, from, sequences);
-  return cut_chunk(chunk, offsets, of_keys, block, most_tiles, warp_sums);
+  return cut_chunk(chunk, offsets, of_keys, block, most_tiles);
 }
 
 // A builder CTA's shared memory.
@@ -243,12 +245,11 @@ struct BuilderMemory {
   Chunk<kCtas == 1 ? 1 : 2> chunk;  // few sequences have one CTA
   int counts[kBuckets];             // of this CTA's items
   int begins[kBuckets];             // places of the next ones in the list
-  int warp_sums[2][32];
   Totals totals[3];                 // of this CTA's tiles, counted up to three times
   Totals all, before;               // of all CTAs, and of those before this one
 };
 
-// CTA blockIdx.x of kCtas that build a list together; one that is alone has a thread for each sequence. `Blocks` has the
+// CTA blockIdx.x of kCtas that build a list together; one that is alone has a thread for each sequence, at least. `Blocks` has the
 // parameters `p`, and says what is cut into blocks, and how large these are.
 template <int kCtas, int kBuckets, typename Blocks>
 struct ListBuilder {
@@ -275,11 +276,14 @@ struct ListBuilder {
         loaded(begin) {
     clear_counts();
     if (threadIdx.x < 3) memory.totals[threadIdx.x] = {};
-    tiles = cut_chunk(memory.chunk, offsets, Blocks::kOfKeys, blocks.size(), p.max_items, memory.warp_sums);
+    tiles = cut_chunk(memory.chunk, offsets, Blocks::kOfKeys, blocks.size(), p.max_items);
   }
 
+  static __device__ __forceinline__ int threads() { return kCtas == 1 ? blockDim.x : kBuilderThreads; }
+
   __device__ __forceinline__ void clear_counts() {
-    if (threadIdx.x < kBuckets) memory.counts[threadIdx.x] = 0;
+#pragma unroll 1
+    for (int bucket = threadIdx.x; bucket < kBuckets; bucket += threads()) memory.counts[bucket] = 0;
   }
 
   // The sequence in the chunk that a tile belongs to. A tile's thread is always the same.
@@ -300,7 +304,7 @@ struct ListBuilder {
         const int sequences = min(end - from, kChunk);
         if (from != loaded) {
           tiles = next_chunk(memory.chunk, p.cu_seqlens_q, p.cu_seqlens_k, p.wide_offsets, from, sequences, Blocks::kOfKeys,
-                             blocks.size(), p.max_items, memory.warp_sums);
+                             blocks.size(), p.max_items);
           loaded = from;
         }
         work(sequences);
@@ -315,7 +319,7 @@ struct ListBuilder {
     int before = 0;
     for_each_chunk([&](int) {
 #pragma unroll 1
-      for (int base = 0; base < tiles; base += kBuilderThreads) work(before, base + static_cast<int>(threadIdx.x));
+      for (int base = 0; base < tiles; base += threads()) work(before, base + static_cast<int>(threadIdx.x));
       before += tiles;
     });
     return before;
@@ -363,28 +367,38 @@ struct ListBuilder {
   }
 
   // From the complete counts of all CTAs, of which none is before bucket `dearest` of its kind, the place in the list of each
-  // bucket's first item of this CTA, for all threads after their next barrier. Returns where this thread's bucket begins, of
-  // all CTAs.
-  __device__ __forceinline__ int begin_buckets(int dearest) {
-    const int bucket = threadIdx.x;
-    int all = 0, before = 0;
-    if (bucket < kBuckets && bucket % kWorkBuckets >= dearest) {
+  // bucket's first item of this CTA, for all threads after their next barrier. Calls each(bucket, where it begins, of all
+  // CTAs) in one thread.
+  template <typename Each>
+  __device__ __forceinline__ void begin_buckets(int dearest, Each each) {
+    const int per_thread = max(kBuckets / threads(), 1), first = per_thread * threadIdx.x;
+    auto count = [&](int bucket, int& before) {
+      int all = 0;
+      if (bucket < kBuckets && bucket % kWorkBuckets >= dearest) {
 #pragma unroll
-      for (int cta = 0; cta < kCtas; ++cta) {
-        const int count = of(memory.counts[bucket], cta);
-        if (cta < blockIdx.x) before += count;
-        all += count;
+        for (int cta = 0; cta < kCtas; ++cta) {
+          if (cta == blockIdx.x) before = all;
+          all += of(memory.counts[bucket], cta);
+        }
       }
+      return all;
+    };
+    int before = 0, all = 0;
+#pragma unroll 1
+    for (int i = 0; i < per_thread; ++i) all += count(first + i, before);
+    int begin = sum_over_threads<1>({all}).before.of[0];
+#pragma unroll 1
+    for (int bucket = first; bucket < min(first + per_thread, kBuckets); ++bucket) {
+      memory.begins[bucket] = begin + before;
+      each(bucket, begin);
+      if (per_thread > 1) begin += count(bucket, before);
     }
-    const int begin_of_all = sum_over_threads<1>({all}, memory.warp_sums).before.of[0];
-    if (bucket < kBuckets) memory.begins[bucket] = begin_of_all + before;
-    return begin_of_all;
   }
 
   // Before all rounds of a pass but the first, where they come one after the other: tiles of a sequence then stay neighbours,
   // and share in L2.
   __device__ __forceinline__ void begin_round(int tile) const {
-    if (tile >= kBuilderThreads) __syncthreads();
+    if (tile >= threads()) __syncthreads();
   }
 
   // After the last look at other CTAs' shared memory, and before the end: it stays until all have looked.

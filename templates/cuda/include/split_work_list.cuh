@@ -110,9 +110,10 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
   }
   int* tickets = piece_tickets(p);
 #pragma unroll 1
-  for (int i = blockIdx.x * kBuilderThreads + threadIdx.x; i < p.results; i += kCtas * kBuilderThreads) tickets[i] = 0;
-  const unsigned begin = builder.begin_buckets(work_bucket(min(all.longest, piece_limit)));
-  if (threadIdx.x == kWorkBuckets) order = {begin, count - begin, Divisor(max(begin, 1)), Divisor(max(count - begin, 1))};
+  for (int i = blockIdx.x * builder.threads() + threadIdx.x; i < p.results; i += kCtas * builder.threads()) tickets[i] = 0;
+  builder.begin_buckets(work_bucket(min(all.longest, piece_limit)), [&](int bucket, unsigned begin) {
+    if (bucket == kWorkBuckets) order = {begin, count - begin, Divisor(max(begin, 1)), Divisor(max(count - begin, 1))};
+  });
   builder.leave();
   __syncthreads();
 
@@ -129,8 +130,7 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
     Cut cut(item.kv_blocks);
     if (cuts) {
       cut = Cut(item.kv_blocks, piece_limit);
-      const auto sums = sum_over_threads<2>({active ? cut.pieces : 0, active && cut.pieces > 1 ? cut.pieces : 0},
-                                            memory.warp_sums);
+      const auto sums = sum_over_threads<2>({active ? cut.pieces : 0, active && cut.pieces > 1 ? cut.pieces : 0});
       place = pieces + sums.before.of[0];
       slot = slots + sums.before.of[1];
       pieces += sums.all.of[0];
