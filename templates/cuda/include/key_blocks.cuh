@@ -141,31 +141,26 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
   });
   builder.await_others();
 
-  // From the items of each rank those before it, a share of the ranks a CTA.
-  const int end = min(builder.end, ranked);
-  ItemsBefore next = {};
-  int wanted = 0;
-  if (kCtas > 1) {
+  // From the items of each rank those before it, a share of the ranks a CTA, and of that a share a thread.
+  const int each = kCtas == 1 ? 1 : (builder.end - builder.begin + kBuilderThreads - 1) / kBuilderThreads;
+  const int first_rank = builder.begin + each * thread, end_rank = min(min(first_rank + each, builder.end), ranked);
+  ItemsBefore own = {};
 #pragma unroll 1
-    for (int rank = builder.begin + thread; rank < end; rank += builder.threads()) {
-      const ItemsBefore here = items_before[rank];
-      next = {next.all + here.all, next.of_two + here.of_two};
-    }
-    memory.totals[1].add(next.all, next.of_two);
-    wanted = builder.over_all(memory.totals[1], before).items;
-    next = {before.items, before.slots};
+  for (int rank = first_rank; rank < end_rank; ++rank) {
+    const ItemsBefore here = items_before[rank];
+    own = {own.all + here.all, own.of_two + here.of_two};
   }
-#pragma unroll 1
-  for (int base = builder.begin; base < end; base += builder.threads()) {
-    if (base > builder.begin) __syncthreads();
-    const int rank = base + thread;
-    const ItemsBefore here = rank < end ? items_before[rank] : ItemsBefore{};
-    const auto sums = sum_over_threads<2>({here.all, here.of_two});
-    if (rank < end) items_before[rank] = {next.all + sums.before.of[0], next.of_two + sums.before.of[1]};
-    next = {next.all + sums.all.of[0], next.of_two + sums.all.of[1]};
-  }
-  if (kCtas == 1) wanted = next.all;
+  const auto sums = sum_over_threads<2>({own.all, own.of_two});
+  if (thread == 0) memory.totals[1] = {sums.all.of[0], sums.all.of[1]};
+  const int wanted = builder.over_all(memory.totals[1], before).items;
   const int count = min(wanted, p.max_items);  // offsets may promise more tokens than there are
+  ItemsBefore next = {before.items + sums.before.of[0], before.slots + sums.before.of[1]};
+#pragma unroll 1
+  for (int rank = first_rank; rank < end_rank; ++rank) {
+    const ItemsBefore here = items_before[rank];
+    items_before[rank] = next;
+    next = {next.all + here.all, next.of_two + here.of_two};
+  }
   if (blockIdx.x == 0 && thread == 0) {
     items_before[ranked].all = count;
     *static_cast<WorkListHeader*>(p.work_list) = {count};
@@ -173,15 +168,16 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
   builder.await_others();
 
   const int heads = p.heads / p.gqa_ratio;
-  auto place_tile = [&](int tile) {
+  auto place_of = [&](int tile, WorkItem& item) {
+    if (tile >= builder.tiles) return -1;
     const int owner = builder.owner(tile), block = tile - chunk.first_tile[owner];
     const int rank = ranks[builder.loaded + owner];
     const ItemsBefore before = items_before[rank];
     int place = before.all + block;
-    if (place >= count) return;
+    if (place >= count) return -1;
     const Sequence sequence = chunk.sequence(owner);
     const int bucket = work_bucket(blocks.longest(sequence));
-    WorkItem item = blocks.item(sequence, block);
+    item = blocks.item(sequence, block);
     item.turn = place;
     item.heads = heads;
     const float pairs = blocks.pairs(bucket_cost(bucket));  // the same for all of a bucket, whose sequences share places
@@ -209,11 +205,15 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
         }
       }
     }
-    items[place] = item;
+    return place;
   };
   builder.for_each_chunk([&](int sequences) {
 #pragma unroll 1
-    for (int tile = thread; tile < builder.tiles; tile += builder.threads()) place_tile(tile);
+    for (int tile = thread; tile - thread < builder.tiles; tile += builder.threads()) {
+      WorkItem item = {};
+      const int place = place_of(tile, item);
+      store_items(items, place, item);
+    }
     // Last, as nobody waits for these bits.
 #pragma unroll 1
     for (int i = thread; i - thread < sequences; i += builder.threads()) {

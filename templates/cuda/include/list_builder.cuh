@@ -340,7 +340,7 @@ struct ListBuilder {
     }
   }
 
-  // What all CTAs have in `own`, which is complete, in all; in `before` the items and slots of the CTAs before this one.
+  // What all CTAs have in `own`, which is complete, in all; in `before` that of the CTAs before this one.
   __device__ __forceinline__ Totals over_all(const Totals& own, Totals& before) {
     await_others();
     if (kCtas == 1) {
@@ -352,13 +352,15 @@ struct ListBuilder {
       Totals part = {};
       if (threadIdx.x < kCtas) part = of(own, threadIdx.x);
       auto sum = [](unsigned value) { return __reduce_add_sync(0xffffffff, value); };
-      const Totals all = {static_cast<int>(sum(part.items)), static_cast<int>(sum(part.slots)),
-                          __reduce_max_sync(0xffffffff, part.longest), sum(part.cost_low & 0xfffff),
-                          sum(part.cost_high + (part.cost_low >> 20))};
-      const int items = sum(is_before ? part.items : 0), slots = sum(is_before ? part.slots : 0);
+      auto sum_of = [&](const Totals& part) {
+        return Totals{static_cast<int>(sum(part.items)), static_cast<int>(sum(part.slots)),
+                      __reduce_max_sync(0xffffffff, part.longest), sum(part.cost_low & 0xfffff),
+                      sum(part.cost_high + (part.cost_low >> 20))};
+      };
+      const Totals all = sum_of(part), before_this = sum_of(is_before ? part : Totals{});
       if (threadIdx.x == 0) {
         memory.all = all;
-        memory.before = {items, slots};
+        memory.before = before_this;
       }
     }
     __syncthreads();
