@@ -8,7 +8,7 @@ from jagtile.runtime.cuda import driver
 
 MOST_ALONE = 2048  # blocks of a list that one CTA builds
 CLUSTER_CTAS = 8
-_THREADS, _FEWEST_THREADS = 1024, 128  # of a CTA: one for each sequence, where it is alone
+THREADS, FEWEST_THREADS = 1024, 128  # of a CTA: one for each sequence, where it is alone
 
 
 class ListBuilder:
@@ -20,8 +20,8 @@ class ListBuilder:
 
     def build(self, launch: driver.Launcher, batch: int, most_blocks: int, stream: int, arguments: int) -> None:
         """Launch, for a list of at most so many blocks of a batch."""
-        if batch <= _THREADS and most_blocks <= MOST_ALONE:
-            threads = max(1 << (most_blocks - 1).bit_length(), _FEWEST_THREADS)
-            launch(self._alone, 1, min(threads, _THREADS), 0, stream, arguments)
+        if batch <= THREADS and most_blocks <= MOST_ALONE:
+            threads = max(1 << (most_blocks - 1).bit_length(), FEWEST_THREADS)
+            launch(self._alone, 1, min(threads, THREADS), 0, stream, arguments)
         else:
-            launch(self._cluster, CLUSTER_CTAS, _THREADS, 0, stream, arguments)
+            launch(self._cluster, CLUSTER_CTAS, THREADS, 0, stream, arguments)

@@ -305,7 +305,8 @@ def test_a_list_is_built_once_for_all_layers(driver, kernel):
 
 
 @pytest.mark.parametrize(
-    ("sequences", "more_blocks", "threads"), [(40, 10, 128), (200, 0, 256), (1024, 1024, 1024), (1024, 1025, 0), (1025, 0, 0)]
+    ("sequences", "more_blocks", "threads"),
+    [(40, 10, 128), (200, 0, 256), (1024, 1024, 1024), (1024, 1025, 0), (1025, 0, 0)],
 )
 def test_a_cluster_builds_what_is_too_long_for_one_cta(driver, load, sequences, more_blocks, threads):
     cu = offsets(*range(0, 10 * sequences + 1, 10))
