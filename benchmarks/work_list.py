@@ -3,11 +3,12 @@
     PYTHONPATH=.pkg python benchmarks/work_list.py [--most 16384] [--causal]
 
 Batches of 64 sequences and up, 64 tokens each on average. For each of the lists (a forward's, that of a forward which
-splits keys, a backward's, with and without an order of additions) all builders take a turn: one CTA, with as many
-threads as the list may have blocks and with 1024, where it has a thread for each sequence; a cluster of eight CTAs, and
-one of sixteen, which not every GPU has. That which a launch would choose has a star. Offsets are new in every call, so
-that every call builds its list, and the attention kernel runs in between. Prints the median device time of the builder,
-as torch's profiler (CUPTI) saw it. With --carveout builders ask for as much shared memory as attention kernels have.
+splits keys, a backward's, with and without an order of additions) all builders take a turn: one CTA, of up to 1024
+sequences, with as many threads as a launch would give it and with 512; a cluster of eight CTAs, with as many threads as
+a launch would give them and with 1024, and one of sixteen, which not every GPU has. That which a launch would choose
+has a star. Offsets are new in every call, so that every call builds its list, and the attention kernel runs in between.
+Prints the median device time of the builder, as torch's profiler (CUPTI) saw it. With --carveout builders ask for as
+much shared memory as attention kernels have.
 Every list is compared with one that the host built, also where captured graphs build it for offsets that change
 between replays.
 """
@@ -44,16 +45,17 @@ LISTS = {  # variants with tiles of 64 queries, or keys
 class Builder(NamedTuple):
     """Who builds a list."""
 
-    most_alone: int  # blocks of the longest list of one CTA
-    fewest_threads: int = list_builder.FEWEST_THREADS
+    alone: bool
+    fewest_threads: int = 0
     ctas: int = list_builder.CLUSTER_CTAS
 
 
 BUILDERS = {
-    "one CTA": Builder(1 << 30),
-    "1024 threads": Builder(1 << 30, fewest_threads=list_builder.THREADS),
-    "8 CTAs": Builder(0),
-    "16 CTAs": Builder(0, ctas=16),
+    "one CTA": Builder(True),
+    "512 threads": Builder(True, fewest_threads=512),
+    "8 CTAs": Builder(False),
+    "1024 threads": Builder(False, fewest_threads=1024),
+    "16 CTAs": Builder(False, ctas=16),
 }
 
 Offsets = torch.Tensor
@@ -142,13 +144,21 @@ def check_replays(case: Case) -> None:
         case.check(offsets)
 
 
+def at_least(threads: int, bounds: tuple[int, int]) -> tuple[int, int]:
+    """Other bounds of a CTA's threads."""
+    return max(threads, bounds[0]), bounds[1]
+
+
 @contextmanager
 def built_by(case: Case, builder: Builder) -> Iterator[None]:
     """All lists of a case by one builder."""
     case.kernel = case.kernels[builder.ctas]
     with (
-        mock.patch.object(list_builder, "MOST_ALONE", builder.most_alone),
-        mock.patch.object(list_builder, "FEWEST_THREADS", builder.fewest_threads),
+        mock.patch.object(list_builder, "MOST_ALONE", 1 << 30 if builder.alone else 0),
+        mock.patch.object(list_builder, "ALONE_THREADS", at_least(builder.fewest_threads, list_builder.ALONE_THREADS)),
+        mock.patch.object(
+            list_builder, "CLUSTER_THREADS", at_least(builder.fewest_threads, list_builder.CLUSTER_THREADS)
+        ),
         mock.patch.object(list_builder, "CLUSTER_CTAS", builder.ctas),
     ):
         yield
@@ -203,7 +213,7 @@ def main() -> None:
             case = make(lengths)
             times = {}
             for builder, how in BUILDERS.items():
-                if how.most_alone > 0 and batch > list_builder.THREADS:
+                if how.alone and batch > list_builder.MOST_SEQUENCES_ALONE:
                     continue
                 with built_by(case, how):
                     times[builder] = f"{builder_time(case):6.2f} us"

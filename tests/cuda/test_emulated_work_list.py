@@ -132,7 +132,7 @@ def test_keys_are_cut_in_a_long_list_too() -> None:
 @pytest.mark.usefixtures("builders")
 @pytest.mark.parametrize("name", NAMES)
 def test_sequences_of_tiles_beyond_those_held_are_searched_for(name: str) -> None:
-    artifact = built(name, "kHeldTiles = (kPerThread + 1) * kBuilderThreads;", "kHeldTiles = 64;")
+    artifact = built(name, "kHeldTiles = 2 * kMostThreads + 1024;", "kHeldTiles = 64;")
     some = lengths(1000, 200, 9)
     assert_right(artifact, some, some)
 

@@ -306,15 +306,16 @@ def test_a_list_is_built_once_for_all_layers(driver, kernel):
 
 @pytest.mark.parametrize(
     ("sequences", "more_blocks", "threads"),
-    [(40, 10, 128), (200, 0, 256), (1024, 1024, 1024), (1024, 1025, 0), (1025, 0, 0)],
+    [(40, 10, 128), (300, 0, 256), (1024, 1024, 512), (1024, 1025, 256), (1025, 0, 256), (1100, 8000, 1024)],
 )
 def test_a_cluster_builds_what_is_too_long_for_one_cta(driver, load, sequences, more_blocks, threads):
     cu = offsets(*range(0, 10 * sequences + 1, 10))
     launch(load(), cu, cu, tensors(more_blocks * BLOCK_M + 1))
     name, grid, block = driver.launches[0]
     assert block["max_items"] == sequences + more_blocks
-    alone = ("jagtile_build_work_list", 1), threads
-    assert ((name, grid), driver.threads[0]) == (alone if threads else (("jagtile_build_work_list_cluster", 8), 1024))
+    alone = sequences <= 1024 and more_blocks <= 1024
+    assert (name, grid) == (("jagtile_build_work_list", 1) if alone else ("jagtile_build_work_list_cluster", 8))
+    assert driver.threads[0] == threads
 
 
 def test_room_for_pieces_does_not_make_a_list_long(driver, split_kernel):

@@ -89,7 +89,7 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
   __shared__ typename Builder::Memory memory;
   __shared__ int bucket_begin[kWorkBuckets + 1];
   // One CTA has ranks and what comes before them in its shared memory, a cluster in the list's buffer.
-  constexpr int kHeld = kCtas == 1 ? kBuilderThreads : 0;
+  constexpr int kHeld = kCtas == 1 ? kPerThread * kAloneThreads : 0;
   __shared__ int held_ranks[kHeld + 1];
   __shared__ ItemsBefore held_before[kHeld + 1];
   Builder builder(p, memory);
@@ -142,7 +142,7 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
   builder.await_others();
 
   // From the items of each rank those before it, a share of the ranks a CTA, and of that a share a thread.
-  const int each = kCtas == 1 ? 1 : (builder.end - builder.begin + kBuilderThreads - 1) / kBuilderThreads;
+  const int each = builder.share(builder.end - builder.begin);
   const int first_rank = builder.begin + each * thread, end_rank = min(min(first_rank + each, builder.end), ranked);
   ItemsBefore own = {};
 #pragma unroll 1
@@ -222,12 +222,12 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
   });
 }
 
-extern "C" __global__ void __launch_bounds__(kBuilderThreads, 1)
+extern "C" __global__ void __launch_bounds__(kAloneThreads, 1)
 jagtile_build_work_list(const __grid_constant__ BackwardParams p) {
   build_key_list<1>(p);
 }
 
-extern "C" __global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kBuilderThreads, 1)
+extern "C" __global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kClusterThreads, 1)
 jagtile_build_work_list_cluster(const __grid_constant__ BackwardParams p) {
   build_key_list<kClusterCtas>(p);
 }

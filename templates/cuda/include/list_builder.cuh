@@ -7,7 +7,9 @@
 #include "cuda/include/ptx.cuh"
 #include "cuda/include/work_list.cuh"
 
-constexpr int kBuilderThreads = 1024;  // at most
+// Threads of a CTA at most, where it is alone and in a cluster; a power of two. Few, as all have much to do in common.
+constexpr int kAloneThreads = 512, kClusterThreads = 1024;
+constexpr int kPerThread = 2;     // sequences, at a time
 constexpr int kClusterCtas = 8;   // the largest cluster that is portable
 constexpr int kWorkBuckets = 512;
 
@@ -139,11 +141,29 @@ struct Totals {
   }
 };
 
-// Sequences whose offsets are in shared memory, so many a thread, and their tiles.
-template <int kPerThread>
+// Adds up what the CTAs of a cluster have in `own`, and what those before this one have. One warp.
+template <int kCtas>
+__device__ __noinline__ void sum_over_ctas(const Totals& own, Totals& all, Totals& before) {
+  const int lane = threadIdx.x;
+  Totals part = {};
+  if (lane < kCtas) part = *variable_of(&own, lane);
+  auto sum = [](unsigned value) { return __reduce_add_sync(0xffffffff, value); };
+  auto sum_of = [&](const Totals& part) {
+    return Totals{static_cast<int>(sum(part.items)), static_cast<int>(sum(part.slots)),
+                  __reduce_max_sync(0xffffffff, part.longest), sum(part.cost_low & 0xfffff),
+                  sum(part.cost_high + (part.cost_low >> 20))};
+  };
+  const Totals of_all = sum_of(part), of_those_before = sum_of(lane < blockIdx.x ? part : Totals{});
+  if (lane != 0) return;
+  all = of_all;
+  before = of_those_before;
+}
+
+// Sequences whose offsets are in shared memory, and their tiles.
+template <int kMostThreads>
 struct Chunk {
-  static constexpr int kSequences = kPerThread * kBuilderThreads;
-  static constexpr int kHeldTiles = (kPerThread + 1) * kBuilderThreads;  // whose sequences are found once
+  static constexpr int kSequences = kPerThread * kMostThreads;
+  static constexpr int kHeldTiles = 2 * kMostThreads + 1024;  // whose sequences are found once
   int q[kSequences + 1], k[kSequences + 1];  // offsets
   int first_tile[kSequences + 1];            // of each sequence
   int owners[kHeldTiles];                    // of tiles: their sequences
@@ -181,7 +201,6 @@ struct Chunk {
 };
 
 // Of a thread's sequences, and what ends the last of them.
-template <int kPerThread>
 struct Offsets {
   int q[kPerThread + 1], k[kPerThread + 1];
 
@@ -198,9 +217,9 @@ struct Offsets {
 
 // Cuts the queries or the keys of a chunk's sequences into tiles of a block, and returns how many these are. All threads of a
 // builder CTA.
-template <int kPerThread>
-__device__ __forceinline__ int cut_chunk(Chunk<kPerThread>& chunk, const Offsets<kPerThread>& offsets, bool of_keys,
-                                         int block, int most_tiles) {
+template <int kMostThreads>
+__device__ __forceinline__ int cut_chunk(Chunk<kMostThreads>& chunk, const Offsets& offsets, bool of_keys, int block,
+                                         int most_tiles) {
   const Divisor block_tokens(block);  // while the offsets are on their way
   int tiles[kPerThread], own = 0;
 #pragma unroll
@@ -231,37 +250,35 @@ __device__ __forceinline__ int cut_chunk(Chunk<kPerThread>& chunk, const Offsets
 }
 
 // The same of another chunk than the first: rare code, kept together. Parameters are values, as these are at hand.
-template <int kPerThread>
-__device__ __noinline__ int next_chunk(Chunk<kPerThread>& chunk, const void* of_q, const void* of_k, int wide, int from,
+template <int kMostThreads>
+__device__ __noinline__ int next_chunk(Chunk<kMostThreads>& chunk, const void* of_q, const void* of_k, int wide, int from,
                                        int sequences, bool of_keys, int block, int most_tiles) {
   __syncthreads();  // the chunk before is done with
-  const Offsets<kPerThread> offsets(of_q, of_k, wide, from, sequences);
+  const Offsets offsets(of_q, of_k, wide, from, sequences);
   return cut_chunk(chunk, offsets, of_keys, block, most_tiles);
 }
 
 // A builder CTA's shared memory.
 template <int kCtas, int kBuckets>
 struct BuilderMemory {
-  Chunk<kCtas == 1 ? 1 : 2> chunk;  // few sequences have one CTA
-  int counts[kBuckets];             // of this CTA's items
-  int begins[kBuckets];             // places of the next ones in the list
-  Totals totals[3];                 // of this CTA's tiles, counted up to three times
-  Totals all, before;               // of all CTAs, and of those before this one
+  Chunk<kCtas == 1 ? kAloneThreads : kClusterThreads> chunk;
+  int counts[kBuckets];  // of this CTA's items
+  int begins[kBuckets];  // places of the next ones in the list
+  Totals totals[3];      // of this CTA's tiles, counted up to three times
+  Totals all, before;    // of all CTAs, and of those before this one
 };
 
-// CTA blockIdx.x of kCtas that build a list together; one that is alone has a thread for each sequence, at least. `Blocks` has the
+// CTA blockIdx.x of kCtas that build a list together; one that is alone has them all at a time. `Blocks` has the
 // parameters `p`, and says what is cut into blocks, and how large these are.
 template <int kCtas, int kBuckets, typename Blocks>
 struct ListBuilder {
   using Memory = BuilderMemory<kCtas, kBuckets>;
-  static constexpr int kChunk = decltype(Memory::chunk)::kSequences;
-  using ThreadOffsets = Offsets<kChunk / kBuilderThreads>;
 
   Memory& memory;
-  const int begin, end;         // its sequences
-  const ThreadOffsets offsets;  // of the first chunk: on their way while all else is made ready
+  const int begin, end;   // its sequences
+  const Offsets offsets;  // of the first chunk: on their way while all else is made ready
   const Blocks blocks;
-  int loaded, tiles;            // the first sequence of the chunk in shared memory, and that chunk's tiles
+  int loaded, tiles;      // the first sequence of the chunk in shared memory, and that chunk's tiles
 
   template <typename P>
   __device__ __forceinline__ ListBuilder(const P& p, Memory& memory) : ListBuilder(p, memory, (p.batch + kCtas - 1) / kCtas) {}
@@ -271,7 +288,7 @@ struct ListBuilder {
       : memory(memory),
         begin(min(share * static_cast<int>(blockIdx.x), p.batch)),
         end(min(begin + share, p.batch)),
-        offsets(p.cu_seqlens_q, p.cu_seqlens_k, p.wide_offsets, begin, min(end - begin, kChunk)),
+        offsets(p.cu_seqlens_q, p.cu_seqlens_k, p.wide_offsets, begin, min(end - begin, chunk_size())),
         blocks(p),
         loaded(begin) {
     clear_counts();
@@ -279,7 +296,10 @@ struct ListBuilder {
     tiles = cut_chunk(memory.chunk, offsets, Blocks::kOfKeys, blocks.size(), p.max_items);
   }
 
-  static __device__ __forceinline__ int threads() { return kCtas == 1 ? blockDim.x : kBuilderThreads; }
+  static __device__ __forceinline__ int threads() { return blockDim.x; }
+  static __device__ __forceinline__ int chunk_size() { return kPerThread * blockDim.x; }
+  // How many of `count` a thread has, at most.
+  static __device__ __forceinline__ int share(int count) { return (count + threads() - 1) >> (31 - __clz(threads())); }
 
   __device__ __forceinline__ void clear_counts() {
 #pragma unroll 1
@@ -289,7 +309,7 @@ struct ListBuilder {
   // The sequence in the chunk that a tile belongs to. A tile's thread is always the same.
   __device__ __forceinline__ int owner(int tile) const {
     const auto& chunk = memory.chunk;
-    return tile < chunk.kHeldTiles ? chunk.owners[tile] : chunk.search(tile, min(end - loaded, kChunk));
+    return tile < chunk.kHeldTiles ? chunk.owners[tile] : chunk.search(tile, min(end - loaded, chunk_size()));
   }
 
   // Calls work(how many sequences it has) with each chunk of this CTA's sequences in shared memory.
@@ -300,8 +320,8 @@ struct ListBuilder {
     } else {
       const auto& p = blocks.p;
 #pragma unroll 1
-      for (int from = begin; from < end; from += kChunk) {
-        const int sequences = min(end - from, kChunk);
+      for (int from = begin; from < end; from += chunk_size()) {
+        const int sequences = min(end - from, chunk_size());
         if (from != loaded) {
           tiles = next_chunk(memory.chunk, p.cu_seqlens_q, p.cu_seqlens_k, p.wide_offsets, from, sequences, Blocks::kOfKeys,
                              blocks.size(), p.max_items);
@@ -347,53 +367,41 @@ struct ListBuilder {
       before = {};
       return own;
     }
-    if (threadIdx.x < 32) {
-      const bool is_before = threadIdx.x < blockIdx.x;
-      Totals part = {};
-      if (threadIdx.x < kCtas) part = of(own, threadIdx.x);
-      auto sum = [](unsigned value) { return __reduce_add_sync(0xffffffff, value); };
-      auto sum_of = [&](const Totals& part) {
-        return Totals{static_cast<int>(sum(part.items)), static_cast<int>(sum(part.slots)),
-                      __reduce_max_sync(0xffffffff, part.longest), sum(part.cost_low & 0xfffff),
-                      sum(part.cost_high + (part.cost_low >> 20))};
-      };
-      const Totals all = sum_of(part), before_this = sum_of(is_before ? part : Totals{});
-      if (threadIdx.x == 0) {
-        memory.all = all;
-        memory.before = before_this;
-      }
-    }
+    if (threadIdx.x < 32) sum_over_ctas<kCtas>(own, memory.all, memory.before);
     __syncthreads();
     before = memory.before;
     return memory.all;
   }
 
   // From the complete counts of all CTAs, of which none is before bucket `dearest` of its kind, the place in the list of each
-  // bucket's first item of this CTA, for all threads after their next barrier. Calls each(bucket, where it begins, of all
-  // CTAs) in one thread.
+  // other bucket's first item of this CTA, for all threads after their next barrier. Calls each(bucket, where it begins, of
+  // all CTAs) in one thread.
   template <typename Each>
   __device__ __forceinline__ void begin_buckets(int dearest, Each each) {
-    const int per_thread = max(kBuckets / threads(), 1), first = per_thread * threadIdx.x;
+    const int live = kWorkBuckets - dearest;  // of a kind
+    const int each_has = share(kBuckets / kWorkBuckets * live), first = each_has * threadIdx.x;
+    const int last = min(first + each_has, kBuckets / kWorkBuckets * live);
+    auto bucket_of = [&](int number) { return number < live ? dearest + number : kWorkBuckets + dearest + number - live; };
     auto count = [&](int bucket, int& before) {
       int all = 0;
-      if (bucket < kBuckets && bucket % kWorkBuckets >= dearest) {
 #pragma unroll
-        for (int cta = 0; cta < kCtas; ++cta) {
-          if (cta == blockIdx.x) before = all;
-          all += of(memory.counts[bucket], cta);
-        }
+      for (int cta = 0; cta < kCtas; ++cta) {
+        if (cta == blockIdx.x) before = all;
+        all += of(memory.counts[bucket], cta);
       }
       return all;
     };
     int before = 0, all = 0;
 #pragma unroll 1
-    for (int i = 0; i < per_thread; ++i) all += count(first + i, before);
+    for (int number = first; number < last; ++number) all += count(bucket_of(number), before);
     int begin = sum_over_threads<1>({all}).before.of[0];
 #pragma unroll 1
-    for (int bucket = first; bucket < min(first + per_thread, kBuckets); ++bucket) {
+    for (int number = first; number < last; ++number) {
+      const int bucket = bucket_of(number);
+      if (each_has > 1) all = count(bucket, before);
       memory.begins[bucket] = begin + before;
       each(bucket, begin);
-      if (per_thread > 1) begin += count(bucket, before);
+      begin += all;
     }
   }
 

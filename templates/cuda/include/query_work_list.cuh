@@ -47,12 +47,12 @@ __device__ __forceinline__ void build_query_list(const Params& p) {
   builder.await_leave();
 }
 
-extern "C" __global__ void __launch_bounds__(kBuilderThreads, 1)
+extern "C" __global__ void __launch_bounds__(kAloneThreads, 1)
 jagtile_build_work_list(const __grid_constant__ Params p) {
   build_query_list<1>(p);
 }
 
-extern "C" __global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kBuilderThreads, 1)
+extern "C" __global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kClusterThreads, 1)
 jagtile_build_work_list_cluster(const __grid_constant__ Params p) {
   build_query_list<kClusterCtas>(p);
 }

@@ -111,8 +111,9 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
   int* tickets = piece_tickets(p);
 #pragma unroll 1
   for (int i = blockIdx.x * builder.threads() + threadIdx.x; i < p.results; i += kCtas * builder.threads()) tickets[i] = 0;
-  builder.begin_buckets(work_bucket(min(all.longest, piece_limit)), [&](int bucket, unsigned begin) {
-    if (bucket == kWorkBuckets) order = {begin, count - begin, Divisor(max(begin, 1)), Divisor(max(count - begin, 1))};
+  const int dearest = work_bucket(min(all.longest, piece_limit));
+  builder.begin_buckets(dearest, [&](int bucket, unsigned begin) {
+    if (bucket == kWorkBuckets + dearest) order = {begin, count - begin, Divisor(max(begin, 1)), Divisor(max(count - begin, 1))};
   });
   builder.leave();
   __syncthreads();
@@ -125,8 +126,9 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
     builder.begin_round(tile);
     int place = before_chunk + tile, slot = 0;
     const bool active = tile < builder.tiles && place < own_most;
-    WorkItem item = first;
-    if (active && place != threadIdx.x) item = query_item(builder, tile);
+    const bool is_first = kCtas == 1 && place == threadIdx.x;  // threads of a cluster's CTAs have fewer registers
+    WorkItem item = {};
+    if (active) item = is_first ? first : query_item(builder, tile);
     Cut cut(item.kv_blocks);
     if (cuts) {
       cut = Cut(item.kv_blocks, piece_limit);
@@ -158,12 +160,12 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
   builder.await_leave();
 }
 
-extern "C" __global__ void __launch_bounds__(kBuilderThreads, 1)
+extern "C" __global__ void __launch_bounds__(kAloneThreads, 1)
 jagtile_build_split_work_list(const __grid_constant__ Params p) {
   build_split_list<1>(p);
 }
 
-extern "C" __global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kBuilderThreads, 1)
+extern "C" __global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kClusterThreads, 1)
 jagtile_build_split_work_list_cluster(const __grid_constant__ Params p) {
   build_split_list<kClusterCtas>(p);
 }
