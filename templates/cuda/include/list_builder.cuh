@@ -53,18 +53,24 @@ __device__ __forceinline__ int place_in_bucket(int* bucket_begin, int bucket) {
   return __shfl_sync(0xffffffff, position, leader) + __popc(peers & ((1u << lane) - 1));
 }
 
-// Stores each lane's item at its place, none where that is negative. Two lanes write an item together, so that memory gets
-// whole sectors.
+// Stores each lane's item at its place, none where that is negative. Two lanes write an item together, its two halves by one
+// instruction, so that memory gets whole sectors.
 __device__ __forceinline__ void store_items(WorkItem* items, int place, const WorkItem& item) {
   const bool odd = threadIdx.x & 1;
-  const int4 *halves = reinterpret_cast<const int4*>(&item), own = odd ? halves[1] : halves[0];
-  int4 other = odd ? halves[0] : halves[1];  // that of the partner's item which this lane writes
-  other = {__shfl_xor_sync(0xffffffff, other.x, 1), __shfl_xor_sync(0xffffffff, other.y, 1),
-           __shfl_xor_sync(0xffffffff, other.z, 1), __shfl_xor_sync(0xffffffff, other.w, 1)};
   const int place_of_other = __shfl_xor_sync(0xffffffff, place, 1);
-  const int first = odd ? place_of_other : place, second = odd ? place : place_of_other;
-  if (first >= 0) reinterpret_cast<int4*>(items + first)[odd] = odd ? other : own;
-  if (second >= 0) reinterpret_cast<int4*>(items + second)[odd] = odd ? own : other;
+  const int* words = reinterpret_cast<const int*>(&item);
+  uint32_t first[4], second[4];  // this lane's halves of the even lane's item, and of the odd one's
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int received = __shfl_xor_sync(0xffffffff, odd ? words[i] : words[4 + i], 1);
+    first[i] = computed_here(odd ? received : words[i]);  // or both are stored, under opposite predicates
+    second[i] = computed_here(odd ? words[4 + i] : received);
+  }
+  auto store = [&](int place, const uint32_t(&half)[4]) {
+    if (place >= 0) reinterpret_cast<uint4*>(items + place)[odd] = {half[0], half[1], half[2], half[3]};
+  };
+  store(odd ? place_of_other : place, first);
+  store(odd ? place : place_of_other, second);
 }
 
 template <int kValues>
