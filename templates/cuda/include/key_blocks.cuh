@@ -92,7 +92,13 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
   constexpr int kHeld = kCtas == 1 ? kPerThread * kAloneThreads : 0;
   __shared__ int held_ranks[kHeld + 1];
   __shared__ ItemsBefore held_before[kHeld + 1];
-  Builder builder(p, memory);
+  const int thread = threadIdx.x, threads = Builder::threads();
+  Builder builder(p, memory, [&] {
+#pragma unroll 1
+    for (int word = blockIdx.x * threads + thread; word < (p.total_q + 31) / 32; word += kCtas * threads) {
+      p.direct[word] = p.summed[word] = 0;
+    }
+  });
   WorkItem* items = work_items(p.work_list);
   // Of sequences, in place of a second order of items.
   int* const ranks = kHeld ? held_ranks : reinterpret_cast<int*>(items + p.max_items);
@@ -101,15 +107,10 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
   const KeyBlocks& blocks = builder.blocks;
   const auto& chunk = memory.chunk;
 
-  const int thread = threadIdx.x;
-#pragma unroll 1
-  for (int word = blockIdx.x * builder.threads() + thread; word < (p.total_q + 31) / 32; word += kCtas * builder.threads()) {
-    p.direct[word] = p.summed[word] = 0;
-  }
   int longest = 0, with_keys = 0;
   builder.for_each_chunk([&](int sequences) {
 #pragma unroll 1
-    for (int i = thread; i < sequences; i += builder.threads()) {
+    for (int i = thread; i < sequences; i += threads) {
       if (chunk.first_tile[i] == chunk.first_tile[i + 1]) continue;
       const int steps = blocks.longest(chunk.sequence(i));
       atomicAdd(&memory.counts[work_bucket(steps)], 1);
@@ -128,7 +129,7 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
 
   builder.for_each_chunk([&](int sequences) {
 #pragma unroll 1
-    for (int i = thread; i - thread < sequences; i += builder.threads()) {
+    for (int i = thread; i - thread < sequences; i += threads) {
       builder.begin_round(i);  // sequences that are sorted alike stay in order
       const int count = i < sequences ? chunk.first_tile[i + 1] - chunk.first_tile[i] : 0;
       const int bucket = count > 0 ? work_bucket(blocks.longest(chunk.sequence(i))) : -1;
@@ -209,14 +210,14 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
   };
   builder.for_each_chunk([&](int sequences) {
 #pragma unroll 1
-    for (int tile = thread; tile - thread < builder.tiles; tile += builder.threads()) {
+    for (int tile = thread; tile - thread < builder.tiles; tile += threads) {
       WorkItem item = {};
       const int place = place_of(tile, item);
       store_items(items, place, item);
     }
     // Last, as nobody waits for these bits.
 #pragma unroll 1
-    for (int i = thread; i - thread < sequences; i += builder.threads()) {
+    for (int i = thread; i - thread < sequences; i += threads) {
       mark_queries(p, i < sequences ? blocks.item(chunk.sequence(i), 0) : WorkItem{});
     }
   });

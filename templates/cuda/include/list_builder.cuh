@@ -286,17 +286,20 @@ struct ListBuilder {
   const Blocks blocks;
   int loaded, tiles;      // the first sequence of the chunk in shared memory, and that chunk's tiles
 
-  template <typename P>
-  __device__ __forceinline__ ListBuilder(const P& p, Memory& memory) : ListBuilder(p, memory, (p.batch + kCtas - 1) / kCtas) {}
+  // Calls meanwhile() while offsets are on their way.
+  template <typename P, typename Meanwhile>
+  __device__ __forceinline__ ListBuilder(const P& p, Memory& memory, Meanwhile meanwhile)
+      : ListBuilder(p, memory, meanwhile, (p.batch + kCtas - 1) / kCtas) {}
 
-  template <typename P>
-  __device__ __forceinline__ ListBuilder(const P& p, Memory& memory, int share)
+  template <typename P, typename Meanwhile>
+  __device__ __forceinline__ ListBuilder(const P& p, Memory& memory, Meanwhile meanwhile, int share)
       : memory(memory),
         begin(min(share * static_cast<int>(blockIdx.x), p.batch)),
         end(min(begin + share, p.batch)),
         offsets(p.cu_seqlens_q, p.cu_seqlens_k, p.wide_offsets, begin, min(end - begin, chunk_size())),
         blocks(p),
         loaded(begin) {
+    meanwhile();
     clear_counts();
     if (threadIdx.x < 3) memory.totals[threadIdx.x] = {};
     tiles = cut_chunk(memory.chunk, offsets, Blocks::kOfKeys, blocks.size(), p.max_items);

@@ -9,7 +9,7 @@ template <int kCtas>
 __device__ __forceinline__ void build_query_list(const Params& p) {
   using Builder = ListBuilder<kCtas, kWorkBuckets, QueryBlocks>;
   __shared__ typename Builder::Memory memory;
-  Builder builder(p, memory);
+  Builder builder(p, memory, [] {});
   WorkItem* items = work_items(p.work_list);
 
   Totals before;

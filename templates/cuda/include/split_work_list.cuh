@@ -74,7 +74,12 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
   using Builder = ListBuilder<kCtas, 2 * kWorkBuckets, QueryBlocks>;
   __shared__ typename Builder::Memory memory;
   __shared__ Interleaving order;
-  Builder builder(p, memory);
+  Builder builder(p, memory, [&] {
+    int* tickets = piece_tickets(p);
+    const int threads = Builder::threads();
+#pragma unroll 1
+    for (int i = blockIdx.x * threads + threadIdx.x; i < p.results; i += kCtas * threads) tickets[i] = 0;
+  });
   WorkItem* items = work_items(p.work_list);
 
   Totals before;
@@ -108,9 +113,6 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
     *static_cast<WorkListHeader*>(p.work_list) = {count, min(all.longest, piece_limit), static_cast<float>(all.cost()),
                                                   together};
   }
-  int* tickets = piece_tickets(p);
-#pragma unroll 1
-  for (int i = blockIdx.x * builder.threads() + threadIdx.x; i < p.results; i += kCtas * builder.threads()) tickets[i] = 0;
   const int dearest = work_bucket(min(all.longest, piece_limit));
   builder.begin_buckets(dearest, [&](int bucket, unsigned begin) {
     if (bucket == kWorkBuckets + dearest) order = {begin, count - begin, Divisor(max(begin, 1)), Divisor(max(count - begin, 1))};
