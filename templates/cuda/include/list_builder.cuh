@@ -1,5 +1,6 @@
 // What the kernels that build work lists share. One CTA builds a short list, a cluster of them a long one: each CTA has its
-// share of the sequences. Offsets are read once, into shared memory; CTAs read each other's counts there.
+// share of the sequences. Offsets are read once, into shared memory; CTAs read each other's counts there. The host chooses
+// how many threads a CTA has (runtime/cuda/list_builder.py).
 #pragma once
 #include <cstdint>
 
