@@ -114,5 +114,5 @@ def test_builders_are_launched_as_they_were_compiled() -> None:
     found = {name: int(value) for name, value in re.findall(r"\b(k\w+) = (\d+)[,;]", text)}
     assert list_builder.ALONE_THREADS[1] == found["kAloneThreads"]
     assert list_builder.CLUSTER_THREADS[1] == found["kClusterThreads"]
-    assert list_builder.CLUSTER_CTAS == found["kClusterCtas"]
-    assert list_builder.MOST_SEQUENCES_ALONE == found["kPerThread"] * found["kAloneThreads"]
+    assert found["kClusterCtas"] == list_builder.CLUSTER_CTAS
+    assert found["kPerThread"] * found["kAloneThreads"] == list_builder.MOST_SEQUENCES_ALONE
