@@ -3,9 +3,12 @@
     PYTHONPATH=.pkg python benchmarks/work_list.py [--most 16384] [--causal]
 
 Batches of 64 sequences and up, 64 tokens each on average. For each of the lists (a forward's, that of a forward which
-splits keys, a backward's, with and without an order of additions) both builders take a turn, one CTA and a cluster;
-that which a launch would choose has a star. Offsets are new in every call, so that every call builds its list, and the
-attention kernel runs in between. Prints the median device time of the builder, as torch's profiler (CUPTI) saw it.
+splits keys, a backward's, with and without an order of additions) all builders take a turn: one CTA, of up to 1024
+sequences, with as many threads as a launch would give it and with 512; a cluster of eight CTAs, with as many threads as
+a launch would give them and with 1024, and one of sixteen, which not every GPU has. That which a launch would choose
+has a star. Offsets are new in every call, so that every call builds its list, and the attention kernel runs in between.
+Prints the median device time of the builder, as torch's profiler (CUPTI) saw it. With --carveout builders ask for as
+much shared memory as attention kernels have.
 Every list is compared with one that the host built, also where captured graphs build it for offsets that change
 between replays.
 """
@@ -16,17 +19,19 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from jagtile.generator import list_oracle
-from jagtile.generator.build import build_one
+from jagtile.generator import build, list_oracle
+from jagtile.generator.render import Source
 from jagtile.generator.tile import Variant
 from jagtile.runtime import cuda
-from jagtile.runtime.cuda import CudaBackwardKernel, CudaForwardKernel, list_builder, work_list
+from jagtile.runtime.cuda import CudaBackwardKernel, CudaForwardKernel, driver, list_builder, work_list
 
 CALLS = 21
 HEADS, DIM = 4, 64
@@ -35,7 +40,23 @@ LISTS = {  # variants with tiles of 64 queries, or keys
     "split": "fwd_bf16_d64{}/split_m64_n64_s2_q1_c1",
     "backward": "bwd_bf16_d64{}/keyblocks_m64_n64_s2_c1_dbulk_o0_k1_hnone_l0_e1",
 }
-BUILDERS = {"one CTA": 1 << 30, "cluster": 0}  # the longest list of one CTA
+
+
+class Builder(NamedTuple):
+    """Who builds a list."""
+
+    alone: bool
+    fewest_threads: int = 0
+    ctas: int = list_builder.CLUSTER_CTAS
+
+
+BUILDERS = {
+    "one CTA": Builder(True),
+    "512 threads": Builder(True, fewest_threads=512),
+    "8 CTAs": Builder(False),
+    "1024 threads": Builder(False, fewest_threads=1024),
+    "16 CTAs": Builder(False, ctas=16),
+}
 
 Offsets = torch.Tensor
 
@@ -43,9 +64,9 @@ Offsets = torch.Tensor
 class Case:
     """A kernel and a batch; calls build the list and run the attention behind it."""
 
-    def __init__(self, kernel: object, lengths: torch.Tensor, causal: bool, in_order: bool) -> None:
-        assert isinstance(kernel, (CudaForwardKernel, CudaBackwardKernel))
-        self.kernel, self.causal, self.in_order = kernel, causal, in_order
+    def __init__(self, kernels: dict[int, Any], lengths: torch.Tensor, causal: bool, in_order: bool) -> None:
+        self.kernels, self.causal, self.in_order = kernels, causal, in_order
+        self.kernel = kernels[list_builder.CLUSTER_CTAS]
         self.offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().cuda()
         self.x = torch.randn((int(lengths.sum()), HEADS, DIM), dtype=torch.bfloat16).cuda()
         self.lse = self.x.new_zeros((HEADS, len(self.x)), dtype=torch.float32)
@@ -123,22 +144,56 @@ def check_replays(case: Case) -> None:
         case.check(offsets)
 
 
+def at_least(threads: int, bounds: tuple[int, int]) -> tuple[int, int]:
+    """Other bounds of a CTA's threads."""
+    return max(threads, bounds[0]), bounds[1]
+
+
 @contextmanager
-def built_by(builder: str) -> Iterator[None]:
-    """All lists by one CTA, or by a cluster."""
-    with mock.patch.object(list_builder, "MOST_ALONE", BUILDERS[builder]):
+def built_by(case: Case, builder: Builder) -> Iterator[None]:
+    """All lists of a case by one builder."""
+    case.kernel = case.kernels[builder.ctas]
+    with (
+        mock.patch.object(list_builder, "MOST_ALONE", 1 << 30 if builder.alone else 0),
+        mock.patch.object(list_builder, "ALONE_THREADS", at_least(builder.fewest_threads, list_builder.ALONE_THREADS)),
+        mock.patch.object(
+            list_builder, "CLUSTER_THREADS", at_least(builder.fewest_threads, list_builder.CLUSTER_THREADS)
+        ),
+        mock.patch.object(list_builder, "CLUSTER_CTAS", builder.ctas),
+    ):
         yield
+
+
+def load(variant: Variant, ctas: int, carveout: bool) -> Any:
+    """A kernel whose longer lists are built by so many CTAs."""
+    rendered = build.render
+
+    def render(*given: Any) -> Source:
+        source = rendered(*given)
+        old, new = (f"constexpr int kClusterCtas = {n};" for n in (list_builder.CLUSTER_CTAS, ctas))
+        assert sum(text.count(old) for _, text in source.headers) == 1
+        return replace(source, headers=tuple((path, text.replace(old, new)) for path, text in source.headers))
+
+    with mock.patch.object(build, "render", render):
+        kernel = cuda.load(build.build_one(variant), torch.device("cuda", torch.cuda.current_device()))
+    assert isinstance(kernel, (CudaForwardKernel, CudaBackwardKernel))
+    attributes = driver.bindings().CUfunction_attribute
+    cluster = kernel._builder._cluster
+    driver.call("cuFuncSetAttribute", cluster, attributes.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
+    for function in (kernel._builder._alone, cluster) if carveout else ():
+        driver.call("cuFuncSetAttribute", function, attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100)
+    return kernel
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[torch.Tensor], Case]]]:
     """Each kind of list, and what makes a case of it for given lengths."""
     for name, text in LISTS.items():
         variant = Variant.parse("sm_90a/" + text.format("_causal" if options.causal else ""))
-        kernel = cuda.load(build_one(variant), torch.device("cuda", torch.cuda.current_device()))
+        kernels = {ctas: load(variant, ctas, options.carveout) for ctas in {one.ctas for one in BUILDERS.values()}}
         for in_order in (False, True) if name == "backward" else (False,):
 
-            def case(lengths: torch.Tensor, kernel: object = kernel, in_order: bool = in_order) -> Case:
-                return Case(kernel, lengths, options.causal, in_order)
+            def case(lengths: torch.Tensor, kernels: dict[int, Any] = kernels, in_order: bool = in_order) -> Case:
+                return Case(kernels, lengths, options.causal, in_order)
 
             yield f"{name}, in order" if in_order else name, case
 
@@ -149,21 +204,25 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=16384, help="sequences of the largest batch")
     parser.add_argument("--mean", type=int, default=64, help="tokens a sequence")
     parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--carveout", action="store_true")
     options = parser.parse_args()
     for name, make in cases(options):
         batch = 64
         while batch <= options.most:
             lengths = torch.randint(0, 2 * options.mean + 1, (batch,), generator=torch.Generator().manual_seed(batch))
             case = make(lengths)
-            times = []
-            for builder in BUILDERS:
-                with built_by(builder):
-                    times.append(f"{builder} {builder_time(case):7.2f} us")
+            times = {}
+            for builder, how in BUILDERS.items():
+                if how.alone and batch > list_builder.MOST_SEQUENCES_ALONE:
+                    continue
+                with built_by(case, how):
+                    times[builder] = f"{builder_time(case):6.2f} us"
                     check_replays(case)
             assert case.built is not None
-            chosen = int(case.built.max_items - case.extra_items > list_builder.MOST_ALONE)
-            times[chosen] += " *"
-            print(f"{name:20} B {batch:6}  {'  '.join(f'{time:22}' for time in times)}  lists right", flush=True)
+            few = case.built.max_items - case.extra_items <= list_builder.MOST_ALONE and "one CTA" in times
+            times["one CTA" if few else "8 CTAs"] += " *"
+            columns = "  ".join(f"{builder} {times.get(builder, '-'):11}" for builder in BUILDERS)
+            print(f"{name:20} B {batch:6}  {columns}  lists right", flush=True)
             batch *= 4
 
 

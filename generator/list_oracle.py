@@ -29,6 +29,7 @@ class BuiltList(NamedTuple):
 
     longest: int
     total: float
+    heads_together: int  # 1: dearest blocks first, 2: sequence by sequence
     by_cost: Ints
     by_sequence: Ints
     max_items: int
@@ -37,12 +38,12 @@ class BuiltList(NamedTuple):
 def read(data: bytes, max_items: int) -> BuiltList:
     """The list in the bytes of its buffer."""
     count, longest = (int(number) for number in np.frombuffer(data, np.int32, 2))
-    total = float(np.frombuffer(data, np.float32, 1, 8)[0])
+    total, together = float(np.frombuffer(data, np.float32, 1, 8)[0]), int(np.frombuffer(data, np.int32, 1, 12)[0])
     assert 0 <= count <= max_items, f"{count} items, with room for {max_items}"
     assert not np.frombuffer(data, np.int32, 2, 16).any(), "counters that are not zero"
     words = np.frombuffer(data, np.int32, 2 * max_items * WORK_ITEM_BYTES // 4, WORK_LIST_HEADER_BYTES)
     items = words.reshape(2, max_items, -1).astype(np.int64)[:, :count]
-    return BuiltList(longest, total, items[0], items[1], max_items)
+    return BuiltList(longest, total, together, items[0], items[1], max_items)
 
 
 def bucket(cost: Ints) -> Ints:
@@ -95,12 +96,14 @@ def assert_right_queries(
     """A forward's list; ``extra_items``: of a kernel that splits keys."""
     tiles = _query_tiles(offsets_q, offsets_k, how, built.max_items - (extra_items or 0))
     items = _pieces(tiles, how, extra_items) if extra_items else tiles
+    assert (built.heads_together > 0) == (len(tiles) <= 2 * (len(offsets_q) - 1)), "whether heads go together"
     first = np.flatnonzero(np.diff(tiles[:, 4], prepend=0) <= 0) if len(tiles) else np.zeros(0, np.int64)
     lengths = np.diff(first, append=len(tiles))
     within = np.arange(len(tiles)) - np.repeat(first, lengths)
     backwards = np.repeat(first + lengths - 1, lengths) - within
     expected = items[::-1] if extra_items is not None else tiles[backwards]
-    assert np.array_equal(built.by_sequence, expected), "the list by sequences"
+    # Nobody reads it where all heads go together, dearest blocks first.
+    assert built.heads_together == 1 or np.array_equal(built.by_sequence, expected), "the list by sequences"
     assert built.longest == (items[:, 5] - items[:, 6]).max(initial=0), "the longest item"
     assert built.total == np.float32(tiles[:, 5].sum()), "the sum of all costs"
 

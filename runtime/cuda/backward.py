@@ -153,7 +153,7 @@ class CudaBackwardKernel:
         )
         launch, arguments = self._launch, block.arguments
         if found is None:
-            self._builder.build(launch, items.max_items, stream, arguments)
+            self._builder.build(launch, items.batch, items.max_items, stream, arguments)
             work_list.keep(cu_seqlens_q, cu_seqlens_k, key, items)
         row_ctas = -(-(-(-total_q // _ROW_TOKENS) * heads) // (_ROW_THREADS // 32))
         launch(self._prepare, row_ctas, _ROW_THREADS, 0, stream, arguments)

@@ -130,7 +130,7 @@ class CudaForwardKernel:
                 partials.data_ptr(),
             )
         if found is None:
-            self._builder.build(self._launch, items.max_items - packs.extra_items, stream, block.arguments)
+            self._builder.build(self._launch, items.batch, items.max_items - packs.extra_items, stream, block.arguments)
             work_list.keep(cu_seqlens_q, cu_seqlens_k, key, items)
         self._launch(self._kernel, min(self._slots, tiles), self._threads, self._smem, stream, block.arguments)
 

@@ -67,7 +67,7 @@ def assert_right(
 
 @pytest.fixture(params=["one CTA", "a cluster"])
 def builders(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who builds every list of the test, whatever its length."""
+    """Who builds every list of the test, whatever its length: one CTA those of up to 1024 sequences."""
     monkeypatch.setattr(list_builder, "MOST_ALONE", 1 << 30 if request.param == "one CTA" else 0)
 
 
@@ -78,14 +78,14 @@ def lengths(batch: int, longest: int, seed: int) -> list[int]:
 
 @pytest.mark.usefixtures("builders")
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("batch", [1, 9, 64, 2049])
+@pytest.mark.parametrize("batch", [1, 9, 1023, 2049])
 def test_any_number_of_sequences(name: str, batch: int) -> None:
     queries, keys = (lengths(batch, 130, batch + which) for which in (0, 1))
     assert_right(built(name), [*queries, 3], [*keys, 3], bottom_right=batch % 2 == 0)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("batch", [1023, 1024, 1025])
+@pytest.mark.parametrize("batch", [1024, 1025])
 def test_lists_around_the_length_from_which_a_cluster_builds_them(name: str, batch: int) -> None:
     ones = [1] * batch
     assert_right(built(name), ones, ones, tokens=64)
@@ -101,7 +101,7 @@ def test_more_sequences_than_fit_into_the_shared_memory_of_a_cluster(name: str, 
 @pytest.mark.usefixtures("builders")
 @pytest.mark.parametrize("name", NAMES)
 def test_one_long_sequence_among_thousands_of_single_tokens(name: str) -> None:
-    skewed = [*[1] * 2500, 100_000, *[1] * 1200]
+    skewed = [*[1] * 500, 100_000, *[1] * 400]
     assert_right(built(name), skewed, skewed)
     assert_right(built(name), [1] * len(skewed), skewed, bottom_right=True)
 
@@ -109,9 +109,9 @@ def test_one_long_sequence_among_thousands_of_single_tokens(name: str) -> None:
 @pytest.mark.usefixtures("builders")
 @pytest.mark.parametrize("name", NAMES)
 def test_sequences_that_are_empty_and_batches_of_them(name: str) -> None:
-    assert_right(built(name), [0] * 3000, [1] * 3000)
-    assert_right(built(name), [0] * 3000, [0] * 2999 + [5])
-    assert_right(built(name), [*[0] * 2500, 70, *[0] * 500], [1] * 3001)
+    assert_right(built(name), [0] * 1000, [1] * 1000)
+    assert_right(built(name), [0] * 1000, [0] * 999 + [5])
+    assert_right(built(name), [*[0] * 600, 70, *[0] * 300], [1] * 901)
 
 
 @pytest.mark.usefixtures("builders")
@@ -124,16 +124,16 @@ def test_tiles_beyond_the_room_that_wrong_offsets_promise_are_left_out(name: str
 
 @pytest.mark.usefixtures("builders")
 def test_keys_are_cut_in_a_long_list_too() -> None:
-    queries, keys = lengths(2100, 90, 5), lengths(2100, 300, 6)
-    keys[::300] = [9000] * 7
+    queries, keys = lengths(1000, 90, 5), lengths(1000, 300, 6)
+    keys[::150] = [9000] * 7
     assert_right(built(SPLIT), queries, keys, heads=1, processors=30)
 
 
 @pytest.mark.usefixtures("builders")
 @pytest.mark.parametrize("name", NAMES)
 def test_sequences_of_tiles_beyond_those_held_are_searched_for(name: str) -> None:
-    artifact = built(name, "constexpr int kHeldTiles = 4096;", "constexpr int kHeldTiles = 64;")
-    some = lengths(3000, 200, 9)
+    artifact = built(name, "kHeldTiles = 2 * kMostThreads + 1024;", "kHeldTiles = 64;")
+    some = lengths(1000, 200, 9)
     assert_right(artifact, some, some)
 
 
@@ -178,7 +178,7 @@ def assert_right_of_keys(
 
 
 @pytest.mark.usefixtures("builders")
-@pytest.mark.parametrize("batch", [1, 9, 2049])
+@pytest.mark.parametrize("batch", [1, 9, 1023, 2049])
 @pytest.mark.parametrize("in_order", [False, True])
 def test_key_blocks_of_any_number_of_sequences(batch: int, in_order: bool) -> None:
     queries, keys = (lengths(batch, 200, batch + which) for which in (0, 1))
@@ -195,7 +195,7 @@ def test_key_blocks_of_more_sequences_than_fit_into_the_shared_memory_of_a_clust
 @pytest.mark.usefixtures("builders")
 @pytest.mark.parametrize("heads", [(1, 1), (24, 8)])
 def test_key_blocks_of_a_long_sequence_among_thousands_of_single_tokens(heads: tuple[int, int]) -> None:
-    skewed = [*[1] * 2500, 30_000, *[1] * 1200]
+    skewed = [*[1] * 500, 30_000, *[1] * 400]
     assert_right_of_keys(skewed, skewed, heads, causal=True)
     assert_right_of_keys([1] * len(skewed), skewed, heads, causal=True, bottom_right=True)
     assert_right_of_keys(skewed, [1] * len(skewed), heads, causal=True, bottom_right=True)
@@ -203,8 +203,8 @@ def test_key_blocks_of_a_long_sequence_among_thousands_of_single_tokens(heads: t
 
 @pytest.mark.usefixtures("builders")
 def test_key_blocks_of_sequences_that_are_empty() -> None:
-    assert_right_of_keys([*[0] * 2999, 5], [*[0] * 2998, 1, 0])
-    assert_right_of_keys([1] * 3000, [*[0] * 2999, 70])
+    assert_right_of_keys([*[0] * 999, 5], [*[0] * 998, 1, 0])
+    assert_right_of_keys([1] * 1000, [*[0] * 999, 70])
 
 
 @pytest.mark.usefixtures("builders")
@@ -221,7 +221,7 @@ def test_nothing_is_written_beyond_the_room_for_key_blocks() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "report"),
     [
-        ("      cluster_arrive();\n      cluster_wait();\n", "", "may not have begun yet"),
+        ("      cluster_arrive();\n      cluster_wait();\n", "", "may not have begun yet|is not ordered after"),
         ("    if (kCtas > 1) cluster_wait();\n", "", "the CTA's end is not ordered after the read"),
     ],
 )

@@ -28,6 +28,7 @@ class Driver:
         self.stream = 0
         self.encoded = 0
         self.launches: list[tuple[str, int, dict[str, int]]] = []
+        self.threads: list[int] = []  # of a CTA
 
     def encode(self, address: int, *layout: object) -> bytes:
         """A map that holds the address, then its heads, strides in bytes and rows and heads of the box."""
@@ -35,7 +36,7 @@ class Driver:
         _dtype, dim, heads, token_stride, head_stride, *box = layout
         return struct.pack("<7Q", address, dim, heads, token_stride, head_stride, *box).ljust(tensor_map.MAP_BYTES)
 
-    def launch(self, name: str, grid: int, block: bytearray) -> None:
+    def launch(self, name: str, grid: int, threads: int, block: bytearray) -> None:
         scalars = params.SCALARS.unpack_from(block, params.SCALARS_OFFSET)
         scalars += params.SPLIT_SCALARS.unpack_from(block, params.SPLIT_OFFSET)
         names = [*params.POINTERS, *params.INTEGERS, "scale_log2", *params.SPLIT_INTEGERS, *params.SPLIT_POINTERS]
@@ -43,6 +44,7 @@ class Driver:
         for index, which in enumerate(params.MAPS):
             fields[which] = struct.unpack_from("<7Q", block, index * tensor_map.MAP_BYTES)
         self.launches.append((name, grid, fields))
+        self.threads.append(threads)
 
     @property
     def names(self) -> list[str]:
@@ -86,7 +88,9 @@ def load(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Callable[..., forwa
         load_module=lambda _: None,
         function=lambda _module, symbol, _smem=0: symbol,
         Launcher=lambda _: (
-            lambda name, grid, _threads, _smem, _stream, _arguments: driver.launch(name, grid, loaded._block.data)
+            lambda name, grid, threads, _smem, _stream, _arguments: driver.launch(
+                name, grid, threads, loaded._block.data
+            )
         ),
     )
     for module in (forward, list_builder):
@@ -300,18 +304,22 @@ def test_a_list_is_built_once_for_all_layers(driver, kernel):
     assert driver.names == ["jagtile_build_work_list", *["attention"] * 3]
 
 
-@pytest.mark.parametrize("blocks", [list_builder.MOST_ALONE, list_builder.MOST_ALONE + 1])
-def test_a_cluster_builds_what_is_too_long_for_one_cta(driver, load, blocks):
-    cu = offsets(*range(0, 10 * blocks + 1, 10))
-    launch(load(), cu, cu, tensors(BLOCK_M - 1))  # no more blocks than sequences
+@pytest.mark.parametrize(
+    ("sequences", "more_blocks", "threads"),
+    [(40, 10, 128), (300, 0, 256), (1024, 1024, 512), (1024, 1025, 256), (1025, 0, 256), (1100, 8000, 1024)],
+)
+def test_a_cluster_builds_what_is_too_long_for_one_cta(driver, load, sequences, more_blocks, threads):
+    cu = offsets(*range(0, 10 * sequences + 1, 10))
+    launch(load(), cu, cu, tensors(more_blocks * BLOCK_M + 1))
     name, grid, block = driver.launches[0]
-    assert block["max_items"] == blocks
-    alone = blocks == list_builder.MOST_ALONE
+    assert block["max_items"] == sequences + more_blocks
+    alone = sequences <= 1024 and more_blocks <= 1024
     assert (name, grid) == (("jagtile_build_work_list", 1) if alone else ("jagtile_build_work_list_cluster", 8))
+    assert driver.threads[0] == threads
 
 
 def test_room_for_pieces_does_not_make_a_list_long(driver, split_kernel):
-    launch(split_kernel, offsets(*range(1001)), offsets(*range(1001)), tensors(BLOCK_M - 1))
+    launch(split_kernel, offsets(*range(1001)), offsets(*range(1001)), tensors(1000 * BLOCK_M))
     name, _, block = driver.launches[0]
     assert block["max_items"] > list_builder.MOST_ALONE
     assert name == "jagtile_build_split_work_list"

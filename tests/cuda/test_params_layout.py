@@ -12,7 +12,7 @@ import pytest
 
 from jagtile.generator.render import TEMPLATES
 from jagtile.generator.toolchain import find_cxx
-from jagtile.runtime.cuda import backward_params, params
+from jagtile.runtime.cuda import backward_params, list_builder, params
 
 
 def _struct_fields(text: str, name: str) -> list[str]:
@@ -107,3 +107,12 @@ def test_scratch_of_a_backward_is_dq_in_float32_and_delta() -> None:
     total_q, heads, dim = 1000, 4, 96
     assert backward_params.scratch_bytes(total_q, heads, dim) == 4 * total_q * heads * (dim + 1)
     assert backward_params.scratch_bytes(total_q, heads, dim, turns=60) == 4 * total_q * heads * (dim + 1) + 4 * 60
+
+
+def test_builders_are_launched_as_they_were_compiled() -> None:
+    text = (TEMPLATES / "cuda/include/list_builder.cuh").read_text()
+    found = {name: int(value) for name, value in re.findall(r"\b(k\w+) = (\d+)[,;]", text)}
+    assert list_builder.ALONE_THREADS[1] == found["kAloneThreads"]
+    assert list_builder.CLUSTER_THREADS[1] == found["kClusterThreads"]
+    assert found["kClusterCtas"] == list_builder.CLUSTER_CTAS
+    assert found["kPerThread"] * found["kAloneThreads"] == list_builder.MOST_SEQUENCES_ALONE

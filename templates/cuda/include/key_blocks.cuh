@@ -13,6 +13,9 @@
 struct KeyBlocks {
   static constexpr bool kOfKeys = true;
   const BackwardParams& p;
+  Divisor rows;  // of a block
+
+  __device__ __forceinline__ explicit KeyBlocks(const BackwardParams& p) : p(p), rows(p.block_m) {}
 
   __device__ __forceinline__ int size() const { return p.block_n; }
 
@@ -27,9 +30,9 @@ struct KeyBlocks {
       }
       const int shift = p.bottom_right ? item.k_length - item.q_length : 0;
       const bool seen = item.row < item.q_length + shift;
-      first_row = seen ? max(item.row - shift, 0) / p.block_m * p.block_m : item.q_length;
+      first_row = seen ? rows.quotient(static_cast<unsigned>(max(item.row - shift, 0))) * rows.value : item.q_length;
     }
-    item.q_blocks = (item.q_length - first_row + p.block_m - 1) / p.block_m;
+    item.q_blocks = rows.blocks(item.q_length - first_row);
     return item;
   }
 
@@ -43,8 +46,8 @@ struct KeyBlocks {
   // 8 blocks of queries on 132 SMs, or 124 where additions have an order (8 MB of Q, dO and sums at D 128). Then tiles of
   // less than 16 steps come by so soon after each other that they would wait, and have more pairs.
   __device__ __forceinline__ float pairs(float steps) const {
-    const float per_step = 1.0f / fmaxf(steps, 1.0f);
-    return p.turns == nullptr ? sqrtf(1024.0f * per_step) : fmaxf(sqrtf(16384.0f * per_step), 512.0f * per_step);
+    const float root = rsqrtf(fmaxf(steps, 1.0f));
+    return p.turns == nullptr ? 32.0f * root : fmaxf(128.0f * root, 512.0f * root * root);
   }
 };
 
@@ -85,22 +88,29 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
   using Builder = ListBuilder<kCtas, kWorkBuckets, KeyBlocks>;
   __shared__ typename Builder::Memory memory;
   __shared__ int bucket_begin[kWorkBuckets + 1];
-  WorkItem* items = work_items(p.work_list);
-  int* ranks = reinterpret_cast<int*>(items + p.max_items);  // of sequences, in place of a second order of items
-  ItemsBefore* items_before = reinterpret_cast<ItemsBefore*>(items + 2 * p.max_items);  // by rank
-  const KeyBlocks blocks{p};
-  Builder builder(blocks, memory);
-  const Chunk& chunk = memory.chunk;
-
-  const int thread = threadIdx.x;
+  // One CTA has ranks and what comes before them in its shared memory, a cluster in the list's buffer.
+  constexpr int kHeld = kCtas == 1 ? kPerThread * kAloneThreads : 0;
+  __shared__ int held_ranks[kHeld + 1];
+  __shared__ ItemsBefore held_before[kHeld + 1];
+  const int thread = threadIdx.x, threads = Builder::threads();
+  Builder builder(p, memory, [&] {
 #pragma unroll 1
-  for (int word = blockIdx.x * kBuilderThreads + thread; word < (p.total_q + 31) / 32; word += kCtas * kBuilderThreads) {
-    p.direct[word] = p.summed[word] = 0;
-  }
+    for (int word = blockIdx.x * threads + thread; word < (p.total_q + 31) / 32; word += kCtas * threads) {
+      p.direct[word] = p.summed[word] = 0;
+    }
+  });
+  WorkItem* items = work_items(p.work_list);
+  // Of sequences, in place of a second order of items.
+  int* const ranks = kHeld ? held_ranks : reinterpret_cast<int*>(items + p.max_items);
+  // By rank.
+  ItemsBefore* const items_before = kHeld ? held_before : reinterpret_cast<ItemsBefore*>(items + 2 * p.max_items);
+  const KeyBlocks& blocks = builder.blocks;
+  const auto& chunk = memory.chunk;
+
   int longest = 0, with_keys = 0;
   builder.for_each_chunk([&](int sequences) {
 #pragma unroll 1
-    for (int i = thread; i < sequences; i += kBuilderThreads) {
+    for (int i = thread; i < sequences; i += threads) {
       if (chunk.first_tile[i] == chunk.first_tile[i + 1]) continue;
       const int steps = blocks.longest(chunk.sequence(i));
       atomicAdd(&memory.counts[work_bucket(steps)], 1);
@@ -113,49 +123,44 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
   Totals before;
   const Totals all = builder.over_all(memory.totals[0], before);
   const int ranked = all.items;
-  const int begin = builder.begin_buckets(work_bucket(all.longest));
-  if (thread < kWorkBuckets) bucket_begin[thread] = begin;
+  builder.begin_buckets(work_bucket(all.longest), [&](int bucket, int begin) { bucket_begin[bucket] = begin; });
   if (thread == 0) bucket_begin[kWorkBuckets] = ranked;
   __syncthreads();
 
   builder.for_each_chunk([&](int sequences) {
 #pragma unroll 1
-    for (int base = 0; base < sequences; base += kBuilderThreads) {
-      const int i = base + thread;
-      WorkItem item = {};
-      if (i < sequences) item = blocks.item(chunk.sequence(i), 0);
+    for (int i = thread; i - thread < sequences; i += threads) {
+      builder.begin_round(i);  // sequences that are sorted alike stay in order
       const int count = i < sequences ? chunk.first_tile[i + 1] - chunk.first_tile[i] : 0;
-      const int rank = place_in_bucket(memory.begins, count > 0 ? work_bucket(item.q_blocks * p.gqa_ratio) : -1);
+      const int bucket = count > 0 ? work_bucket(blocks.longest(chunk.sequence(i))) : -1;
+      const int rank = place_in_bucket(memory.begins, bucket);
       if (count > 0) {
         ranks[builder.loaded + i] = rank;
         items_before[rank] = {count, min(count, 2)};
       }
-      mark_queries(p, item);
-      __syncthreads();  // sequences that are sorted alike stay in order
     }
   });
   builder.await_others();
 
-  // From the items of each rank those before it, a share of the ranks a CTA.
-  const int end = min(builder.end, ranked);
+  // From the items of each rank those before it, a share of the ranks a CTA, and of that a share a thread.
+  const int each = builder.share(builder.end - builder.begin);
+  const int first_rank = builder.begin + each * thread, end_rank = min(min(first_rank + each, builder.end), ranked);
   ItemsBefore own = {};
 #pragma unroll 1
-  for (int rank = builder.begin + thread; rank < end; rank += kBuilderThreads) {
+  for (int rank = first_rank; rank < end_rank; ++rank) {
     const ItemsBefore here = items_before[rank];
     own = {own.all + here.all, own.of_two + here.of_two};
   }
-  memory.totals[1].add(own.all, own.of_two);
+  const auto sums = sum_over_threads<2>({own.all, own.of_two});
+  if (thread == 0) memory.totals[1] = {sums.all.of[0], sums.all.of[1]};
   const int wanted = builder.over_all(memory.totals[1], before).items;
   const int count = min(wanted, p.max_items);  // offsets may promise more tokens than there are
-  ItemsBefore next = {before.items, before.slots};
+  ItemsBefore next = {before.items + sums.before.of[0], before.slots + sums.before.of[1]};
 #pragma unroll 1
-  for (int base = builder.begin; base < end; base += kBuilderThreads) {
-    const int rank = base + thread;
-    const ItemsBefore here = rank < end ? items_before[rank] : ItemsBefore{};
-    const Sum items_here = sum_over_threads(here.all, memory.warp_sums);
-    const Sum of_two = sum_over_threads(here.of_two, memory.warp_sums);
-    if (rank < end) items_before[rank] = {next.all + items_here.before, next.of_two + of_two.before};
-    next = {next.all + items_here.all, next.of_two + of_two.all};
+  for (int rank = first_rank; rank < end_rank; ++rank) {
+    const ItemsBefore here = items_before[rank];
+    items_before[rank] = next;
+    next = {next.all + here.all, next.of_two + here.of_two};
   }
   if (blockIdx.x == 0 && thread == 0) {
     items_before[ranked].all = count;
@@ -164,28 +169,29 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
   builder.await_others();
 
   const int heads = p.heads / p.gqa_ratio;
-  builder.for_each_tile([&](int, int tile) {
-    if (tile >= builder.tiles) return;
+  auto place_of = [&](int tile, WorkItem& item) {
+    if (tile >= builder.tiles) return -1;
     const int owner = builder.owner(tile), block = tile - chunk.first_tile[owner];
     const int rank = ranks[builder.loaded + owner];
     const ItemsBefore before = items_before[rank];
     int place = before.all + block;
-    if (place >= count) return;
+    if (place >= count) return -1;
     const Sequence sequence = chunk.sequence(owner);
     const int bucket = work_bucket(blocks.longest(sequence));
-    WorkItem item = blocks.item(sequence, block);
+    item = blocks.item(sequence, block);
     item.turn = place;
     item.heads = heads;
     const float pairs = blocks.pairs(bucket_cost(bucket));  // the same for all of a bucket, whose sequences share places
     if (count < wanted) {
       // One after the other: sequences that are cut off leave no places empty.
     } else if (pairs < heads) {
-      const int groups = static_cast<int>(ceilf(heads / pairs));
+      const int groups = static_cast<int>(ceilf(__fdividef(heads, pairs)));
       item.heads = (heads + groups - 1) / groups;
     } else {
       // All heads, and the key blocks of a few sequences in turn. Each of these has a block.
-      const int members = static_cast<int>(pairs / heads + 0.5f);
-      const int first = rank - (rank - bucket_begin[bucket]) % members, end = min(first + members, bucket_begin[bucket + 1]);
+      const unsigned members = static_cast<unsigned>(__fdividef(pairs, heads) + 0.5f);
+      const int first = rank - static_cast<unsigned>(rank - bucket_begin[bucket]) % members;
+      const int end = min(first + static_cast<int>(members), bucket_begin[bucket + 1]);
       const ItemsBefore of_first = items_before[first];
       place = of_first.all;
       if (block == 0) {
@@ -200,16 +206,29 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
         }
       }
     }
-    items[place] = item;
+    return place;
+  };
+  builder.for_each_chunk([&](int sequences) {
+#pragma unroll 1
+    for (int tile = thread; tile - thread < builder.tiles; tile += threads) {
+      WorkItem item = {};
+      const int place = place_of(tile, item);
+      store_items(items, place, item);
+    }
+    // Last, as nobody waits for these bits.
+#pragma unroll 1
+    for (int i = thread; i - thread < sequences; i += threads) {
+      mark_queries(p, i < sequences ? blocks.item(chunk.sequence(i), 0) : WorkItem{});
+    }
   });
 }
 
-extern "C" __global__ void __launch_bounds__(kBuilderThreads, 1)
+extern "C" __global__ void __launch_bounds__(kAloneThreads, 1)
 jagtile_build_work_list(const __grid_constant__ BackwardParams p) {
   build_key_list<1>(p);
 }
 
-extern "C" __global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kBuilderThreads, 1)
+extern "C" __global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kClusterThreads, 1)
 jagtile_build_work_list_cluster(const __grid_constant__ BackwardParams p) {
   build_key_list<kClusterCtas>(p);
 }

@@ -1,8 +1,9 @@
 // Reading cu_seqlens: the offsets of a packed tensor's sequences, int32 or int64.
 #pragma once
 
+// The lower half of one of 64 bits.
 __device__ __forceinline__ int offset_at(const void* offsets, int index, int wide) {
-  return wide ? static_cast<int>(static_cast<const long long*>(offsets)[index]) : static_cast<const int*>(offsets)[index];
+  return static_cast<const int*>(offsets)[static_cast<long long>(index) << (wide != 0)];
 }
 
 // The first of the offsets low to high - 1 that is greater than `row`, else `high`. One thread.

@@ -7,6 +7,9 @@
 struct QueryBlocks {
   static constexpr bool kOfKeys = false;
   const Params& p;
+  Divisor keys;  // of a block
+
+  __device__ __forceinline__ explicit QueryBlocks(const Params& p) : p(p), keys(p.block_n) {}
 
   __device__ __forceinline__ int size() const { return p.block_m; }
 
@@ -18,7 +21,7 @@ struct QueryBlocks {
       const int shift = p.bottom_right ? item.k_length - item.q_length : 0;
       visible = min(visible, max(last_row + shift + 1, 0));
     }
-    item.kv_blocks = (visible + p.block_n - 1) / p.block_n;
+    item.kv_blocks = keys.blocks(visible);
     return item;
   }
 };
@@ -31,10 +34,10 @@ __device__ __forceinline__ WorkItem query_item(const Builder& builder, int tile)
 }
 
 // Counts the first tiles of all, as many as there is room for, by bucket(item). `before`: those of the CTAs before; `own_most`:
-// how many of this one's tiles are among them.
+// how many of this one's tiles are among them; `first`: the thread's item of the first round, if it is one of them.
 template <typename Builder, typename Bucket>
 __device__ __forceinline__ Totals count_query_blocks(Builder& builder, int room, Totals& before, int& own_most,
-                                                     Bucket bucket) {
+                                                     WorkItem& first, Bucket bucket) {
   own_most = room;
 #pragma unroll 1
   for (int attempt = 0;; ++attempt) {
@@ -43,6 +46,7 @@ __device__ __forceinline__ Totals count_query_blocks(Builder& builder, int room,
     const int tiles = builder.for_each_tile([&](int before_chunk, int tile) {
       if (tile >= builder.tiles || before_chunk + tile >= own_most) return;
       const WorkItem item = query_item(builder, tile);
+      if (before_chunk + tile == threadIdx.x) first = item;
       atomicAdd(&builder.memory.counts[bucket(item)], 1);
       longest = max(longest, item.kv_blocks);
       cost += item.kv_blocks;

@@ -72,14 +72,22 @@ __device__ __forceinline__ int bucket_of(const Params& p, const WorkItem& item, 
   return (item.q_length > p.block_m ? kWorkBuckets : 0) + work_bucket(kv_blocks);
 }
 
-// The place in the order of work of what is number `sorted` of `all`, of which `alone` are of the first kind: both kinds at
-// even distances, so that memory and tensor cores are busy at the same time.
-__device__ __forceinline__ int interleaved(int sorted, int alone, int all) {
-  const long long others = all - alone;
-  if (sorted < alone) return sorted + static_cast<int>(sorted * others / alone);
-  const int place = sorted - alone;
-  return place + static_cast<int>(min(((place + 1LL) * alone + others - 1) / others, static_cast<long long>(alone)));
-}
+// The places in the order of work of items that are sorted by kind and cost: both kinds at even distances, so that memory and
+// tensor cores are busy at the same time.
+struct Interleaving {
+  unsigned alone, others;  // how many are of the first kind, and of the second
+  Divisor by_alone, by_others;
+
+  // Of what is number `sorted` of all.
+  __device__ __forceinline__ int place(unsigned sorted) const {
+    if (alone == 0 || others == 0) return sorted;
+    const bool is_alone = sorted < alone;
+    const unsigned number = is_alone ? sorted : sorted - alone;
+    const unsigned long long scaled = is_alone ? 1ull * number * others : (number + 1ull) * alone + others - 1;
+    const unsigned of_others = (is_alone ? by_alone : by_others).quotient(scaled);
+    return number + (is_alone ? of_others : min(of_others, alone));
+  }
+};
 
 // All CTAs of a list: count, counting sort by kind and cost, write. Where keys are cut, which the work in all decides, pieces
 // are counted anew.
@@ -87,17 +95,19 @@ template <int kCtas>
 __device__ __forceinline__ void build_split_list(const Params& p) {
   using Builder = ListBuilder<kCtas, 2 * kWorkBuckets, QueryBlocks>;
   __shared__ typename Builder::Memory memory;
-  __shared__ int alone;  // items of the first kind
-  WorkItem* items = work_items(p.work_list);
-  const QueryBlocks blocks{p};
-  Builder builder(blocks, memory);
-  int* tickets = piece_tickets(p);
+  __shared__ Interleaving order;
+  Builder builder(p, memory, [&] {
+    int* tickets = piece_tickets(p);
+    const int threads = Builder::threads();
 #pragma unroll 1
-  for (int i = blockIdx.x * kBuilderThreads + threadIdx.x; i < p.results; i += kCtas * kBuilderThreads) tickets[i] = 0;
+    for (int i = blockIdx.x * threads + threadIdx.x; i < p.results; i += kCtas * threads) tickets[i] = 0;
+  });
+  WorkItem* items = work_items(p.work_list);
 
   Totals before;
   int own_most;
-  const Totals all = count_query_blocks(builder, p.max_items - p.extra_items, before, own_most,
+  WorkItem first = {};
+  const Totals all = count_query_blocks(builder, p.max_items - p.extra_items, before, own_most, first,
                                         [&](const WorkItem& item) { return bucket_of(p, item, item.kv_blocks); });
   const Limits limits(p, all.cost(), all.longest);
   const bool cuts = all.longest > min(limits.few_rows, limits.whole);
@@ -124,61 +134,65 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
     count = cut.items;
     longest = cut.longest;
   }
+  const int together = go_heads_together(all.items, p.batch, p.causal);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
-    *static_cast<WorkListHeader*>(p.work_list) = {count, longest, static_cast<float>(all.cost()),
-                                                  go_heads_together(all.items, p.batch, p.causal)};
+    *static_cast<WorkListHeader*>(p.work_list) = {count, longest, static_cast<float>(all.cost()), together};
   }
-  const int begin = builder.begin_buckets(work_bucket(longest));
-  if (threadIdx.x == kWorkBuckets) alone = begin;
+  const int dearest = work_bucket(longest);
+  builder.begin_buckets(dearest, [&](int bucket, unsigned begin) {
+    if (bucket == kWorkBuckets + dearest) order = {begin, count - begin, Divisor(max(begin, 1)), Divisor(max(count - begin, 1))};
+  });
   builder.leave();
   __syncthreads();
 
   // In the order of sequences from the last to the first, so that of each its last rows, the dearest, come first.
-  WorkItem* items_by_sequence = items + p.max_items + count - 1 - before.items;
+  WorkItem* items_by_sequence = items + p.max_items;
+  const int last = count - 1 - before.items;  // the place of this CTA's first
   int pieces = 0, slots = before.slots;  // of the tiles before
   builder.for_each_tile([&](int before_chunk, int tile) {
-    const bool active = tile < builder.tiles && before_chunk + tile < own_most;
-    WorkItem item = {};
-    if (active) item = query_item(builder, tile);
+    builder.begin_round(tile);
     int place = before_chunk + tile, slot = 0;
+    const bool active = tile < builder.tiles && place < own_most;
+    const bool is_first = kCtas == 1 && place == threadIdx.x;  // threads of a cluster's CTAs have fewer registers
+    WorkItem item = {};
+    if (active) item = is_first ? first : query_item(builder, tile);
     Cut cut(item.kv_blocks);
     if (cuts) {
       cut = Cut(item.kv_blocks, limits.longest_piece(p, item));
-      const Sum pieces_here = sum_over_threads(active ? cut.pieces : 0, memory.warp_sums);
-      const Sum slots_here = sum_over_threads(active && cut.pieces > 1 ? cut.pieces : 0, memory.warp_sums);
-      place = pieces + pieces_here.before;
-      slot = slots + slots_here.before;
-      pieces += pieces_here.all;
-      slots += slots_here.all;
+      const auto sums = sum_over_threads<2>({active ? cut.pieces : 0, active && cut.pieces > 1 ? cut.pieces : 0});
+      place = pieces + sums.before.of[0];
+      slot = slots + sums.before.of[1];
+      pieces += sums.all.of[0];
+      slots += sums.all.of[1];
     }
     const bool whole = active && cut.pieces == 1;
-    int longer = 0, others = place_in_bucket(memory.begins, whole ? bucket_of(p, item, cut.blocks) : -1);
+    const int sorted = place_in_bucket(memory.begins, whole ? bucket_of(p, item, cut.blocks) : -1);
+    store_items(items, whole ? order.place(sorted) : -1, item);
+    if (together != kDearestFirst) store_items(items_by_sequence, whole ? last - place : -1, item);
     if (active && !whole) {
+      int longer = 0;
       if (cut.longer > 0) longer = atomicAdd(&memory.begins[bucket_of(p, item, cut.blocks + 1)], cut.longer);
-      others = atomicAdd(&memory.begins[bucket_of(p, item, cut.blocks)], cut.pieces - cut.longer);
-    }
-    if (active) {
+      int others = atomicAdd(&memory.begins[bucket_of(p, item, cut.blocks)], cut.pieces - cut.longer);
       item.kv_blocks = 0;
 #pragma unroll 1
       for (int piece = 0; piece < cut.pieces; ++piece) {
-        if (!whole) item.piece = packed_piece(slot, piece, cut.pieces);
+        item.piece = packed_piece(slot, piece, cut.pieces);
         item.first_block = item.kv_blocks;
         item.kv_blocks += cut.blocks + (piece < cut.longer);
-        items[interleaved(piece < cut.longer ? longer++ : others++, alone, count)] = item;
-        items_by_sequence[-(place + piece)] = item;
+        items[order.place(piece < cut.longer ? longer++ : others++)] = item;
+        if (together != kDearestFirst) items_by_sequence[last - place - piece] = item;
       }
     }
-    __syncthreads();  // blocks of one sequence stay neighbours: they share in L2
   });
   builder.await_leave();
 }
 
-extern "C" __global__ void __launch_bounds__(kBuilderThreads, 1)
+extern "C" __global__ void __launch_bounds__(kAloneThreads, 1)
 jagtile_build_split_work_list(const __grid_constant__ Params p) {
   build_split_list<1>(p);
 }
 
-extern "C" __global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kBuilderThreads, 1)
+extern "C" __global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kClusterThreads, 1)
 jagtile_build_split_work_list_cluster(const __grid_constant__ Params p) {
   build_split_list<kClusterCtas>(p);
 }

@@ -200,7 +200,7 @@ void* dynamic_shared() { return current().cta->shared + kSharedBegin; }
 void* static_shared(int id, uint32_t bytes, uint32_t alignment) {
   Cta& cta = *current().cta;
   Cluster& cluster = *cta.cluster;
-  auto [at, fresh] = cluster.statics.try_emplace(id, 0);
+  auto [at, fresh] = cluster.statics.try_emplace({id, bytes}, 0);  // instantiations of a template differ
   if (fresh) {
     at->second = (cluster.end + alignment - 1) / alignment * alignment;
     cluster.end = at->second + bytes;

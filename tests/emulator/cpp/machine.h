@@ -139,7 +139,7 @@ struct Mbarrier {
 
 struct Cluster {  // CTAs that run at the same time and read each other's shared memory; often of one
   std::vector<Cta*> ctas;
-  std::map<int, uint32_t> statics;  // addresses in the window of each
+  std::map<std::pair<int, uint32_t>, uint32_t> statics;  // addresses in the window of each, by declaration and size
   uint32_t end = 0;
   uint64_t phase = 0;  // how often all have arrived at the barrier
   std::vector<Fiber*> waiting;
