@@ -73,7 +73,7 @@ def _pieces(tiles: Ints, how: Blocking, extra_items: int) -> Ints:
     part, fewest = -(-total // extra_items), -(-longest // _MOST_PIECES)
     few_rows = max(part, fewest, _SMALLEST_OF_FEW_ROWS // how.block_n, 1)
     piece = max(min((_PIECES_PER_CTA - 1) * part, longest), fewest, _SMALLEST_PIECE // how.block_n, 1)
-    whole = costs <= min(_PIECES_PER_CTA * part + _WORTH_CUTTING // how.block_n, max(longest, 1))
+    whole = costs <= min(2 * _PIECES_PER_CTA * part + _WORTH_CUTTING // how.block_n, max(longest, 1))
     limits = np.where(_FEW_ROWS * tiles[:, 1] <= how.block_m, few_rows, np.where(whole, np.maximum(costs, 1), piece))
     pieces = np.maximum(-(-costs // limits), 1)
     index = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -110,7 +110,9 @@ def assert_right_queries(
     number = {item.tobytes(): place for place, item in enumerate(np.ascontiguousarray(items))}
     order = np.array([number[item.tobytes()] for item in np.ascontiguousarray(built.by_cost)], np.int64)
     assert np.array_equal(np.sort(order), np.arange(len(items))), "each item once"
-    kinds = items[:, 1] > how.block_m if extra_items is not None else np.zeros(len(items), bool)
+    kinds = np.zeros(len(items), bool)
+    if extra_items and 8 * built.longest <= _PIECES_PER_CTA * -(-int(tiles[:, 5].sum()) // extra_items):
+        kinds = items[:, 1] > how.block_m
     if 0 < kinds.sum() < len(kinds):
         alone = len(kinds) - int(kinds.sum())
         places = np.arange(alone) + np.arange(alone) * int(kinds.sum()) // alone

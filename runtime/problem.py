@@ -14,7 +14,7 @@ DTYPE_NAMES: dict[torch.dtype, DType] = {torch.float32: "fp32", torch.bfloat16: 
 
 # Regime borders, in tokens of mean length; max_seqlen, where the caller gave it, counts an eighth, so that a batch with
 # a few very long sequences is treated by those, which hold most of its work.
-TINY_MEAN = 20
+TINY_MEAN = 18
 SHORT_MEAN = 96
 GROUP = 4  # query heads a kv head from which on SHORT_MEAN_OF_GROUPS holds: packed, few tokens fill a tile
 SHORT_MEAN_OF_GROUPS = 128
@@ -57,15 +57,16 @@ def regime_index(
 ) -> int:
     """Index into ``REGIMES``; max_seqlen 0 means unknown. Total, and monotone: longer never gives a shorter regime.
 
-    tiny: both mean lengths up to 20; short: up to 96, or 128 with a ``group`` of 4 or more query heads a kv head. Then,
-    where queries and keys differ by more than a factor of two, decode (up to 16 queries a sequence against more keys)
-    or cross. Otherwise medium below a mean of 1024, long from there on.
+    tiny: both mean lengths up to 18; short: up to 96. With a ``group`` of 4 or more query heads a kv head, which the
+    short regime packs into tiles, all up to 128 is short. Then, where queries and keys differ by more than a factor of
+    two, decode (up to 16 queries a sequence against more keys) or cross. Otherwise medium below a mean of 1024, long
+    from there on.
     """
     short_mean = SHORT_MEAN if group < GROUP else SHORT_MEAN_OF_GROUPS
     total = total_q if total_q > total_k else total_k
     longest = max_seqlen_q if max_seqlen_q > max_seqlen_k else max_seqlen_k
     if total <= short_mean * batch and longest <= short_mean * MAX_SHARE:
-        return 0 if total <= TINY_MEAN * batch and longest <= TINY_MEAN * MAX_SHARE else 1
+        return 0 if group < GROUP and total <= TINY_MEAN * batch and longest <= TINY_MEAN * MAX_SHARE else 1
     if total_k > UNEQUAL_RATIO * total_q:
         return 5 if total_q <= DECODE_MEAN * batch else 4
     if total_q > UNEQUAL_RATIO * total_k:

@@ -6,6 +6,7 @@ import itertools
 import random
 import struct
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
@@ -100,7 +101,7 @@ def test_a_piece_that_begins_on_the_diagonal_of_some_rows_and_beyond_that_of_oth
 @pytest.mark.parametrize("name", [ONE_GROUP, WIDE])
 @pytest.mark.parametrize("ratio", [1, 3])
 def test_whole_tiles_of_rows_are_added_up_from_many_pieces(name: str, ratio: int) -> None:
-    w = workload(name, (70, 64), (2700, 600), ratio=ratio, causal_alignment="bottom_right")
+    w = workload(name, (70, 64), (2700 if ratio == 1 else 6000, 600), ratio=ratio, causal_alignment="bottom_right")
     assert_right(name, w, w.make("cpu", "bf16", 9), processors=16, launches=2)
     assert max(item.pieces for item in build_list(name, w, 16).by_cost) >= (6 if ratio == 1 else 4)
 
@@ -265,16 +266,26 @@ def test_the_dearest_come_first_and_of_each_sequence_the_last_rows() -> None:
     queries, keys = (700, 1, 40, 300, 64, 1), (700, 1200, 900, 300, 70, 10)
     w = workload(ONE_GROUP, queries, keys, ratio=1, heads_kv=2, causal_alignment="bottom_right")
     found = build_list(ONE_GROUP, w, 3)
-    alone, sharing = ([item for item in found.by_cost if (item.q_length <= 64) == short] for short in (True, False))
-    for kind in (alone, sharing):
-        costs = [item.kv_blocks - item.first_block for item in kind]
-        for before, after in itertools.pairwise(costs):
-            assert after <= before * 17 / 16 + 1
-    # Sequences of one row block, which are bound by memory, among the others at even distances.
-    distance = len(sharing) / len(alone)
-    assert [found.by_cost.index(item) for item in alone] == [i + int(i * distance) for i in range(len(alone))]
+    assert_dearest_first(found.by_cost)
     places = [(item.q_begin, item.row, item.kv_blocks) for item in found.by_sequence]
     assert [place[:2] for place in places] == sorted((place[:2] for place in places), reverse=True)
+
+
+def assert_dearest_first(items: Sequence[Item]) -> None:
+    for before, after in itertools.pairwise(item.kv_blocks - item.first_block for item in items):
+        assert after <= before * 17 / 16 + 1
+
+
+def test_sequences_of_one_row_block_are_among_the_others_at_even_distances_where_no_tile_is_long() -> None:
+    """They are bound by memory."""
+    lengths = (150,) * 40 + (20,) * 20
+    w = workload(ONE_GROUP, lengths, lengths, ratio=1, heads_kv=2)
+    found = build_list(ONE_GROUP, w, 3)
+    alone, sharing = ([item for item in found.by_cost if (item.q_length <= 64) == short] for short in (True, False))
+    assert_dearest_first(alone)
+    assert_dearest_first(sharing)
+    distance = len(sharing) / len(alone)
+    assert [found.by_cost.index(item) for item in alone] == [i + int(i * distance) for i in range(len(alone))]
 
 
 def test_keys_are_split_where_few_tiles_must_fill_the_device_and_only_there() -> None:
@@ -307,13 +318,15 @@ def test_nothing_is_cut_where_row_blocks_fill_the_device(lengths: tuple[int, ...
     assert {item.pieces for item in build_list(LARGE_TILES, w, 132).by_cost} == {0}
 
 
-def test_few_sequences_with_few_heads_are_cut_little() -> None:
-    w = workload(LARGE_TILES, (4000, 4358, 5031), (4000, 4358, 5031), ratio=1, heads_kv=2)
+@pytest.mark.parametrize(("lengths", "heads", "cut"), [((4000, 4358, 5031), 2, False), ((9000, 100), 1, True)])
+def test_few_sequences_with_few_heads_are_cut_little(lengths: tuple[int, ...], heads: int, cut: bool) -> None:
+    w = workload(LARGE_TILES, lengths, lengths, ratio=1, heads_kv=heads)
     found = build_list(LARGE_TILES, w, 132)
     quarter = -(-found.total // found.block["extra_items"])
-    limit = 4 * quarter + 1024 / 64
+    limit = 8 * quarter + 1024 / 64
     row_blocks = sum(-(-length // 192) for length in w.seqlens_q)
-    assert row_blocks < len(found.by_cost) < 1.5 * row_blocks
+    assert (row_blocks < len(found.by_cost)) == cut
+    assert len(found.by_cost) < 4 * row_blocks
     assert found.longest <= limit
     for item in found.by_cost:
         blocks = visible_blocks(w, item, found.block)

@@ -123,7 +123,7 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
   Totals before;
   const Totals all = builder.over_all(memory.totals[0], before);
   const int ranked = all.items;
-  builder.begin_buckets(work_bucket(all.longest), [&](int bucket, int begin) { bucket_begin[bucket] = begin; });
+  builder.begin_buckets(work_bucket(all.longest), false, [&](int bucket, int begin) { bucket_begin[bucket] = begin; });
   if (thread == 0) bucket_begin[kWorkBuckets] = ranked;
   __syncthreads();
 

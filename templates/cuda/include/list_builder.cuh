@@ -385,9 +385,9 @@ struct ListBuilder {
 
   // From the complete counts of all CTAs, of which none is before bucket `dearest` of its kind, the place in the list of each
   // other bucket's first item of this CTA, for all threads after their next barrier. Calls each(bucket, where it begins, of
-  // all CTAs) in one thread.
+  // all CTAs) in one thread. Where `alike` the first kind's items have the second's buckets, whatever they were counted as.
   template <typename Each>
-  __device__ __forceinline__ void begin_buckets(int dearest, Each each) {
+  __device__ __forceinline__ void begin_buckets(int dearest, bool alike, Each each) {
     const int live = kWorkBuckets - dearest;  // of a kind
     const int each_has = share(kBuckets / kWorkBuckets * live), first = each_has * threadIdx.x;
     const int last = min(first + each_has, kBuckets / kWorkBuckets * live);
@@ -397,7 +397,9 @@ struct ListBuilder {
 #pragma unroll
       for (int cta = 0; cta < kCtas; ++cta) {
         if (cta == blockIdx.x) before = all;
-        all += of(memory.counts[bucket], cta);
+        const bool is_first = kBuckets > kWorkBuckets && bucket < kWorkBuckets;
+        if (!alike || !is_first) all += of(memory.counts[bucket], cta);
+        if (alike && kBuckets > kWorkBuckets && !is_first) all += of(memory.counts[bucket - kWorkBuckets], cta);
       }
       return all;
     };

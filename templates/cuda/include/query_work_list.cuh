@@ -21,7 +21,7 @@ __device__ __forceinline__ void build_query_list(const Params& p) {
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     *static_cast<WorkListHeader*>(p.work_list) = {all.items, all.longest, static_cast<float>(all.cost()), together};
   }
-  builder.begin_buckets(work_bucket(all.longest), [](int, int) {});
+  builder.begin_buckets(work_bucket(all.longest), false, [](int, int) {});
   builder.leave();
   __syncthreads();
 

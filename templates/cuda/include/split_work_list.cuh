@@ -14,7 +14,7 @@ constexpr int kFewRows = 4;       // a part of a tile: 1/4 of its rows
 // In keys. A piece of a whole tile's rows costs what some 400 keys take: a tile's begin and end, its rows written, and read
 // by the one that adds up. With few rows it costs little more than the begin and end.
 constexpr int kSmallestPiece = 512, kSmallestOfFewRows = 256;
-constexpr int kWorthCutting = 1024;  // more than a CTA's share
+constexpr int kWorthCutting = 1024;  // more than twice a CTA's share
 
 // Which piece of a row block's keys an item is. Slots count the pieces of all that is split; this is the first piece's.
 struct Piece {
@@ -47,18 +47,24 @@ struct Cut {
 // How far the keys of row blocks are cut, in key blocks. Few rows in pieces of 1/4 of a CTA's share of the work: many even
 // ones. Others only where they are so far above a share that cutting them pays, in pieces that leave room for what is not cut.
 struct Limits {
-  int few_rows, piece, whole;
+  int few_rows, piece, whole, share;
 
   __device__ __forceinline__ Limits(const Params& p, unsigned long long total, int longest) {
     few_rows = piece = whole = max(longest, 1);
+    share = 0;
     if (p.extra_items == 0) return;
     const int fewest = (longest + kMaxPieces - 1) / kMaxPieces;
     const long long part = (total + p.extra_items - 1) / p.extra_items;  // kPiecesPerCta of these are a share
     few_rows = max(max(static_cast<int>(part), fewest), max(kSmallestOfFewRows / p.block_n, 1));
     piece = max(max(static_cast<int>(min((kPiecesPerCta - 1) * part, 1LL * longest)), fewest),
                 max(kSmallestPiece / p.block_n, 1));
-    whole = static_cast<int>(min(kPiecesPerCta * part + kWorthCutting / p.block_n, 1LL * max(longest, 1)));
+    share = static_cast<int>(min(kPiecesPerCta * part, 1LL << 28));
+    whole = min(2 * share + kWorthCutting / p.block_n, max(longest, 1));
   }
+
+  // Whether the kinds of row blocks are sorted as one, if the longest item is so long: a long one that comes late is left to
+  // end alone.
+  __device__ __forceinline__ bool are_alike(int longest) const { return 8 * longest > share; }
 
   __device__ __forceinline__ int longest_piece(const Params& p, const WorkItem& item) const {
     if (kFewRows * item.q_length <= p.block_m) return few_rows;
@@ -68,8 +74,12 @@ struct Limits {
 
 // Two kinds of row blocks, each sorted by cost: first those that have their sequence's keys to themselves and are bound by
 // memory, then those that share them.
+__device__ __forceinline__ int kind_of(const Params& p, const WorkItem& item) {
+  return item.q_length > p.block_m ? kWorkBuckets : 0;
+}
+
 __device__ __forceinline__ int bucket_of(const Params& p, const WorkItem& item, int kv_blocks) {
-  return (item.q_length > p.block_m ? kWorkBuckets : 0) + work_bucket(kv_blocks);
+  return kind_of(p, item) + work_bucket(kv_blocks);
 }
 
 // The places in the order of work of items that are sorted by kind and cost: both kinds at even distances, so that memory and
@@ -139,7 +149,8 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
     *static_cast<WorkListHeader*>(p.work_list) = {count, longest, static_cast<float>(all.cost()), together};
   }
   const int dearest = work_bucket(longest);
-  builder.begin_buckets(dearest, [&](int bucket, unsigned begin) {
+  const bool alike = limits.are_alike(longest);
+  builder.begin_buckets(dearest, alike, [&](int bucket, unsigned begin) {
     if (bucket == kWorkBuckets + dearest) order = {begin, count - begin, Divisor(max(begin, 1)), Divisor(max(count - begin, 1))};
   });
   builder.leave();
@@ -166,13 +177,14 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
       slots += sums.all.of[1];
     }
     const bool whole = active && cut.pieces == 1;
-    const int sorted = place_in_bucket(memory.begins, whole ? bucket_of(p, item, cut.blocks) : -1);
+    auto own_bucket = [&](int kv_blocks) { return (alike ? kWorkBuckets : kind_of(p, item)) + work_bucket(kv_blocks); };
+    const int sorted = place_in_bucket(memory.begins, whole ? own_bucket(cut.blocks) : -1);
     store_items(items, whole ? order.place(sorted) : -1, item);
     if (together != kDearestFirst) store_items(items_by_sequence, whole ? last - place : -1, item);
     if (active && !whole) {
       int longer = 0;
-      if (cut.longer > 0) longer = atomicAdd(&memory.begins[bucket_of(p, item, cut.blocks + 1)], cut.longer);
-      int others = atomicAdd(&memory.begins[bucket_of(p, item, cut.blocks)], cut.pieces - cut.longer);
+      if (cut.longer > 0) longer = atomicAdd(&memory.begins[own_bucket(cut.blocks + 1)], cut.longer);
+      int others = atomicAdd(&memory.begins[own_bucket(cut.blocks)], cut.pieces - cut.longer);
       item.kv_blocks = 0;
 #pragma unroll 1
       for (int piece = 0; piece < cut.pieces; ++piece) {
