@@ -47,7 +47,8 @@ def reference_gradients(
     dout (total_q, H, D_v), dlse (H, total_q) or None for zeros; kept and the rest as ``oracle.reference`` takes it. A
     row that sees no key, a key that no row sees, and rows of no sequence have zeros.
     """
-    heads, head_dim = q.shape[1:]
+    (heads, head_dim), heads_kv = q.shape[1:], k.shape[1]
+    group = heads // heads_kv
     scale = head_dim**-0.5 if scale is None else scale
     found = Gradients(*(torch.zeros(x.shape, dtype=torch.float64, device=q.device) for x in (q, k, v)))
     dlse = q.new_zeros((heads, q.shape[0])) if dlse is None else dlse
@@ -57,10 +58,14 @@ def reference_gradients(
         if not len_q or not len_k:
             continue
         diagonal = len_k if not is_causal else 0 if causal_alignment == "top_left" else len_k - len_q
-        rows_at_once = max(1, _SCORE_BYTES // (8 * len_k))
-        for head in range(heads):
-            kv = head // (heads // k.shape[1])
-            keys, values = k[begin_k:end_k, kv].double(), v[begin_k:end_k, kv].double()
+        rows_at_once = max(1, min(len_q, _SCORE_BYTES // (8 * len_k * group)))
+        kv_heads_at_once = max(1, _SCORE_BYTES // (8 * len_k * group * rows_at_once))
+        for first_kv in range(0, heads_kv, kv_heads_at_once):
+            kv = slice(first_kv, min(first_kv + kv_heads_at_once, heads_kv))
+            own = slice(kv.start * group, kv.stop * group)
+            keys, values = (
+                x[begin_k:end_k, kv].transpose(0, 1).double().repeat_interleave(group, dim=0) for x in (k, v)
+            )
             for first in range(0, len_q, rows_at_once):
                 last = min(first + rows_at_once, len_q)
                 rows = slice(begin_q + first, begin_q + last)
@@ -68,18 +73,18 @@ def reference_gradients(
                     torch.arange(first, last, device=q.device).unsqueeze(1) + diagonal
                 )
                 dq, dk, dv = _block(
-                    q[rows, head].double(),
+                    q[rows, own].transpose(0, 1).double(),
                     keys,
                     values,
-                    dout[rows, head].double(),
-                    dlse[head, rows].double(),
+                    dout[rows, own].transpose(0, 1).double(),
+                    dlse[own, rows].double(),
                     scale,
                     seen,
-                    1.0 if kept is None else kept[head, rows, begin_k:end_k],
+                    1.0 if kept is None else kept[own, rows, begin_k:end_k],
                 )
-                found.dq[rows, head] = dq
-                found.dk[begin_k:end_k, kv] += dk
-                found.dv[begin_k:end_k, kv] += dv
+                found.dq[rows, own] = dq.transpose(0, 1)
+                for total, part in ((found.dk, dk), (found.dv, dv)):
+                    total[begin_k:end_k, kv] += part.reshape(-1, group, *part.shape[1:]).sum(dim=1).transpose(0, 1)
     return found
 
 
@@ -93,12 +98,14 @@ def _block(
     seen: torch.Tensor,
     kept: torch.Tensor | float,
 ) -> Gradients:
-    """Some rows of one head against all keys of their sequence; ``seen`` (rows, keys), and so ``kept`` or a number."""
+    """Some rows of some heads (heads, rows, D) against all keys of their sequence (heads, keys, D); ``seen`` (rows,
+    keys), ``kept`` (heads, rows, keys) or a number.
+    """
     some = seen.any(dim=1, keepdim=True)
-    scores = torch.where(seen, q @ k.T * scale, float("-inf"))
-    weights = torch.where(some, torch.where(some, scores, 0.0).softmax(dim=1), 0.0)
+    scores = torch.where(seen, q @ k.mT * scale, float("-inf"))
+    weights = torch.where(some, torch.where(some, scores, 0.0).softmax(dim=-1), 0.0)
     dout, dlse = torch.where(some, dout, 0.0), torch.where(some.squeeze(1), dlse, 0.0)
-    dweights = dout @ v.T * kept
-    delta = (weights * dweights).sum(dim=1) - dlse
-    dscores = weights * (dweights - delta.unsqueeze(1)) * scale
-    return Gradients(dscores @ k, dscores.T @ q, (weights * kept).T @ dout)
+    dweights = dout @ v.mT * kept
+    delta = (weights * dweights).sum(dim=-1) - dlse
+    dscores = weights * (dweights - delta.unsqueeze(-1)) * scale
+    return Gradients(dscores @ k, dscores.mT @ q, (weights * kept).mT @ dout)
