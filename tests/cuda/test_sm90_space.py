@@ -170,9 +170,9 @@ def test_rendered_lines_are_tidy(spec: KernelSpec, change: dict[str, int]) -> No
 
 
 def _matrix() -> list[Variant]:
-    """The defaults, and tiles nearest to a limit: where a rule that is too generous would show."""
+    """Defaults, and tiles nearest to a limit: where a rule that is too generous would show."""
     rng = random.Random(7)
-    variants = [Variant("sm_90a", spec, SPACE.default(spec)) for spec in SPECS]
+    variants = [Variant("sm_90a", spec, SPACE.default(spec)) for spec in SPECS[2::4]]
     for spec in SPECS:
         by_shape: dict[tuple[int, int], Sm90ForwardConfig] = {}
         for config in legal_configs(SPACE, spec):
