@@ -12,7 +12,7 @@ from jagtile.generator.spec import DType
 # ‖grad − ref‖ / ‖ref‖ that a backward kernel may reach. A sixteen-bit kernel rounds P and dS once more each.
 _TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4.5e-3, torch.float16: 5e-4}
 
-_SCORE_BYTES = 1 << 28  # of one block of float64 scores; several such blocks are alive at a time
+_SCORE_BYTES = 1 << 28  # of one block of float64 scores, or of its operands; several such blocks are alive at a time
 
 
 class Gradients(NamedTuple):
@@ -58,8 +58,9 @@ def reference_gradients(
         if not len_q or not len_k:
             continue
         diagonal = len_k if not is_causal else 0 if causal_alignment == "top_left" else len_k - len_q
-        rows_at_once = max(1, min(len_q, _SCORE_BYTES // (8 * len_k * group)))
-        kv_heads_at_once = max(1, _SCORE_BYTES // (8 * len_k * group * rows_at_once))
+        wide = max(len_k, head_dim, v.shape[2])  # one row of the scores, or of an operand
+        rows_at_once = max(1, min(len_q, _SCORE_BYTES // (8 * wide * group)))
+        kv_heads_at_once = max(1, _SCORE_BYTES // (8 * wide * group * max(rows_at_once, head_dim, v.shape[2])))
         for first_kv in range(0, heads_kv, kv_heads_at_once):
             kv = slice(first_kv, min(first_kv + kv_heads_at_once, heads_kv))
             own = slice(kv.start * group, kv.stop * group)

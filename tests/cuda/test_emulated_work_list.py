@@ -129,6 +129,21 @@ def test_keys_are_cut_in_a_long_list_too() -> None:
     assert_right(built(SPLIT), queries, keys, heads=1, processors=30)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("longest", [70, 20_000])
+@pytest.mark.parametrize("processors", [3, 30])
+def test_every_cta_of_a_cluster_goes_through_several_chunks(
+    name: str, longest: int, processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 64 sequences; with and without long ones, which are cut and sorted with all others."""
+    monkeypatch.setattr(list_builder, "CLUSTER_THREADS", (32, 32))
+    queries, keys = (lengths(1500, 70, which) for which in (7, 8))
+    queries[700:705], keys[700:705] = [1, 65, 16, 70, 300], [longest] * 5
+    assert_right(built(name), queries, keys, bottom_right=True, processors=processors)
+    assert_right(built(name), keys, queries, processors=processors)
+    assert_right(built(name), queries, keys, bottom_right=True, tokens=sum(queries[:1000]), processors=processors)
+
+
 @pytest.mark.usefixtures("builders")
 @pytest.mark.parametrize("name", NAMES)
 def test_sequences_of_tiles_beyond_those_held_are_searched_for(name: str) -> None:

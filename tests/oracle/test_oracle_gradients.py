@@ -56,6 +56,21 @@ def test_they_agree_with_autograd(seed, is_causal, monkeypatch):
             torch.testing.assert_close(one, wanted, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize(("len_q", "len_k"), [(1, 500), (500, 1), (40, 40)])
+def test_operands_are_bounded_as_scores_are(len_q, len_k, monkeypatch):
+    monkeypatch.setattr(oracle_gradients, "_SCORE_BYTES", 8 * 500 * 64)
+    multiply, sizes = oracle_gradients._block, []
+
+    def block(q, k, v, *more):
+        sizes.extend(x.nbytes for x in (q, k, v))
+        return multiply(q, k, v, *more)
+
+    monkeypatch.setattr(oracle_gradients, "_block", block)
+    q, k = torch.randn(len_q, 16, 64), torch.randn(len_k, 16, 64)
+    reference_gradients(q, k, k, torch.tensor([0, len_q]), torch.tensor([0, len_k]), q)
+    assert max(sizes) <= oracle_gradients._SCORE_BYTES
+
+
 def test_tokens_without_partners_have_zeros_whatever_their_gradients():
     q = torch.randn(10, 1, 4)
     nan = torch.full((10, 1, 4), float("nan"))
