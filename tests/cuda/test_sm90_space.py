@@ -173,7 +173,7 @@ def _matrix() -> list[Variant]:
     """Defaults, and tiles nearest to a limit: where a rule that is too generous would show."""
     rng = random.Random(7)
     variants = [Variant("sm_90a", spec, SPACE.default(spec)) for spec in SPECS[2::4]]
-    for spec in SPECS:
+    for spec in (*SPECS[1:8:2], *SPECS[4::4], *SPECS[9::2]):
         by_shape: dict[tuple[int, int], Sm90ForwardConfig] = {}
         for config in legal_configs(SPACE, spec):
             assert isinstance(config, Sm90ForwardConfig)

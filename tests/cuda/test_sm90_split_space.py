@@ -77,8 +77,8 @@ def test_rendered_lines_are_tidy(spec: KernelSpec) -> None:
 def _matrix() -> list[Variant]:
     """The defaults, and tiles nearest to each limit."""
     rng = random.Random(7)
-    variants = [Variant("sm_90a", spec, SPACE.default(spec)) for spec in SPECS[2::2]]
-    for spec in SPECS:
+    variants = [Variant("sm_90a", spec, SPACE.default(spec)) for spec in SPECS[2::3]]
+    for spec in SPECS[1::2]:
         by_shape: dict[tuple[int, int], Sm90SplitConfig] = {}
         for config in legal_configs(SPACE, spec):
             assert isinstance(config, Sm90SplitConfig)

@@ -59,12 +59,12 @@ def searched(records):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_it_finds_records_and_chooses_what_dispatch_then_takes(database, device):
-    result = run(database, device=device, trials=len(LEGAL) // 4, regimes=("medium", "short"))
+    result = run(database, device=device, trials=len(LEGAL) // 4, regimes=("medium", "decode"))
     best = min(map(landscape, LEGAL))
     decided = choose_for_regime(SPEC, "medium", DeviceId(**msgspec.structs.asdict(DEVICE)), database)
     assert decided.source == "user"
     assert landscape(decided.variant.config) <= 1.05 * best
-    assert [r.regime for r in result.regimes] == ["medium", "short"]
+    assert [r.regime for r in result.regimes] == ["medium", "decode"]
     assert decided.variant.config == result.regimes[0].chosen
     assert result.regimes[0].incumbent == DEFAULT
     assert result.regimes[0].chosen_us <= result.regimes[0].incumbent_us
