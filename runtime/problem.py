@@ -16,7 +16,7 @@ DTYPE_NAMES: dict[torch.dtype, DType] = {torch.float32: "fp32", torch.bfloat16: 
 # a few very long sequences is treated by those, which hold most of its work.
 TINY_MEAN = 18
 SHORT_MEAN = 96
-GROUP = 4  # query heads a kv head from which on SHORT_MEAN_OF_GROUPS holds: packed, few tokens fill a tile
+GROUP = 4  # query heads a kv head from which on nothing is tiny: packed, few tokens fill a tile
 SHORT_MEAN_OF_GROUPS = 128
 LONG_MEAN = 1024
 MAX_SHARE = 8
