@@ -288,6 +288,29 @@ def test_sequences_of_one_row_block_are_among_the_others_at_even_distances_where
     assert [found.by_cost.index(item) for item in alone] == [i + int(i * distance) for i in range(len(alone))]
 
 
+LIMITS = """
+#include "cuda/include/split_work_list.cuh"
+extern "C" __global__ void __launch_bounds__(32) limits(const long long* total, int longest, int extra, int* found) {
+  Params p = {};
+  p.extra_items = extra;
+  p.block_n = 64;
+  const Limits limits(p, *total, longest);
+  found[0] = limits.few_rows;
+  found[1] = limits.piece;
+  found[2] = limits.whole;
+}
+"""
+
+
+def test_no_more_is_cut_than_there_is_room_for_where_totals_have_more_than_32_bits() -> None:
+    total, longest = (1 << 32) + 5, 1 << 20
+    for extra_items in (1, 3, 40, 5000):
+        found = torch.zeros(3, dtype=torch.int32)
+        kernels.Snippet(LIMITS)("limits", 1, 32, torch.tensor([total]), longest, extra_items, found)
+        for limit in found.tolist():
+            assert limit >= min(-(-total // extra_items), longest)
+
+
 def test_keys_are_split_where_few_tiles_must_fill_the_device_and_only_there() -> None:
     few = workload(ONE_GROUP, (1,), (8192,), ratio=1, heads_kv=2, causal_alignment="bottom_right")
     found = build_list(ONE_GROUP, few, 16)

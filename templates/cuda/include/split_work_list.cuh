@@ -55,9 +55,11 @@ struct Limits {
     if (p.extra_items == 0) return;
     const int fewest = (longest + kMaxPieces - 1) / kMaxPieces;
     const long long part = (total + p.extra_items - 1) / p.extra_items;  // kPiecesPerCta of these are a share
-    few_rows = max(max(static_cast<int>(part), fewest), max(kSmallestOfFewRows / p.block_n, 1));
-    piece = max(max(static_cast<int>(min((kPiecesPerCta - 1) * part, 1LL * longest)), fewest),
-                max(kSmallestPiece / p.block_n, 1));
+    auto at_least = [&](long long limit, int smallest) {  // parts of a great total are more than 32 bits hold
+      return max(max(static_cast<int>(min(limit, 1LL * longest)), fewest), max(smallest / p.block_n, 1));
+    };
+    few_rows = at_least(part, kSmallestOfFewRows);
+    piece = at_least((kPiecesPerCta - 1) * part, kSmallestPiece);
     share = static_cast<int>(min(kPiecesPerCta * part, 1LL << 28));
     whole = min(2 * share + kWorthCutting / p.block_n, max(longest, 1));
   }
