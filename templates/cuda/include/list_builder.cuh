@@ -316,7 +316,7 @@ struct ListBuilder {
     for (int bucket = threadIdx.x; bucket < kBuckets; bucket += threads()) memory.counts[bucket] = 0;
   }
 
-  // The sequence in the chunk that a tile belongs to. A tile's thread is always the same.
+  // The sequence in the chunk that a tile belongs to.
   __device__ __forceinline__ int owner(int tile) const {
     const auto& chunk = memory.chunk;
     return tile < chunk.kHeldTiles ? chunk.owners[tile] : chunk.search(tile, min(end - loaded, chunk_size()));

@@ -45,7 +45,7 @@ struct alignas(64) WorkListHeader {
   int finished_ctas;  // the last one to finish rewinds the counters for the next launch
 };
 
-// Dearest first, then, from max_items on, sequence by sequence and the dearest of each first, unless all heads go together.
+// Dearest first, then, from max_items on, sequence by sequence and the dearest of each first, unless kDearestFirst.
 __device__ __forceinline__ WorkItem* work_items(void* work_list) {
   return reinterpret_cast<WorkItem*>(static_cast<char*>(work_list) + sizeof(WorkListHeader));
 }
