@@ -44,6 +44,10 @@ struct Cut {
   }
 };
 
+__device__ __forceinline__ bool has_few_rows(const Params& p, const WorkItem& item) {
+  return kFewRows * item.q_length <= p.block_m;
+}
+
 // How far the keys of row blocks are cut, in key blocks. Few rows in pieces of 1/4 of a CTA's share of the work: many even
 // ones. Others only where they are so far above a share that cutting them pays, in pieces that leave room for what is not cut.
 struct Limits {
@@ -64,12 +68,17 @@ struct Limits {
     whole = min(2 * share + kWorthCutting / p.block_n, max(longest, 1));
   }
 
+  // Whether any of the row blocks is cut.
+  __device__ __forceinline__ bool cut_any(const Totals& all) const {
+    return all.longest_of_few_rows > few_rows || all.longest > whole;
+  }
+
   // Whether the kinds of row blocks are sorted as one, if the longest item is so long: a long one that comes late is left to
   // end alone.
   __device__ __forceinline__ bool are_alike(int longest) const { return 8 * longest > share; }
 
   __device__ __forceinline__ int longest_piece(const Params& p, const WorkItem& item) const {
-    if (kFewRows * item.q_length <= p.block_m) return few_rows;
+    if (has_few_rows(p, item)) return few_rows;
     return item.kv_blocks > whole ? piece : whole;
   }
 };
@@ -120,9 +129,13 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
   int own_most;
   WorkItem first = {};
   const Totals all = count_query_blocks(builder, p.max_items - p.extra_items, before, own_most, first,
-                                        [&](const WorkItem& item) { return bucket_of(p, item, item.kv_blocks); });
+                                        [&](const WorkItem& item) { return bucket_of(p, item, item.kv_blocks); },
+                                        [&](const WorkItem& item) { return has_few_rows(p, item); });
   const Limits limits(p, all.cost(), all.longest);
-  const bool cuts = all.longest > min(limits.few_rows, limits.whole);
+  const bool cuts = limits.cut_any(all);
+  const int together = go_heads_together(all.items, p.batch, p.causal);
+  WorkListHeader* const header = blockIdx.x == 0 && threadIdx.x == 0 ? static_cast<WorkListHeader*>(p.work_list) : nullptr;
+  if (header != nullptr) *header = {all.items, all.longest, static_cast<float>(all.cost()), together};
 
   int count = all.items, longest = all.longest;
   if (cuts) {
@@ -145,10 +158,10 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
     const Totals cut = builder.over_all(totals, before);
     count = cut.items;
     longest = cut.longest;
-  }
-  const int together = go_heads_together(all.items, p.batch, p.causal);
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    *static_cast<WorkListHeader*>(p.work_list) = {count, longest, static_cast<float>(all.cost()), together};
+    if (header != nullptr) {
+      header->items = count;
+      header->longest = longest;
+    }
   }
   const int dearest = work_bucket(longest);
   const bool alike = limits.are_alike(longest);
