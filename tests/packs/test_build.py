@@ -21,7 +21,7 @@ from jagtile.generator.spec import KernelSpec
 from jagtile.runtime.artifact import ABI_VERSION
 from jagtile.runtime.errors import BuildError, PackError
 from jagtile.runtime.pack import Pack
-from jagtile.runtime.problem import REGIMES
+from jagtile.runtime.problem import regimes_for
 from jagtile.runtime.settings import settings
 from jagtile.tuning_db.schema import Choices, DeviceFacts
 from jagtile.tuning_db.store import Database
@@ -37,7 +37,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 def test_it_holds_each_variant_that_dispatch_would_choose_once(world, whole):
     assert whole.symbols == tuple(sorted({world.usual.symbol, world.long.symbol, world.backward.symbol}))
     entry = whole.choices.specs[f"cpu/{world.usual.spec.name}"]
-    assert set(entry.regimes) == set(REGIMES)
+    assert set(entry.regimes) == set(regimes_for("fwd", "cpu"))
     assert entry.default == entry.regimes["short"] == world.usual.config.to_dict()
     assert entry.regimes["long"] == world.long.config.to_dict()
     assert check_pack(whole) == []

@@ -239,7 +239,7 @@ def test_tuning_one_regime_leaves_the_shipped_choices_of_the_others_in_force(dat
     entry = run(database, slow, regimes=("short",), trials=60).choices.specs[KEY]
     assert entry.regimes["short"] != shipped.regimes["short"]
     assert entry.regimes["medium"] == shipped.regimes["medium"]
-    assert entry.regimes.keys() == set(REGIMES)
+    assert entry.regimes.keys() == set(REGIMES) - {"few"}  # which follows its neighbour until it is tuned
 
 
 def test_a_choice_that_follows_from_another_tuners_later_finals_is_told_with_its_time(database):
