@@ -294,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(32) limits(const long long* total, 
   Params p = {};
   p.extra_items = extra;
   p.block_n = 64;
-  const Limits limits(p, *total, longest);
+  const Limits limits(p, Divisor(p.block_n), Divisor(extra), *total, longest);
   found[0] = limits.few_rows;
   found[1] = limits.piece;
   found[2] = limits.whole;
