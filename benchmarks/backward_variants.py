@@ -34,7 +34,7 @@ from jagtile.generator.workloads import Workload, named
 from jagtile.runtime import cuda
 from jagtile.runtime.kernel import BackwardKernel, ForwardKernel
 from jagtile.runtime.loader import kernel_for
-from jagtile.runtime.problem import regime as regime_of
+from jagtile.runtime.problem import look_up
 from jagtile.runtime.routes import decide
 
 TARGET = "sm_90a"
@@ -124,8 +124,7 @@ def _time(
     lse = torch.empty((w.num_heads, w.total_q), device=device)
     dout, grads = torch.randn_like(out), [torch.empty_like(x) for x in batch[:3]]
     meaning = (w.head_dim**-0.5, w.causal_alignment == "bottom_right")
-    regime = regime_of(w.problem("bf16"))
-    chosen = decide(w.spec(options.dtype), regime, device).variant
+    chosen = decide(w.spec(options.dtype), look_up(w.problem(options.dtype)), device).variant
     forward = cast(ForwardKernel, kernel_for(chosen, device))
     both: dict[str, Call] = {}
     alone: dict[str, Call] = {}

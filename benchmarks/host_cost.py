@@ -30,7 +30,7 @@ except ImportError:  # an older torch, whose rows then show the error
 
 import jagtile
 from jagtile.runtime import checks, ops, routes
-from jagtile.runtime.problem import REGIMES
+from jagtile.runtime.problem import LOOK_UPS
 
 CALLS = 1000
 BATCH = 200  # calls between two waits for the device, which holds so many launches
@@ -56,8 +56,8 @@ def no_kernels(dtype: torch.dtype, device_index: int) -> Iterator[None]:
     """Every call launches nothing."""
     kernel, tables = NoKernel(), (routes.ROUTES, routes.BACKWARD_ROUTES)
     before = [dict(table) for table in tables]
-    for table, causal, regime in product(tables, (False, True), range(len(REGIMES))):
-        table[dtype, HEAD_DIM, HEAD_DIM, causal, device_index, regime, False] = kernel
+    for table, causal, look_up in product(tables, (False, True), range(len(LOOK_UPS))):
+        table[dtype, HEAD_DIM, HEAD_DIM, causal, device_index, look_up, False] = kernel
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ from jagtile.generator.workloads import Workload, named
 from jagtile.runtime import cuda
 from jagtile.runtime.kernel import Kernel
 from jagtile.runtime.loader import kernel_for
-from jagtile.runtime.problem import regime as regime_of
+from jagtile.runtime.problem import look_up
 from jagtile.runtime.routes import decide
 
 CALLS = 11
@@ -54,14 +54,15 @@ def main() -> None:
     for job in parser.parse_args().jobs:
         name, _, config = job.partition("=")
         w = named()[name]
-        regime = regime_of(w.problem("bf16"))
-        print(f"{name} ({regime})")
+        problem = w.problem("bf16")
+        print(f"{name} ({look_up(problem)[0]})")
         for direction in _DIRECTIONS:
             spec = replace(w.spec("bf16"), direction=direction)
             if config and direction == "bwd":
                 kernel: Kernel = cuda.load(build_one(Variant.parse(f"sm_90a/{spec.name}/{config}")), device)
             else:
-                kernel = kernel_for(decide(spec, regime, device).variant, device)
+                found = decide(spec, look_up(replace(problem, spec=spec)), device)
+                kernel = kernel_for(found.variant, device)
             for symbol, times in kernel_times(kernel, spec.direction, w, device).items():
                 print(f"  {symbol:76}{statistics.median(times):9.2f} us  ({len(times)} launches)", flush=True)
 

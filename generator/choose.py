@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
+from jagtile.runtime.problem import look_up_of
 from jagtile.tuning_db.schema import ChoiceEntry, Choices, Config, TuningRecord
 
 SLACK = 0.02  # a config this much slower than a regime's best may still serve it
@@ -55,7 +56,7 @@ def _entry(records: Sequence[TuningRecord], incumbent: ChoiceEntry | None, slack
             noise[regime] = max((r.aa_spread or 0.0 for r in counting), default=0.0)
     if not times:
         return None
-    kept = {} if incumbent is None else {r: _name(incumbent.regimes.get(r, incumbent.default)) for r in times}
+    kept = {} if incumbent is None else {r: _name(incumbent.config(look_up_of(r))) for r in times}
     allowed = {}
     for regime, ratios in times.items():
         most = 1 + max(slack, min(noise[regime], _MAX_NOISE))

@@ -155,12 +155,14 @@ def _show_group(database: Database, group: list[TuningRecord], limit: int) -> No
 
 def _chosen(database: Database, record: TuningRecord) -> dict[str, str]:
     """Name of the config that each origin's choices hold for a record's regime."""
+    from jagtile.runtime.problem import look_up_of
+
     found: dict[str, str] = {}
     for origin in ("user", "shipped"):
         choices = database.choices(origin, record.device)
         entry = choices.specs.get(f"{record.target}/{record.spec}") if choices else None
         if entry is not None:
-            found[origin] = config_name(record.target, entry.regimes.get(record.regime, entry.default))
+            found[origin] = config_name(record.target, entry.config(look_up_of(record.regime)))
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -160,9 +160,10 @@ def _tune(
     from jagtile.generator.tune import tune as run
     from jagtile.generator.tune_all import Outcome
 
-    for spec in specs:
-        with _progress(spec, len(regimes)) as progress:
-            result = run(spec, device, regimes, budget=budget, progress=progress, **options)
+    wanted = {spec: _regimes_of(spec, regimes, device.type) for spec in specs}
+    for spec, own in wanted.items():
+        with _progress(spec, len(own)) as progress:
+            result = run(spec, device, own, budget=budget, progress=progress, **options)
         yield Outcome(spec, result)
 
 
@@ -171,7 +172,20 @@ def _tune_all(
 ) -> Iterator[Outcome]:
     from jagtile.generator.tune_all import tune_all
 
-    return tune_all(device, regimes, budget=budget, progress_of=lambda spec: _progress(spec, len(regimes)), **options)
+    def progress_of(spec: KernelSpec) -> AbstractContextManager[Progress]:
+        return _progress(spec, len(_regimes_of(spec, regimes, device.type)))
+
+    return tune_all(device, regimes, budget=budget, progress_of=progress_of, **options)
+
+
+def _regimes_of(spec: KernelSpec, regimes: Sequence[str], device: str) -> Sequence[str]:
+    """Those of the regimes that a spec has on a kind of device, or target."""
+    from jagtile.runtime.problem import regimes_for
+
+    has = regimes_for(spec.direction, device)
+    if own := [regime for regime in regimes if regime in has]:
+        return own
+    raise click.UsageError(f"{spec.name} on {device} has no regime {', '.join(regimes)}; it has {', '.join(has)}")
 
 
 @contextmanager
@@ -248,7 +262,7 @@ def _dry_run(specs: Sequence[KernelSpec], device: Facts, regimes: Sequence[str],
 
     for spec in specs:
         serving_spaces(device.target, spec)
-    plans = [plan(spec, device, regimes, budget) for spec in specs]
+    plans = [plan(spec, device, _regimes_of(spec, regimes, device.target), budget) for spec in specs]
     if as_json:
         print_json(plans)
         return

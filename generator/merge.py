@@ -10,6 +10,7 @@ import msgspec
 from jagtile.generator.choose import choose
 from jagtile.generator.resume import current_records, is_stale, variant_of
 from jagtile.generator.spec import KernelSpec
+from jagtile.runtime.problem import look_up_of
 from jagtile.tuning_db.exchange import Export
 from jagtile.tuning_db.schema import ChoiceEntry, Choices, Config, DeviceFacts, TuningRecord
 from jagtile.tuning_db.store import Database, identity
@@ -96,7 +97,7 @@ def _changes(
 ) -> list[Change]:
     changes = []
     for regime, config in sorted(after.regimes.items()):
-        old = before.regimes.get(regime, before.default) if before else None
+        old = before.config(look_up_of(regime)) if before else None
         if config != old:
             latest = [r for r in records if (r.regime, r.config, r.state) == (regime, config, "ok")][-1]
             changes.append(Change(slug, key, regime, old, config, latest.by, is_stale(latest)))

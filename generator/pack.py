@@ -37,7 +37,7 @@ from jagtile.runtime.pack import (
     PackedFile,
     Provenance,
 )
-from jagtile.runtime.problem import REGIMES
+from jagtile.runtime.problem import regimes_for
 from jagtile.tuning_db.schema import ChoiceEntry, Choices, DeviceFacts, TuningRecord
 from jagtile.tuning_db.store import Database
 
@@ -49,7 +49,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 class PackPlan:
     """What goes into a pack."""
 
-    choices: Choices  # of every packed spec, each regime spelled out
+    choices: Choices  # of every packed spec, each regime spelled out but for what its neighbour's choice serves
     variants: tuple[Variant, ...]  # all that the choices name
     records: tuple[TuningRecord, ...]  # of the packed specs, by date
 
@@ -75,13 +75,14 @@ def plan_pack(slug: str, specs: Sequence[KernelSpec], database: Database) -> Pac
     entries: dict[str, ChoiceEntry] = {}
     variants: dict[Variant, None] = {}
     for spec in wanted:
-        decisions = [choose_for_regime(spec, regime, identity, database) for regime in ("", *REGIMES)]
+        regimes = ("", *regimes_for(spec.direction, device.target))
+        decisions = [choose_for_regime(spec, regime, identity, database) for regime in regimes]
         if device.target == "cpu" and any(d.source == "default" for d in decisions) and slug != _cpu().slug:
             raise PackError(
                 f"{spec.name} has no choices for {slug}, and this machine ({_cpu().slug}) has another default"
             )
         variants.update(dict.fromkeys(decision.variant for decision in decisions))
-        configs = {decision.regime: decision.variant.config.to_dict() for decision in decisions}
+        configs = {each.regime: each.variant.config.to_dict() for each in decisions if not each.is_borrowed}
         entries[f"{device.target}/{spec.name}"] = ChoiceEntry(default=configs.pop(""), regimes=configs)
     names = {spec.name for spec in wanted}
     records = [r for r in database.records(device=slug, target=device.target) if r.spec in names]

@@ -14,7 +14,7 @@ from jagtile.generator.resume import is_stale, variant_of
 from jagtile.generator.roofline import speed_of_light
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.workloads import Workload, representative
-from jagtile.runtime.problem import REGIMES
+from jagtile.runtime.problem import REGIMES, look_up_of
 from jagtile.tuning_db.schema import Config, DeviceFacts, TuningRecord
 from jagtile.tuning_db.store import Database
 
@@ -137,7 +137,7 @@ def _chosen(device: DeviceFacts, database: Database) -> Iterable[tuple[str, str,
         entries.update(choices.specs if choices else {})
     for key, entry in sorted(entries.items(), key=lambda item: _spec_order(item[0].partition("/")[2])):
         for regime in REGIMES:
-            yield key, regime, entry.regimes.get(regime, entry.default)
+            yield key, regime, entry.config(look_up_of(regime))
 
 
 def _as_achieved(device: DeviceFacts, record: TuningRecord) -> Achieved:

@@ -6,6 +6,7 @@ well, against measured records. A step is one block of keys for one CTA's query 
 
 from __future__ import annotations
 
+import heapq
 import statistics
 from bisect import bisect_right
 from collections import Counter
@@ -48,6 +49,10 @@ _BACKWARD_HIDDEN = 0.85
 _BACKWARD_ISSUE = (2.5, 160.0)
 _BACKWARD_TILE_CLOCKS = {1: 4000.0, 2: 2500.0, 3: 2200.0}
 _REDUCTION_BYTES = 64
+_SIMULATED = 4  # tiles a CTA in the mean, up to which who takes which tile is played through
+# Where the split forward cuts keys (templates/cuda/include/split_work_list.cuh): tiles of few rows, a part of all;
+# others that are dearer than so many of a CTA's shares of the work and so many keys.
+_FEW_ROWS, _UNCUT_SHARES, _UNCUT_KEYS = 4, 2, 1024
 _KNEE = 4  # how sharply the roof bends: where arithmetic and memory take alike they hide each other only in part
 
 
@@ -82,7 +87,12 @@ def predictor(device: Facts, spec: KernelSpec, workloads: Sequence[Workload]) ->
 
 
 def _hopper_forward(variant: Variant, config: Sm90ForwardConfig, workload: Workload, device: Facts) -> Roofline:
-    spec, ctas = variant.spec, config.ctas_per_sm
+    spec = variant.spec
+    split = isinstance(config, Sm90SplitConfig)
+    together = packed_heads(workload.num_heads // workload.num_heads_kv) if split else 1
+    tiles = _tiles(workload, 64 // together * config.warpgroups)
+    count = sum(tiles.values()) // together
+    ctas = min(config.ctas_per_sm, max(1, -(-count // device.units)))  # that have something to do
     units = _step_clocks(config, spec.head_dim, spec.head_dim_v)
     bound = max(units, key=units.__getitem__)
     busy = units[bound] * _OVERLAP_LOSS * ctas
@@ -92,19 +102,30 @@ def _hopper_forward(variant: Variant, config: Sm90ForwardConfig, workload: Workl
     hides = config.q_stages > 1
     ends = _TILE_CLOCKS + element * config.block_m * (spec.head_dim + spec.head_dim_v) / L2_BYTES
     fill = _FILL_CLOCKS * (_HIDDEN_FILL if hides else 1.0) / (config.num_stages - 1)
-    tile = ends * (0.5 if hides else 1.0) + fill
+    end = ends * (0.5 if hides else 1.0) + fill
 
-    split = isinstance(config, Sm90SplitConfig)
-    together = packed_heads(workload.num_heads // workload.num_heads_kv) if split else 1
-    clocks = longest = 0.0
-    for keys, tiles in _tiles(workload, 64 // together * config.warpgroups).items():
-        own = -(-keys // config.block_n) * step + tile
-        clocks += tiles // together * own
-        longest = max(longest, own)
-    if split:  # pieces of the keys share out the work
-        longest = min(longest, clocks / (device.units * ctas))
-    compute_us = max(clocks / (device.units * ctas), longest) / CLOCK_GHZ / 1e3
+    slots = device.units * ctas
+    items = [(-(-keys // config.block_n) * step + end, few, n // together) for (keys, few), n in tiles.items()]
+    share = sum(own * n for own, _, n in items) / slots
+    longest = max((own for own, _, _ in items), default=0.0)
+    uncut = _UNCUT_SHARES * share + _UNCUT_KEYS / config.block_n * step
+    if split and (longest > uncut or any(few for _, few, _ in items)):
+        clocks = share  # pieces of the keys share out the work
+    elif count > _SIMULATED * slots or share < _memory_us(variant, workload, device) * CLOCK_GHZ * 1e3:
+        clocks = share if split else max(share, longest)  # who waits for memory leaves it to the others
+    else:
+        clocks = _busiest([(own, n) for own, _, n in items], slots)
+    compute_us = clocks / CLOCK_GHZ / 1e3
     return _with_memory(compute_us, "latency" if alone > busy else bound, variant, workload, device)
+
+
+def _busiest(items: Sequence[tuple[float, int]], slots: int) -> float:
+    """Clocks of the CTA that ends last: (clocks, how many) of tiles that ``slots`` CTAs take, the dearest first."""
+    ends = [0.0] * slots
+    for own, n in sorted(items, reverse=True):
+        for _ in range(n):
+            heapq.heapreplace(ends, ends[0] + own)
+    return max(ends)
 
 
 def _hopper_packed(variant: Variant, config: Sm90PackedConfig, workload: Workload, device: Facts) -> Roofline:
@@ -179,12 +200,17 @@ def _backward_step_clocks(config: Sm90BackwardConfig, spec: KernelSpec) -> Mappi
 
 def _with_memory(compute_us: float, bound: str, variant: Variant, workload: Workload, device: Facts) -> Roofline:
     """The roof's two sides, and the launch."""
-    element = torch_dtype(variant.spec.dtype).itemsize
-    rows = workload.total_q * workload.num_heads * variant.spec.head_dim_v
-    memory_us = (workload.input_bytes(element) + element * rows) / (device.bandwidth_gbs or float("inf")) / 1e3
+    memory_us = _memory_us(variant, workload, device)
     if memory_us > compute_us:
         bound = "memory"
     return Roofline((compute_us**_KNEE + memory_us**_KNEE) ** (1 / _KNEE) + _LAUNCH_US, bound)
+
+
+def _memory_us(variant: Variant, workload: Workload, device: Facts) -> float:
+    """Of each input and output once."""
+    element = torch_dtype(variant.spec.dtype).itemsize
+    rows = workload.total_q * workload.num_heads * variant.spec.head_dim_v
+    return (workload.input_bytes(element) + element * rows) / (device.bandwidth_gbs or float("inf")) / 1e3
 
 
 def _step_clocks(config: Sm90ForwardConfig, dim: int, dim_v: int) -> Mapping[str, float]:
@@ -204,14 +230,14 @@ def _step_clocks(config: Sm90ForwardConfig, dim: int, dim_v: int) -> Mapping[str
 
 
 @lru_cache(maxsize=64)
-def _tiles(workload: Workload, block_m: int) -> Counter[int]:
-    """How many tiles of query rows see how many keys, over all heads."""
-    found: Counter[int] = Counter()
+def _tiles(workload: Workload, block_m: int) -> Counter[tuple[int, bool]]:
+    """How many tiles of query rows see how many keys, and are of few rows, over all heads."""
+    found: Counter[tuple[int, bool]] = Counter()
     for len_q, len_k in zip(workload.seqlens_q, workload.seqlens_k, strict=True):
         diagonal = len_k - len_q if workload.causal_alignment == "bottom_right" else 0
         for first in range(0, len_q, block_m):
             seen = min(len_k, max(0, min(len_q, first + block_m) + diagonal)) if workload.is_causal else len_k
-            found[seen] += workload.num_heads
+            found[seen, _FEW_ROWS * len_q <= block_m] += workload.num_heads
     return found
 
 

@@ -32,7 +32,7 @@ from jagtile.generator.tune_types import (
 )
 from jagtile.generator.worker import Worker, WorkerFailure
 from jagtile.runtime.errors import TuningError
-from jagtile.runtime.problem import REGIMES
+from jagtile.runtime.problem import REGIMES, regimes_for
 from jagtile.tuning_db.schema import TuningRecord
 from jagtile.tuning_db.store import Database
 
@@ -62,6 +62,7 @@ def tune(
 ) -> TuneResult:
     """Find and record the best configs of a spec for some regimes on a device, and choose.
 
+    ``regimes``: those of them that the spec has there, one at least.
     ``ship``: write to tuning_db/ rather than to the user's overlay. ``storage``: URL of a storage through which several
     tuners share the work (docs/fleet.md); one that vanishes is missed after ``grace`` seconds. ``slack``: see
     ``choose``. ``timeout``: seconds after which a config that shows no sign of life is given up. ``resume``: take
@@ -74,8 +75,11 @@ def tune(
     begin = time.monotonic()
     check_tunable(spec)
     unknown = [regime for regime in regimes if regime not in REGIMES]
-    if unknown or not regimes:
-        raise ValueError(f"regimes must be some of {', '.join(REGIMES)}; got {', '.join(unknown) or 'none'}")
+    has = regimes_for(spec.direction, device.type)
+    wanted = [regime for regime in regimes if regime in has]
+    if unknown or not wanted:
+        got = ", ".join(unknown or regimes) or "none"
+        raise ValueError(f"regimes of {spec.name} on {device.type} must be some of {', '.join(has)}; got {got}")
     database = database or Database()
     progress = progress or Silent()
     with (make_worker or worker_for(device, seed))() as worker:
@@ -110,8 +114,8 @@ def tune(
             )
             tuner.look_around()
             found: list[Found] = []
-            for index, regime in enumerate(regimes):
-                found.append(tuner.search(regime, len(regimes) - index, found))
+            for index, regime in enumerate(wanted):
+                found.append(tuner.search(regime, len(wanted) - index, found))
                 tuner.look_around()
             found = tuner.settle(found)
             tuner.finals(found)

@@ -21,7 +21,7 @@ from jagtile.generator.tune import facts_of, tune, worker_for
 from jagtile.generator.tune_types import DEFAULT_BUDGET, Budget, Progress, Silent, TuneResult
 from jagtile.runtime.device import relatives
 from jagtile.runtime.errors import TuningError
-from jagtile.runtime.problem import REGIMES
+from jagtile.runtime.problem import REGIMES, regimes_for
 from jagtile.tuning_db.schema import DeviceFacts
 from jagtile.tuning_db.store import ORIGINS, Database
 
@@ -55,7 +55,8 @@ def tune_all(
 ) -> Iterator[Outcome]:
     """An outcome for each spec that is chosen for the device, as it is tuned.
 
-    ``budget.seconds`` is for all specs together: each gets an even share of what is left when its turn comes.
+    Specs that have none of ``regimes`` are left out. ``budget.seconds`` is for all specs together: each gets an even
+    share of what is left when its turn comes.
     ``resume``: specs whose finals are on record with today's sources, for all of ``regimes``, are done. ``options`` and
     the rest as in ``tune``. A spec that nothing works for ends nothing; TuningError where the device can't be used.
     """
@@ -63,6 +64,7 @@ def tune_all(
     with (make_worker or worker_for(device, seed))() as worker:
         facts = facts_of(worker, device, timeout).device
         specs = chosen_specs(facts, database)
+        specs = [spec for spec in specs if set(regimes).intersection(regimes_for(spec.direction, facts.target))]
         if not specs:
             raise TuningError(f"no choices for {facts.slug} or a relative say which specs matter: name the specs")
         done = [spec for spec in specs if resume and is_done(spec, facts, regimes, database)]
@@ -107,6 +109,7 @@ def chosen_specs(device: DeviceFacts, database: Database) -> list[KernelSpec]:
 
 
 def is_done(spec: KernelSpec, device: DeviceFacts, regimes: Sequence[str], database: Database) -> bool:
-    """Whether the finals of all regimes are on record with today's sources."""
+    """Whether the finals of all regimes that the spec has are on record with today's sources."""
+    wanted = set(regimes).intersection(regimes_for(spec.direction, device.target))
     current = current_records(database, device.slug, device.target, spec)
-    return {record.regime for _, record in current if record.phase == "final" and record.state == "ok"} >= set(regimes)
+    return {record.regime for _, record in current if record.phase == "final" and record.state == "ok"} >= wanted

@@ -32,7 +32,7 @@ from jagtile.generator.workloads import Workload, representative
 from jagtile.runtime.device import DeviceId
 from jagtile.runtime.dispatch import choose_for_regime, default_variant
 from jagtile.runtime.errors import TuningError
-from jagtile.runtime.problem import REGIMES
+from jagtile.runtime.problem import regimes_for
 from jagtile.tuning_db.schema import ChoiceEntry, Choices, Phase, TuningRecord
 from jagtile.tuning_db.store import Database, identity
 
@@ -261,10 +261,10 @@ class TuneSession:
         """What dispatch takes so far: for the regimes that were tuned and, as a new entry of the user's hides the
         shipped one, for the others too.
         """
-        regimes = {f.regime: f.incumbent for f in found}
-        for regime in () if ship else (name for name in REGIMES if name not in regimes):
-            decision = choose_for_regime(self.runner.spec, regime, self._device(), self.database)
-            if decision.source != "default":
+        spec, regimes = self.runner.spec, {f.regime: f.incumbent for f in found}
+        for regime in () if ship else regimes_for(spec.direction, self.runner.target):
+            decision = choose_for_regime(spec, regime, self._device(), self.database)
+            if regime not in regimes and decision.source != "default" and not decision.is_borrowed:
                 regimes[regime] = decision.variant.config
         return ChoiceEntry(
             default=found[0].incumbent.to_dict(),

@@ -14,7 +14,7 @@ import torch
 
 from jagtile.generator.oracle import CausalAlignment, torch_dtype
 from jagtile.generator.spec import Direction, DType, KernelSpec
-from jagtile.runtime.problem import Problem
+from jagtile.runtime.problem import FEW, Problem, regimes_for
 
 _NAMED = Path(__file__).with_name("workloads.json")
 
@@ -277,6 +277,16 @@ _GPU_REPRESENTATIVES = {
     "cross": ("cross-d64", "mixed-d128-gqa-causal"),
     "decode": ("decode-d128-gqa",),
 }
+# Of every head dim with as many heads, as these make tiles few. Between 1.5 and 2.4 tiles of 128 rows for each of 132
+# multiprocessors, as long as they may be and of a mean length that is medium.
+_FEW = tuple(
+    Workload(name, lengths, lengths, heads, heads_kv, 128, 128)
+    for name, lengths, heads, heads_kv in (
+        ("3x4k-h2", (4000, 4358, 5031), 2, 2),
+        ("8k-h4", (8192,), 4, 4),
+        ("3x800-h16-gqa", (1300, 700, 500), 16, 2),
+    )
+)
 # Sequences; a CPU has less to fill.
 _CPU_SIZES = {"tiny": 512, "short": 96, "medium": 32, "long": 2, "cross": 8, "decode": 16}
 
@@ -284,10 +294,13 @@ _CPU_SIZES = {"tiny": 512, "short": 96, "medium": 32, "long": 2, "cross": 8, "de
 def representative(spec: KernelSpec, regime: str, target: str) -> tuple[Workload, ...]:
     """What the tuner times for a regime: lengths of a named workload, heads such that heads x head_dim stays the same.
 
-    On the CPU the batches are cut to what it computes in well under a second. ValueError lists the regimes.
+    On the CPU the batches are cut to what it computes in well under a second. ValueError lists the regimes of the spec.
     """
-    if regime not in _GPU_REPRESENTATIVES:
-        raise ValueError(f"no regime {regime!r}; regimes: {', '.join(_GPU_REPRESENTATIVES)}")
+    has = regimes_for(spec.direction, target)
+    if regime not in has:
+        raise ValueError(f"no regime {regime!r} of {spec.name} on {target}; regimes: {', '.join(has)}")
+    if regime == FEW:
+        return tuple(_for_spec(replace(base, head_dim=spec.head_dim), spec, regime) for base in _FEW)
     bases = [named()[name] for name in _GPU_REPRESENTATIVES[regime]]
     if target == "cpu":
         bases = [_cut(named()["cpu-d64"] if regime == "medium" else bases[0], _CPU_SIZES[regime])]

@@ -3,7 +3,8 @@
 Order: the user's choices for this device, those of kernel packs for it, the shipped ones for it, the nearest
 relative's (in the same order); on a GPU the same for the spec's twin in the other 16-bit dtype, as fast on tensor
 cores; with dropout the same for the spec without it; the safe default of the space that is meant for the regime, else
-of the first one. A regime without an entry takes the spec's default entry, never another regime's.
+of the first one. A regime without an entry takes its neighbour's, where it has a neighbour (``problem.LOOK_UPS``),
+else the spec's default entry.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from jagtile.generator.spec import DType, KernelSpec
 from jagtile.generator.tile import Variant, config_from_dict, direction_of, refusal, regimes_of, spaces, spaces_of
 from jagtile.runtime.device import DeviceId, relatives
 from jagtile.runtime.errors import IllegalConfigError, UnsupportedError
-from jagtile.runtime.problem import Problem, regime
+from jagtile.runtime.problem import LookUp, Problem, look_up, look_up_of
 
 if TYPE_CHECKING:
-    from jagtile.tuning_db.schema import ChoiceEntry, Choices, DeviceFacts
+    from jagtile.tuning_db.schema import Choices, DeviceFacts
 
 Origin = Literal["user", "shipped"]
 ORIGINS: tuple[Origin, ...] = ("user", "shipped")
@@ -56,21 +57,39 @@ class Decision:
     """The variant to run and how it was found."""
 
     variant: Variant
-    regime: str
+    look_up: LookUp
     source: str  # "user", "pack:<name>", "shipped", "relative:<slug>" or "default"
     steps: tuple[Step, ...]
+    chosen_for: str = ""  # the regime of the look-up whose choice it is; "" where it is a default
+
+    @property
+    def regime(self) -> str:
+        """The regime that was asked for."""
+        return self.look_up[0]
+
+    @property
+    def is_borrowed(self) -> bool:
+        """Whether it serves a regime that has a neighbour, and is not chosen for that regime itself."""
+        return len(self.look_up) > 1 and self.chosen_for != self.regime
 
 
 def choose(problem: Problem, device: DeviceId, database: ChoiceSource, packs: Sequence[PackedChoices] = ()) -> Decision:
     """The variant for a problem on a device. UnsupportedError where no space of the device's target serves the spec."""
-    return choose_for_regime(problem.spec, regime(problem), device, database, packs)
+    return choose_by_look_up(problem.spec, look_up(problem, device.target), device, database, packs)
 
 
 def choose_for_regime(
     spec: KernelSpec, regime: str, device: DeviceId, database: ChoiceSource, packs: Sequence[PackedChoices] = ()
 ) -> Decision:
     """As ``choose``, for a regime by name."""
-    default = default_variant(spec, device.target, regime)
+    return choose_by_look_up(spec, look_up_of(regime), device, database, packs)
+
+
+def choose_by_look_up(
+    spec: KernelSpec, look_up: LookUp, device: DeviceId, database: ChoiceSource, packs: Sequence[PackedChoices] = ()
+) -> Decision:
+    """As ``choose``, for regimes in the order in which they are asked for."""
+    default = default_variant(spec, device.target, look_up[-1])
     steps: list[Step] = []
     for recorded in recorded_as(spec, device.target):
         for source, place, choices in _places(device, database, packs):
@@ -79,16 +98,17 @@ def choose_for_regime(
                 if recorded == spec:
                     steps.append(Step(place, "nothing recorded" if choices is None else f"no entry for {spec.name}"))
                 continue
-            for name, config in _candidates(entry, regime):
+            for regime, config in entry.serving(look_up):
+                name = f"regime {regime}" if regime else "the spec's default entry"
                 if recorded != spec:
                     name = f"{recorded.name}, {name}"
                 variant, why_not = _variant(device.target, spec, config)
                 if variant is not None:
                     steps.append(Step(place, f"taken: {name}, {variant.config.name}"))
-                    return Decision(variant, regime, source, tuple(steps))
+                    return Decision(variant, look_up, source, tuple(steps), regime)
                 steps.append(Step(place, f"skipped: {name}: {why_not}"))
     steps.append(Step(f"default of {device.target}/{default.space.algorithm}", f"taken: {default.config.name}"))
-    return Decision(default, regime, "default", tuple(steps))
+    return Decision(default, look_up, "default", tuple(steps))
 
 
 def default_variant(spec: KernelSpec, target: str, regime: str | None = None) -> Variant:
@@ -109,14 +129,14 @@ def default_variant(spec: KernelSpec, target: str, regime: str | None = None) ->
 
 
 def packed_variants(
-    spec: KernelSpec, regime: str, device: DeviceId, packs: Sequence[PackedChoices]
+    spec: KernelSpec, look_up: LookUp, device: DeviceId, packs: Sequence[PackedChoices]
 ) -> tuple[Variant, ...]:
-    """The legal variants of a spec that packs name, those for the regime first: for who can have no other."""
+    """The legal variants of a spec that packs name, those for the look-up first: for who can have no other."""
     found: dict[Variant, None] = {}
     for pack in packs:
         entry = pack.choices.specs.get(f"{device.target}/{spec.name}")
         if entry is not None:
-            for config in (*(config for _, config in _candidates(entry, regime)), *entry.regimes.values()):
+            for config in (*(config for _, config in entry.serving(look_up)), *entry.regimes.values()):
                 variant, _ = _variant(device.target, spec, config)
                 if variant is not None:
                     found[variant] = None
@@ -153,12 +173,6 @@ def _of(slug: str, database: ChoiceSource, packs: Sequence[PackedChoices]) -> It
         if pack.choices.device.slug == slug:
             yield f"pack:{pack.name}", "pack choices", pack.choices
     yield "shipped", "shipped choices", database.choices("shipped", slug)
-
-
-def _candidates(entry: ChoiceEntry, regime: str) -> Iterator[tuple[str, Mapping[str, object]]]:
-    if regime in entry.regimes:
-        yield f"regime {regime}", entry.regimes[regime]
-    yield "the spec's default entry", entry.default
 
 
 def _variant(target: str, spec: KernelSpec, config: Mapping[str, object]) -> tuple[Variant | None, str]:

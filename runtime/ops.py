@@ -44,7 +44,8 @@ def forward(
     out = q.new_empty(total_q, heads, head_dim_v)
     lse = q.new_empty(heads, total_q, dtype=torch.float32) if return_lse else None
     if batch and total_q and total_k:
-        regime = regime_index(batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0, heads // heads_kv)
+        rows = total_q * heads if device_index >= 0 else 0
+        regime = regime_index(batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0, heads // heads_kv, rows)
         dropout = dropout_of(dropout_p, dropout_state) if dropout_p else None
         route = (q.dtype, head_dim, head_dim_v, is_causal, device_index, regime, dropout is not None)
         kernel = ROUTES.get(route) or resolve(route)

@@ -1,4 +1,4 @@
-"""Problem: what the host knows of one call without asking the device, and the regime that follows from it."""
+"""Problem: what the host knows of one call without asking the device, and the regimes that follow from it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
-from jagtile.generator.spec import DType, KernelSpec
+from jagtile.generator.spec import Direction, DType, KernelSpec
 
-REGIMES: tuple[str, ...] = ("tiny", "short", "medium", "long", "cross", "decode")
+REGIMES: tuple[str, ...] = ("tiny", "short", "medium", "long", "cross", "decode", "few")
+FEW = "few"
+
+LookUp = tuple[str, ...]  # the regimes whose choices serve a call, in order: its own, then the neighbour's
+
+# What ``regime_index`` gives an index into. A batch of few tiles is medium or long all the same, and is served as such
+# where nothing is chosen for "few"; no other regime has a neighbour.
+LOOK_UPS: tuple[LookUp, ...] = (*((name,) for name in REGIMES if name != FEW), (FEW, "medium"), (FEW, "long"))
+_MEDIUM, _LONG = (LOOK_UPS.index((name,)) for name in ("medium", "long"))
+_FEW_AND_MEDIUM, _FEW_AND_LONG = (LOOK_UPS.index((FEW, name)) for name in ("medium", "long"))
 
 DTYPE_NAMES: dict[torch.dtype, DType] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -22,6 +31,11 @@ LONG_MEAN = 1024
 MAX_SHARE = 8
 UNEQUAL_RATIO = 2  # total_k and total_q further apart than this make a cross (or decode) batch
 DECODE_MEAN = 16  # queries a sequence, at most
+# A forward on a GPU has few tiles below 2.5 of 128 rows for each of 132 multiprocessors. Tiles of 192 or 256 rows are
+# fewer still: the longest takes longer than a multiprocessor's share of the work, or some have two and others one.
+FEW_TILES = 330
+FEW_ROWS = 128 * FEW_TILES  # of all heads
+FEW_MEAN = 512  # tokens, at least
 
 
 @dataclass(frozen=True)
@@ -37,10 +51,26 @@ class Problem:
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
 
+    @property
+    def rows(self) -> int:
+        """Of queries, over all heads."""
+        return self.total_q * self.heads
 
-def regime(problem: Problem) -> str:
-    """The regime of a problem, one of ``REGIMES``."""
-    return REGIMES[
+
+def regimes_for(direction: Direction, device: str) -> tuple[str, ...]:
+    """The regimes of a direction's specs on a kind of device or target; "few" is of forwards on a GPU only."""
+    return REGIMES if direction == "fwd" and device != "cpu" else tuple(name for name in REGIMES if name != FEW)
+
+
+def look_up_of(regime: str) -> LookUp:
+    """Where a regime is asked for by its name and not for a batch: the last look-up that begins with it."""
+    return next((each for each in reversed(LOOK_UPS) if each[0] == regime), (regime,))
+
+
+def look_up(problem: Problem, device: str = "cuda") -> LookUp:
+    """The regimes that serve a problem on a kind of device or target."""
+    few_is_known = FEW in regimes_for(problem.spec.direction, device)
+    return LOOK_UPS[
         regime_index(
             problem.batch,
             problem.total_q,
@@ -48,19 +78,31 @@ def regime(problem: Problem) -> str:
             problem.max_seqlen_q or 0,
             problem.max_seqlen_k or 0,
             problem.heads // problem.heads_kv,
+            problem.rows if few_is_known else 0,
         )
     ]
 
 
+def regime(problem: Problem, device: str = "cuda") -> str:
+    """The regime of a problem on a kind of device or target, one of ``REGIMES``."""
+    return look_up(problem, device)[0]
+
+
 def regime_index(
-    batch: int, total_q: int, total_k: int, max_seqlen_q: int = 0, max_seqlen_k: int = 0, group: int = 1
+    batch: int,
+    total_q: int,
+    total_k: int,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    group: int = 1,
+    rows: int = 0,
 ) -> int:
-    """Index into ``REGIMES``; max_seqlen 0 means unknown. Total, and monotone: longer never gives a shorter regime.
+    """Index into ``LOOK_UPS``; max_seqlen 0 means unknown. Total, and monotone: longer never gives a shorter regime.
 
     tiny: both mean lengths up to 18; short: up to 96. With a ``group`` of 4 or more query heads a kv head, which the
     short regime packs into tiles, all up to 128 is short. Then, where queries and keys differ by more than a factor of
     two, decode (up to 16 queries a sequence against more keys) or cross. Otherwise medium below a mean of 1024, long
-    from there on.
+    from there on; of these, from a mean of 512 on, few with less than ``FEW_ROWS`` rows. ``rows`` 0: never few.
     """
     short_mean = SHORT_MEAN if group < GROUP else SHORT_MEAN_OF_GROUPS
     total = total_q if total_q > total_k else total_k
@@ -71,4 +113,7 @@ def regime_index(
         return 5 if total_q <= DECODE_MEAN * batch else 4
     if total_q > UNEQUAL_RATIO * total_k:
         return 4
-    return 2 if total < LONG_MEAN * batch and longest < LONG_MEAN * MAX_SHARE else 3
+    is_medium = total < LONG_MEAN * batch and longest < LONG_MEAN * MAX_SHARE
+    if 0 < rows < FEW_ROWS and (total >= FEW_MEAN * batch or longest >= FEW_MEAN * MAX_SHARE):
+        return _FEW_AND_MEDIUM if is_medium else _FEW_AND_LONG
+    return _MEDIUM if is_medium else _LONG

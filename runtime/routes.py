@@ -12,7 +12,7 @@ import torch
 from jagtile.generator.spec import Direction, KernelSpec
 from jagtile.generator.tile import Variant
 from jagtile.runtime.device import device_id
-from jagtile.runtime.dispatch import Decision, choose_for_regime, default_variant, packed_variants
+from jagtile.runtime.dispatch import Decision, choose_by_look_up, default_variant, packed_variants
 from jagtile.runtime.errors import (
     BuildError,
     CompilerNotFoundError,
@@ -22,14 +22,14 @@ from jagtile.runtime.errors import (
     RejectedVariantError,
 )
 from jagtile.runtime.loader import kernel_table
-from jagtile.runtime.problem import DTYPE_NAMES, REGIMES
+from jagtile.runtime.problem import DTYPE_NAMES, LOOK_UPS, LookUp, regimes_for
 
 if TYPE_CHECKING:
     from jagtile.runtime.kernel import BackwardKernel, ForwardKernel, Kernel
 
 log = logging.getLogger("jagtile")
 
-# dtype, head_dim, head_dim_v, is_causal, index of the CUDA device (-1: CPU), index of the regime, dropout
+# dtype, head_dim, head_dim_v, is_causal, index of the CUDA device (-1: CPU), index of the regimes' look-up, dropout
 Route = tuple[torch.dtype, int, int, bool, int, int, bool]
 
 # Read without a lock by every call, written by ``resolve`` only; the values are owned by the kernel table.
@@ -50,44 +50,39 @@ def resolve_backward(route: Route) -> BackwardKernel:
 
 
 def _resolve(direction: Direction, route: Route) -> Kernel:
-    dtype, head_dim, head_dim_v, is_causal, device_index, regime_index, dropout = route
+    dtype, head_dim, head_dim_v, is_causal, device_index, look_up, dropout = route
     device = torch.device("cpu") if device_index < 0 else torch.device("cuda", device_index)
     spec = KernelSpec(direction, DTYPE_NAMES[dtype], head_dim, head_dim_v, is_causal, dropout)
-    decision = decide(spec, REGIMES[regime_index], device)
+    decision = decide(spec, LOOK_UPS[look_up], device)
     kernel = _load(decision, device)
     log.debug("%s, regime %s on %s: %s (%s)", spec.name, decision.regime, device, kernel.meta.symbol, decision.source)
     return kernel
 
 
-def decide(spec: KernelSpec, regime: str, device: torch.device) -> Decision:
-    """What dispatch chooses for a spec and a regime on a device, from the choices as they are on disk now."""
+def decide(spec: KernelSpec, look_up: LookUp, device: torch.device) -> Decision:
+    """What dispatch chooses for a spec and a look-up on a device, from the choices as they are on disk now."""
     from jagtile.runtime import packs
     from jagtile.tuning_db.store import Database
 
     identity = device_id(device)
-    return choose_for_regime(spec, regime, identity, Database(), packs.fitting(identity))
+    return choose_by_look_up(spec, look_up, identity, Database(), packs.fitting(identity))
 
 
 def prepare(spec: KernelSpec, regimes: Sequence[str], device: torch.device) -> tuple[Variant, ...]:
-    """Build and load the kernels of several regimes and remember their routes. Returns the distinct variants."""
+    """Build and load the kernels of several regimes (those that the spec has on the device) and remember their routes.
+    Returns the distinct variants.
+    """
     from jagtile.runtime import packs
 
     packs.forget()
-    decisions = [decide(spec, regime, device) for regime in regimes]
-    variants = tuple(dict.fromkeys(decision.variant for decision in decisions))
+    wanted = set(regimes).intersection(regimes_for(spec.direction, device.type))
+    decisions = {at: decide(spec, look_up, device) for at, look_up in enumerate(LOOK_UPS) if look_up[0] in wanted}
+    variants = tuple(dict.fromkeys(decision.variant for decision in decisions.values()))
     kernel_table().build_missing(variants, device)
     dtype = next(torch_dtype for torch_dtype, name in DTYPE_NAMES.items() if name == spec.dtype)
     index = -1 if device.index is None else device.index
-    for decision in decisions:
-        route = (
-            dtype,
-            spec.head_dim,
-            spec.head_dim_v,
-            spec.causal,
-            index,
-            REGIMES.index(decision.regime),
-            spec.dropout,
-        )
+    for look_up, decision in decisions.items():
+        route = (dtype, spec.head_dim, spec.head_dim_v, spec.causal, index, look_up, spec.dropout)
         routes = ROUTES if spec.direction == "fwd" else BACKWARD_ROUTES
         cast("dict[Route, Kernel]", routes)[route] = _load(decision, device)
     return variants
@@ -124,7 +119,7 @@ def _packed_instead(decision: Decision, device: torch.device, error: JagtileErro
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():  # wanted is only what is loaded already
         return None
     wanted, identity = decision.variant, device_id(device)
-    for variant in packed_variants(wanted.spec, decision.regime, identity, packs.fitting(identity)):
+    for variant in packed_variants(wanted.spec, decision.look_up, identity, packs.fitting(identity)):
         if variant == wanted or not packs.holds(variant, device):
             continue
         try:

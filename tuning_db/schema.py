@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import msgspec
@@ -74,6 +75,17 @@ class ChoiceEntry(msgspec.Struct, frozen=True, kw_only=True):
 
     default: Config
     regimes: dict[str, Config] = {}
+
+    def serving(self, look_up: Sequence[str]) -> Iterator[tuple[str, Config]]:
+        """What serves regimes that are asked for in this order (``runtime.problem.look_up_of``): (regime, config) of
+        each that has an entry, then ("", the default).
+        """
+        yield from ((regime, self.regimes[regime]) for regime in look_up if regime in self.regimes)
+        yield "", self.default
+
+    def config(self, look_up: Sequence[str]) -> Config:
+        """The first of these."""
+        return next(self.serving(look_up))[1]
 
 
 class Choices(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,7 +18,7 @@ from jagtile.generator.tile import all_configs, legal_configs, parse_config, spa
 from jagtile.generator.tune_all import Outcome
 from jagtile.generator.tune_types import DEFAULT_BUDGET, Budget, RegimeResult, Silent, TuneResult
 from jagtile.generator.workloads import representative
-from jagtile.runtime.problem import REGIMES
+from jagtile.runtime.problem import REGIMES, regimes_for
 from jagtile.runtime.settings import settings
 from jagtile.tuning_db.schema import ChoiceEntry, Choices, DeviceFacts, TuningRecord
 from jagtile.tuning_db.store import Database
@@ -91,7 +91,7 @@ def test_a_budget_is_a_number_of_trials_a_time_or_both(texts, budget):
 def test_without_options_every_regime_is_tuned_within_the_default_budget(run, fake):
     run("tune", SPEC, "--device", "cpu")
     ((name, device, regimes, options),) = fake.calls
-    assert (name, device, regimes) == (SPEC, torch.device("cpu"), REGIMES)
+    assert (name, device, regimes) == (SPEC, torch.device("cpu"), regimes_for("fwd", "cpu"))
     assert options["budget"] == DEFAULT_BUDGET
     assert (options["ship"], options["seed"], options["storage"], options["resume"]) == (False, 0, None, True)
 
@@ -120,7 +120,7 @@ def test_all_tunes_what_is_chosen_and_tells_what_was_done_and_what_failed(run, m
         options.pop("progress_of")
         spec = KernelSpec.parse(SPEC)
         yield Outcome(KernelSpec.parse("fwd_fp32_d32"), None)
-        yield Outcome(spec, fake(spec, device, regimes, progress=Silent()))
+        yield Outcome(spec, fake(spec, device, regimes_for("fwd", "cpu"), progress=Silent()))
         yield Outcome(KernelSpec.parse("fwd_fp32_d96"), None, "none of 3 configs works")
 
     monkeypatch.setattr(tune_all_module, "tune_all", outcomes)
@@ -213,6 +213,8 @@ def test_a_dry_run_for_a_gpu_that_is_not_here_predicts_and_gives_the_reasons_of_
         ((SPEC, "--target", "sm_90a", "--dry-run"), "dtype must be bf16 or fp16"),
         (("fwd_fp32",), "is not a name like"),
         ((SPEC, "--regime", "huge"), "no regime huge; there are tiny, short"),
+        ((SPEC, "--regime", "few", "--device", "cpu"), "on cpu has no regime few; it has tiny"),
+        (("bwd_bf16_d128", "--regime", "few", "--target", "sm_90a", "--dry-run"), "on sm_90a has no regime few"),
         ((SPEC, "--budget", "soon"), "neither a number of trials"),
         ((SPEC, "--budget", "0"), "neither a number of trials"),
         ((SPEC, "--device", "abacus"), "--device 'abacus'"),

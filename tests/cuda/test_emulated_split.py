@@ -22,7 +22,7 @@ from jagtile.generator.tile import Variant
 from jagtile.generator.workloads import JaggedBatch, Workload
 from jagtile.runtime import cuda
 from jagtile.runtime.artifact import Artifact
-from jagtile.runtime.cuda import params, work_list
+from jagtile.runtime.cuda import list_builder, params, work_list
 
 SCALE = 0.1
 ONE_GROUP = "fwd_bf16_d64_causal/split_m64_n32_s2_q1_c1"
@@ -37,8 +37,8 @@ _seeds = itertools.count(1)  # no two launches share a schedule
 
 
 @cache
-def built(name: str) -> Artifact:
-    return kernels.artifact(Variant.parse(f"sm_90a/{name}"))
+def built(name: str, *edit: str) -> Artifact:
+    return kernels.artifact(Variant.parse(f"sm_90a/{name}"), kernels.substitution(*edit) if edit else None)
 
 
 def workload(name: str, queries=QUERIES, keys=KEYS, ratio: int = 4, heads_kv: int = 1, **more) -> Workload:
@@ -180,11 +180,11 @@ class WorkList(NamedTuple):
     tickets: list[int]
 
 
-def build_list(name: str, w: Workload, processors: int) -> WorkList:
+def build_list(name: str, w: Workload, processors: int, *edit: str) -> WorkList:
     """The work list of a batch as the device builds it; the attention kernel is not run."""
     b = w.make("cpu", "bf16", 0)
     with emulated(processors, seed=1000 * next(_seeds)):
-        kernel = cuda.load(built(name), torch.device("cuda", 0))
+        kernel = cuda.load(built(name, *edit), torch.device("cuda", 0))
         launch, attention = kernel._launch, kernel._kernel
         kernel._launch = lambda function, *more: None if function is attention else launch(function, *more)
         kernel.forward(*b[:5], torch.empty_like(b.q), None, SCALE, w.causal_alignment == "bottom_right")
@@ -294,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(32) limits(const long long* total, 
   Params p = {};
   p.extra_items = extra;
   p.block_n = 64;
-  const Limits limits(p, *total, longest);
+  const Limits limits(p, Divisor(p.block_n), Divisor(extra), *total, longest);
   found[0] = limits.few_rows;
   found[1] = limits.piece;
   found[2] = limits.whole;
@@ -317,6 +317,29 @@ def test_keys_are_split_where_few_tiles_must_fill_the_device_and_only_there() ->
     assert len(found.by_cost) == 32  # pieces of 256 keys, the smallest; there is room for 33
     many = workload(ONE_GROUP, (64,) * 60, (256,) * 60, ratio=1, heads_kv=4, causal_alignment="bottom_right")
     assert {item.pieces for item in build_list(ONE_GROUP, many, 16).by_cost} == {0}
+
+
+@pytest.mark.parametrize("most_alone", [0, 2048])
+@pytest.mark.parametrize(
+    ("queries", "keys", "cut"),
+    [
+        ((700, 300, 40), (700, 300, 40), False),  # longer than a piece of few rows would be, but of many rows
+        ((700, 300, 1), (700, 300, 200), False),
+        ((700, 300, 1), (700, 300, 700), True),
+        ((64, 64), (64, 6000), True),
+    ],
+)
+def test_pieces_are_counted_only_where_something_is_cut(
+    queries: tuple[int, ...], keys: tuple[int, ...], cut: bool, most_alone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(list_builder, "MOST_ALONE", most_alone)  # one CTA, or a cluster
+    w = workload(ONE_GROUP, queries, keys, ratio=1, heads_kv=2, causal_alignment="bottom_right")
+    found = build_list(ONE_GROUP, w, 16)
+    assert any(item.pieces > 0 for item in found.by_cost) == cut
+    assert max(visible_blocks(w, item, found.block) for item in found.by_cost) > 256 / 32
+    assert found.total < found.block["extra_items"] * 256 / 32  # which is thus what few rows are cut into
+    told = build_list(ONE_GROUP, w, 16, "longest = cut.longest;", "longest = 12345;")
+    assert told.longest == (12345 if cut else found.longest)
 
 
 def test_decoding_is_cut_into_quarters_of_a_share() -> None:

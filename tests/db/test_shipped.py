@@ -15,7 +15,7 @@ from jagtile.generator.trial import source_sha256
 from jagtile.runtime.device import DeviceId
 from jagtile.runtime.dispatch import choose_for_regime
 from jagtile.runtime.errors import JagtileWarning
-from jagtile.runtime.problem import REGIMES
+from jagtile.runtime.problem import REGIMES, look_up_of, regimes_for
 from jagtile.tuning_db.schema import ChoiceEntry, Choices
 from jagtile.tuning_db.store import Database
 
@@ -56,7 +56,7 @@ def test_every_shipped_line_is_a_record_of_its_folders_device_and_names_a_spec()
 def test_every_shipped_choice_is_legal_and_was_measured(choices: Choices, key: str):
     target, _, spec = key.rpartition("/")
     assert target == choices.device.target
-    assert choices.specs[key].regimes.keys() <= set(REGIMES)
+    assert choices.specs[key].regimes.keys() <= set(regimes_for(KernelSpec.parse(spec).direction, target))
     measured = DATABASE.records(device=choices.device.slug, target=target, spec=spec, state="ok")
     for config in chosen(choices.specs[key]):
         variant = Variant(target, KernelSpec.parse(spec), config_from_dict(target, config))
@@ -89,4 +89,4 @@ def test_dispatch_takes_the_shipped_choices_on_their_device_and_on_its_relatives
     for device, source in ((own, "shipped"), (smaller, f"relative:{own.slug}")):
         decision = choose_for_regime(spec, regime, device, Database(tmp_path))
         assert decision.source == source
-        assert decision.variant.config.to_dict() == entry.regimes.get(regime, entry.default)
+        assert decision.variant.config.to_dict() == entry.config(look_up_of(regime))

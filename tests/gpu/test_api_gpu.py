@@ -75,11 +75,12 @@ def test_varlen_attention_agrees_with_the_oracle(seed, head_dim, dtype, kind):
         workload([1] * 200),
         workload([0, 0, 129, 0]),
         workload([1000, 3, 64, 257]),
+        workload([1100, 700], heads=8, heads_kv=2, head_dim=128),
         workload([1, 1, 1], [500, 0, 3000], heads=8, heads_kv=1),
         workload([32] * 4, [2000, 17, 1, 400], heads=8, heads_kv=2),
         workload([300, 7], [20, 900], heads=6, heads_kv=2, head_dim=128),
     ],
-    ids=["one token each", "empty ones", "skewed", "decode, MQA", "cross, GQA", "unequal"],
+    ids=["one token each", "empty ones", "skewed", "few tiles, GQA", "decode, MQA", "cross, GQA", "unequal"],
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_regime_agrees_with_the_oracle(w, kind):

@@ -16,7 +16,7 @@ from jagtile.generator.workloads import (
     random_workload,
     representative,
 )
-from jagtile.runtime.problem import REGIMES, Problem, regime
+from jagtile.runtime.problem import Problem, regime, regimes_for
 
 
 def test_the_named_workloads_are_the_known_ones():
@@ -115,15 +115,15 @@ def test_checks_are_small_fixed_and_hold_the_edges(causal):
 @pytest.mark.parametrize("head_dims", [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (17, 17)])
 def test_what_stands_for_a_regime_belongs_to_it(target, causal, head_dims):
     spec = KernelSpec("fwd", "bf16", *head_dims, causal)
-    for name in REGIMES:
+    for name in regimes_for("fwd", target):
         for w in representative(spec, name, target):
             assert w.spec("bf16") == spec
             problem = Problem(spec, w.batch, w.total_q, w.total_k, w.num_heads, w.num_heads_kv)
-            assert regime(problem) == name
+            assert regime(problem, target) == name
             longest = Problem(
                 spec, w.batch, w.total_q, w.total_k, w.num_heads, w.num_heads_kv, max(w.seqlens_q), max(w.seqlens_k)
             )
-            assert regime(longest) == name
+            assert regime(longest, target) == name
 
 
 def test_an_unknown_regime_is_refused_with_the_known_ones():

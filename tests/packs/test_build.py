@@ -18,12 +18,16 @@ from jagtile.generator.pack import build_pack, plan_pack
 from jagtile.generator.pack_check import check_pack
 from jagtile.generator.pack_wheel import write_wheel
 from jagtile.generator.spec import KernelSpec
+from jagtile.generator.tile import legal_configs, space_for
+from jagtile.generator.workloads import Workload
 from jagtile.runtime.artifact import ABI_VERSION
+from jagtile.runtime.device import DeviceId
+from jagtile.runtime.dispatch import choose
 from jagtile.runtime.errors import BuildError, PackError
 from jagtile.runtime.pack import Pack
-from jagtile.runtime.problem import REGIMES
+from jagtile.runtime.problem import regimes_for
 from jagtile.runtime.settings import settings
-from jagtile.tuning_db.schema import Choices, DeviceFacts
+from jagtile.tuning_db.schema import ChoiceEntry, Choices, DeviceFacts
 from jagtile.tuning_db.store import Database
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,10 +41,30 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 def test_it_holds_each_variant_that_dispatch_would_choose_once(world, whole):
     assert whole.symbols == tuple(sorted({world.usual.symbol, world.long.symbol, world.backward.symbol}))
     entry = whole.choices.specs[f"cpu/{world.usual.spec.name}"]
-    assert set(entry.regimes) == set(REGIMES)
+    assert set(entry.regimes) == set(regimes_for("fwd", "cpu"))
     assert entry.default == entry.regimes["short"] == world.usual.config.to_dict()
     assert entry.regimes["long"] == world.long.config.to_dict()
     assert check_pack(whole) == []
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_few_is_packed_where_it_is_chosen_and_follows_its_neighbours_elsewhere(tmp_path, tuned):
+    """So do packs that are older than the regime."""
+    spec = KernelSpec.parse("fwd_bf16_d128")
+    configs = [c.to_dict() for c in legal_configs(space_for("sm_90a", "persistent"), spec)[:4]]
+    regimes = dict(zip(("medium", "long", "few"), configs, strict=False))
+    device = DeviceFacts(
+        slug=H200, label="a GPU", target="sm_90a", units=132, bandwidth_gbs=4000, compute_capability="9.0"
+    )
+    entry = ChoiceEntry(default=configs[3], regimes={r: c for r, c in regimes.items() if tuned or r != "few"})
+    database = Database(tmp_path / "user", tmp_path / "shipped")
+    database.write_choices(Choices(device=device, specs={f"sm_90a/{spec.name}": entry}), ship=True)
+    packed = plan_pack(H200, [spec], database)
+    assert ("few" in packed.choices.specs[f"sm_90a/{spec.name}"].regimes) == tuned
+    for lengths, neighbour in (((600,) * 10, "medium"), ((4000, 4358, 5031), "long")):
+        problem = Workload("w", lengths, lengths, 2, 2, 128, 128).problem("bf16")
+        found = choose(problem, DeviceId(**msgspec.structs.asdict(device)), Database(tmp_path, tmp_path), [packed])
+        assert found.variant.config.to_dict() == regimes["few" if tuned else neighbour]
 
 
 def test_it_tells_what_it_is_and_where_it_comes_from(world, whole):

@@ -94,6 +94,7 @@ def test_the_first_call_builds_and_says_so_and_warmup_spares_it(caplog):
         caplog.clear()
         names = jagtile.warmup(32, torch.float32, device="cpu")
         assert all(name.startswith("cpu/fwd_fp32_d32/") for name in names)
+        assert jagtile.warmup(32, torch.float32, device="cpu", regimes=["few"]) == ()  # no regime of a CPU
         jagtile.varlen_attention(x, x, x, cu, cu)
         assert caplog.records == []
 

@@ -154,6 +154,40 @@ def test_a_regime_without_an_entry_takes_the_specs_default_not_its_neighbours(pl
     assert (decision.regime, decision.variant.config.block) == ("medium", 64)
 
 
+FEW = replace(problem(batch=2), heads=4, heads_kv=4)
+FEW_AND_MEDIUM = replace(problem(batch=10, length=600), heads=4, heads_kv=4)
+
+
+@pytest.mark.parametrize(
+    ("regimes", "blocks"), [(("few", "medium", "long"), (64, 64)), (("medium", "long"), (96, 128))]
+)
+def test_few_tiles_are_served_as_what_they_are_beside_until_they_are_tuned(plain_spaces, regimes, blocks):
+    configs = {"few": plain_spaces(64), "medium": plain_spaces(96), "long": plain_spaces(128)}
+    entry = ChoiceEntry(default=plain_spaces(32), regimes={regime: configs[regime] for regime in regimes})
+    database = FakeDatabase(user__sm90_132sm=choices(entry))
+    found = [choose(each, H200, database) for each in (FEW_AND_MEDIUM, FEW)]
+    assert tuple(decision.variant.config.block for decision in found) == blocks
+    assert {decision.regime for decision in found} == {"few"}
+    assert {decision.is_borrowed for decision in found} == {"few" not in regimes}
+    for decision, neighbour in zip(found, ("medium", "long"), strict=True):
+        assert decision.chosen_for == ("few" if "few" in regimes else neighbour)
+        assert decision.steps[0].answer.startswith(f"taken: regime {decision.chosen_for}, ")
+
+
+def test_few_tiles_take_the_specs_default_where_the_neighbour_has_no_entry_either(plain_spaces):
+    entry = ChoiceEntry(default=plain_spaces(64), regimes={"medium": plain_spaces(128)})
+    decision = choose(FEW, H200, FakeDatabase(user__sm90_132sm=choices(entry)))
+    assert (decision.regime, decision.chosen_for, decision.variant.config.block) == ("few", "", 64)
+    assert decision.is_borrowed
+
+
+def test_an_illegal_choice_for_few_gives_way_to_the_neighbours(plain_spaces):
+    entry = ChoiceEntry(default=plain_spaces(64), regimes={"few": plain_spaces(256), "long": plain_spaces(128)})
+    decision = choose(FEW, H200, FakeDatabase(user__sm90_132sm=choices(entry)))
+    assert (decision.chosen_for, decision.variant.config.block) == ("long", 128)
+    assert decision.steps[0].answer.startswith("skipped: regime few: ")
+
+
 def test_an_illegal_config_is_skipped_with_the_arithmetic(plain_spaces):
     entry = ChoiceEntry(default=plain_spaces(64), regimes={"long": plain_spaces(256)})
     decision = choose(problem(), H200, FakeDatabase(user__sm90_132sm=choices(entry)))

@@ -72,6 +72,15 @@ def test_its_text_is_for_people(monkeypatch):
     ]
 
 
+def test_why_a_batch_is_few_is_told_and_as_what_it_is_served(monkeypatch):
+    h200 = DeviceId("sm90-132sm", "sm_90a", "NVIDIA H200", 132, 4917, "9.0")
+    monkeypatch.setattr(explain, "device_id", lambda device: h200)
+    problem = Problem(KernelSpec("fwd", "bf16", 128, 128, True), 3, 13389, 13389, 2, 2)
+    lines = str(explain.explain_problem(problem, "cuda:0")).splitlines()
+    why = "26778 query rows in all heads, less than 330 tiles of 128"
+    assert f"regime    few: {why}; served as long, as nothing is chosen for it" in lines
+
+
 def test_what_a_space_makes_of_the_heads_is_told(monkeypatch):
     space = type(jagtile.explain(**packed()).variant.space)
     monkeypatch.setattr(space, "remark", lambda self, heads, heads_kv: f"{heads} on {heads_kv}", raising=False)

@@ -10,13 +10,26 @@ from hypothesis import strategies as st
 
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.workloads import named, representative
-from jagtile.runtime.problem import REGIMES, SHORT_MEAN, TINY_MEAN, Problem, regime, regime_index
+from jagtile.runtime.problem import (
+    FEW_MEAN,
+    FEW_ROWS,
+    LOOK_UPS,
+    REGIMES,
+    SHORT_MEAN,
+    TINY_MEAN,
+    Problem,
+    look_up,
+    look_up_of,
+    regime,
+    regime_index,
+    regimes_for,
+)
 
 SPEC = KernelSpec("fwd", "bf16", 64, 64, False)
 counts = st.integers(0, 1 << 40)
 
 
-def of(workload, hints: bool) -> str:
+def of(workload, hints: bool, device: str = "cuda") -> str:
     max_q, max_k = (max(workload.seqlens_q), max(workload.seqlens_k)) if hints else (None, None)
     return regime(
         Problem(
@@ -28,7 +41,8 @@ def of(workload, hints: bool) -> str:
             workload.num_heads_kv,
             max_q,
             max_k,
-        )
+        ),
+        device,
     )
 
 
@@ -77,16 +91,17 @@ def test_a_few_very_long_sequences_are_seen_through_max_seqlen():
     assert of(skewed, hints=True) == "long"
 
 
-@pytest.mark.parametrize("target", ["cpu", "sm_90a"])
-@pytest.mark.parametrize("name", REGIMES)
+@pytest.mark.parametrize(
+    ("target", "name"), [(target, name) for target in ("cpu", "sm_90a") for name in regimes_for("fwd", target)]
+)
 def test_what_the_tuner_times_for_a_regime_belongs_to_it(name, target):
     for workload in representative(SPEC, name, target):
-        assert of(workload, hints=False) == name
+        assert of(workload, hints=False, device=target) == name
 
 
-@given(batch=counts, total_q=counts, total_k=counts, max_q=counts, max_k=counts, group=st.integers(1, 64))
-def test_every_problem_has_a_regime(batch, total_q, total_k, max_q, max_k, group):
-    assert 0 <= regime_index(batch, total_q, total_k, max_q, max_k, group) < len(REGIMES)
+@given(counts, counts, counts, counts, counts, st.integers(1, 64), counts)
+def test_every_problem_has_a_regime(batch, total_q, total_k, max_q, max_k, group, rows):
+    assert 0 <= regime_index(batch, total_q, total_k, max_q, max_k, group, rows) < len(LOOK_UPS)
 
 
 @given(batch=st.integers(1, 5000), mean=st.integers(0, 40_000), longer=st.integers(0, 40_000), hint=counts, more=counts)
@@ -102,6 +117,59 @@ def test_longer_sequences_never_give_a_shorter_regime(batch, mean, longer, hint,
 def test_more_queries_against_the_same_keys_never_return_to_decode(batch, keys, queries):
     names = [REGIMES[regime_index(batch, batch * q, batch * keys)] for q in range(1, queries, max(1, queries // 50))]
     assert names == sorted(names, key=lambda name: name != "decode")
+
+
+def few_rows(lengths: tuple[int, ...], heads: int, keys: int | None = None, **more: int) -> Problem:
+    total_k = sum(lengths) if keys is None else keys * len(lengths)
+    return Problem(SPEC, len(lengths), sum(lengths), total_k, heads, heads, **more)
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
+        (few_rows((4000, 4358, 5031), 2), ("few", "long")),
+        (few_rows((8192,), 4), ("few", "long")),
+        (few_rows((600,) * 10, 7), ("few", "medium")),
+        (few_rows((600,) * 11, 7), ("medium",)),  # 361 tiles of 128 rows
+        (few_rows((8192,), 8), ("long",)),
+        (few_rows((500,) * 3, 2), ("medium",)),
+        (few_rows((16384, *(50,) * 50), 1), ("medium",)),
+        (few_rows((16384, *(50,) * 50), 1, max_seqlen_q=16384), ("few", "long")),
+        (few_rows((1,) * 4, 8, keys=8192), ("decode",)),
+        (few_rows((100,) * 4, 8, keys=2048), ("cross",)),
+        (few_rows((2048,) * 4, 4, keys=100), ("cross",)),
+        (few_rows((60,) * 4, 4), ("short",)),
+    ],
+)
+def test_long_batches_of_few_tiles_are_few_and_what_they_were_before(problem, expected):
+    assert look_up(problem) == look_up(problem, "sm_90a") == expected
+    assert regime(problem) == expected[0]
+
+
+def test_no_backward_and_nothing_on_a_cpu_is_few():
+    problem = few_rows((4000, 4358, 5031), 2)
+    assert look_up(problem, "cpu") == ("long",)
+    assert look_up(replace(problem, spec=replace(SPEC, direction="bwd"))) == ("long",)
+    assert "few" not in {*regimes_for("fwd", "cpu"), *regimes_for("bwd", "sm_90a"), *regimes_for("bwd", "cuda")}
+    assert regimes_for("fwd", "sm_90a") == regimes_for("fwd", "cuda") == REGIMES
+
+
+@given(counts, counts, counts, counts, counts, st.integers(1, 64), counts)
+def test_few_says_nothing_but_that_tiles_are_few(batch, total_q, total_k, max_q, max_k, group, rows):
+    plain = regime_index(batch, total_q, total_k, max_q, max_k, group)
+    found = LOOK_UPS[regime_index(batch, total_q, total_k, max_q, max_k, group, rows)]
+    assert found[-1] == REGIMES[plain]
+    if len(found) > 1:
+        assert found[0] == "few"
+        assert 0 < rows < FEW_ROWS
+        assert max(total_q, total_k) >= FEW_MEAN * batch or max(max_q, max_k) >= 8 * FEW_MEAN
+
+
+def test_a_regime_by_its_name_is_looked_up_as_a_batch_of_it_is():
+    assert {look_up_of(name)[0] for name in REGIMES} == set(REGIMES)
+    assert {look_up_of(name) for name in REGIMES} < set(LOOK_UPS)
+    assert look_up_of("few") == ("few", "long")
+    assert look_up_of("") == ("",)
 
 
 def test_an_empty_batch_is_tiny():

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import jagtile
 from jagtile.generator.oracle import errors, reference, tolerance
 from jagtile.generator.workloads import random_workload
-from jagtile.runtime.problem import REGIMES
+from jagtile.runtime.problem import LOOK_UPS
 
 
 def batch(seed: int = 0, dtype: torch.dtype = torch.float32, head_dim: int = 8, head_dim_v: int = 8):
@@ -111,7 +111,7 @@ def test_max_seqlen_is_only_a_hint_for_the_regime(oracle_kernels):
     plain = jagtile.varlen_attention(*b[:5])
     wrong = jagtile.varlen_attention(*b[:5], 1, 1_000_000)
     torch.testing.assert_close(plain, wrong)
-    assert [REGIMES[route[5]] for route in oracle_kernels.routes][1] != "short"
+    assert [LOOK_UPS[route[5]] for route in oracle_kernels.routes][1] != ("short",)
 
 
 class OpLog(TorchDispatchMode):
@@ -183,7 +183,7 @@ def test_a_kernel_that_the_compiler_refuses_gives_way_to_the_default(plain_space
         return SimpleNamespace(meta=SimpleNamespace(symbol=variant.symbol))
 
     monkeypatch.setattr(routes, "ROUTES", {})
-    monkeypatch.setattr(routes, "decide", lambda *_: Decision(chosen, "short", "user", ()))
+    monkeypatch.setattr(routes, "decide", lambda *_: Decision(chosen, ("short",), "user", ()))
     monkeypatch.setattr(routes.kernel_table(), "kernel_for", kernel_for)
     with pytest.warns(jagtile.JagtileWarning, match="plain_b128 .user choices. can't be used, plain_b64.*it spills"):
         kernel = routes.resolve((torch.float32, 8, 8, False, -1, 0, False))

@@ -18,6 +18,7 @@ from fakes import COMPILER, DEVICE, SPEC, TARGET, FakeBuilder, FakeWorker, lands
 
 from jagtile.generator import resume
 from jagtile.generator.search import Search
+from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import config_from_dict, spaces_of
 from jagtile.generator.tune import Budget, Silent, tune
 from jagtile.generator.worker import WorkerFailure
@@ -239,7 +240,18 @@ def test_tuning_one_regime_leaves_the_shipped_choices_of_the_others_in_force(dat
     entry = run(database, slow, regimes=("short",), trials=60).choices.specs[KEY]
     assert entry.regimes["short"] != shipped.regimes["short"]
     assert entry.regimes["medium"] == shipped.regimes["medium"]
-    assert entry.regimes.keys() == set(REGIMES)
+    assert entry.regimes.keys() == set(REGIMES) - {"few"}  # which follows its neighbour until it is tuned
+
+
+def test_few_is_tuned_for_forwards_and_no_backward(database):
+    result = run(database, regimes=("few", "medium"), trials=12)
+    assert [found.regime for found in result.regimes] == ["few", "medium"]
+    assert {record.workload for record in result.records if record.regime == "few"} == {
+        w.name for w in representative(SPEC, "few", TARGET)
+    }
+    assert {"few", "medium"} <= result.choices.specs[KEY].regimes.keys()
+    with pytest.raises(ValueError, match=r"regimes of bwd_bf16_d128 on cuda must be some of tiny, .*decode; got few"):
+        tune(KernelSpec.parse("bwd_bf16_d128"), torch.device("cuda"), ("few",), database=database)
 
 
 def test_a_choice_that_follows_from_another_tuners_later_finals_is_told_with_its_time(database):

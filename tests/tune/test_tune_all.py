@@ -104,6 +104,14 @@ def test_a_regime_that_was_not_tuned_leaves_a_spec_undone(database):
     assert all(outcome.result is not None for outcome in run(database, Workers(), regimes=("medium", "short")))
 
 
+def test_few_is_tuned_for_the_specs_that_have_it(database):
+    backward = KernelSpec.parse("bwd_bf16_d64")
+    database.write_choices(choices(DEVICE, [*SPECS[:1], backward]), ship=True)
+    (outcome,) = run(database, Workers(), regimes=("few",))
+    assert (outcome.spec, [found.regime for found in outcome.result.regimes]) == (SPECS[0], ["few"])
+    assert [outcome.result for outcome in run(database, Workers(), regimes=("few",))] == [None]
+
+
 def test_each_spec_gets_an_even_share_of_the_time_that_is_left(database, monkeypatch):
     now, shares = [100.0], []
 

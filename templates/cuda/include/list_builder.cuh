@@ -123,6 +123,7 @@ struct Totals {
   int items;
   int slots;  // of pieces, where keys are split
   int longest;
+  int longest_of_few_rows;  // where keys are split
   unsigned cost_low, cost_high;  // 20 bits and the rest: shared memory adds no 64 bits at once
 
   __device__ __forceinline__ unsigned long long cost() const {
@@ -137,14 +138,16 @@ struct Totals {
     atomicAdd(&slots, all_slots);
   }
 
-  __device__ __forceinline__ void add_costs(unsigned long long own_cost, int own_longest) {
+  __device__ __forceinline__ void add_costs(unsigned long long own_cost, int own_longest, int own_longest_of_few_rows = 0) {
     const unsigned low = __reduce_add_sync(0xffffffff, static_cast<unsigned>(own_cost) & 0xfffff);
     const unsigned high = __reduce_add_sync(0xffffffff, static_cast<unsigned>(own_cost >> 20));
     const int most = __reduce_max_sync(0xffffffff, own_longest);
+    const int most_of_few_rows = __reduce_max_sync(0xffffffff, own_longest_of_few_rows);
     if (threadIdx.x % 32 != 0 || most == 0) return;
     atomicAdd(&cost_low, low);
     atomicAdd(&cost_high, high);
     atomicMax(&longest, most);
+    if (most_of_few_rows > 0) atomicMax(&longest_of_few_rows, most_of_few_rows);
   }
 };
 
@@ -157,8 +160,8 @@ __device__ __noinline__ void sum_over_ctas(const Totals& own, Totals& all, Total
   auto sum = [](unsigned value) { return __reduce_add_sync(0xffffffff, value); };
   auto sum_of = [&](const Totals& part) {
     return Totals{static_cast<int>(sum(part.items)), static_cast<int>(sum(part.slots)),
-                  __reduce_max_sync(0xffffffff, part.longest), sum(part.cost_low & 0xfffff),
-                  sum(part.cost_high + (part.cost_low >> 20))};
+                  __reduce_max_sync(0xffffffff, part.longest), __reduce_max_sync(0xffffffff, part.longest_of_few_rows),
+                  sum(part.cost_low & 0xfffff), sum(part.cost_high + (part.cost_low >> 20))};
   };
   const Totals of_all = sum_of(part), of_those_before = sum_of(lane < blockIdx.x ? part : Totals{});
   if (lane != 0) return;

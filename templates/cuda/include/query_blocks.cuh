@@ -33,15 +33,16 @@ __device__ __forceinline__ WorkItem query_item(const Builder& builder, int tile)
   return builder.blocks.item(builder.memory.chunk.sequence(owner), tile - builder.memory.chunk.first_tile[owner]);
 }
 
-// Counts the first tiles of all, as many as there is room for, by bucket(item). `before`: those of the CTAs before; `own_most`:
-// how many of this one's tiles are among them; `first`: the thread's item of the first round, if it is one of them.
-template <typename Builder, typename Bucket>
+// Counts the first tiles of all, as many as there is room for, by bucket(item); of those that has_few_rows(item) the longest is
+// known apart. `before`: the tiles of the CTAs before; `own_most`: how many of this one's are among those counted; `first`: the
+// thread's item of the first round, if it is one of them.
+template <typename Builder, typename Bucket, typename HasFewRows>
 __device__ __forceinline__ Totals count_query_blocks(Builder& builder, int room, Totals& before, int& own_most,
-                                                     WorkItem& first, Bucket bucket) {
+                                                     WorkItem& first, Bucket bucket, HasFewRows has_few_rows) {
   own_most = room;
 #pragma unroll 1
   for (int attempt = 0;; ++attempt) {
-    int longest = 0;
+    int longest = 0, longest_of_few_rows = 0;
     unsigned long long cost = 0;
     const int tiles = builder.for_each_tile([&](int before_chunk, int tile) {
       if (tile >= builder.tiles || before_chunk + tile >= own_most) return;
@@ -49,10 +50,11 @@ __device__ __forceinline__ Totals count_query_blocks(Builder& builder, int room,
       if (before_chunk + tile == threadIdx.x) first = item;
       atomicAdd(&builder.memory.counts[bucket(item)], 1);
       longest = max(longest, item.kv_blocks);
+      if (has_few_rows(item)) longest_of_few_rows = max(longest_of_few_rows, item.kv_blocks);
       cost += item.kv_blocks;
     });
     Totals& totals = builder.memory.totals[attempt];
-    totals.add_costs(cost, longest);
+    totals.add_costs(cost, longest, longest_of_few_rows);
     if (threadIdx.x == 0) totals.items = max(min(tiles, own_most), 0);
     const Totals all = builder.over_all(totals, before);
     if (all.items <= room) return all;

@@ -13,8 +13,8 @@ constexpr int kFewRows = 4;       // a part of a tile: 1/4 of its rows
 
 // In keys. A piece of a whole tile's rows costs what some 400 keys take: a tile's begin and end, its rows written, and read
 // by the one that adds up. With few rows it costs little more than the begin and end.
-constexpr int kSmallestPiece = 512, kSmallestOfFewRows = 256;
-constexpr int kWorthCutting = 1024;  // more than twice a CTA's share
+constexpr unsigned kSmallestPiece = 512, kSmallestOfFewRows = 256;
+constexpr unsigned kWorthCutting = 1024;  // more than twice a CTA's share
 
 // Which piece of a row block's keys an item is. Slots count the pieces of all that is split; this is the first piece's.
 struct Piece {
@@ -44,24 +44,35 @@ struct Cut {
   }
 };
 
+__device__ __forceinline__ bool has_few_rows(const Params& p, const WorkItem& item) {
+  return kFewRows * item.q_length <= p.block_m;
+}
+
 // How far the keys of row blocks are cut, in key blocks. Few rows in pieces of 1/4 of a CTA's share of the work: many even
 // ones. Others only where they are so far above a share that cutting them pays, in pieces that leave room for what is not cut.
 struct Limits {
   int few_rows, piece, whole, share;
 
-  __device__ __forceinline__ Limits(const Params& p, unsigned long long total, int longest) {
+  // `keys`: of a block; `extra_items`: as in the parameters, if there are any. Divided by while offsets are on their way.
+  __device__ __forceinline__ Limits(const Params& p, const Divisor& keys, const Divisor& extra_items, unsigned long long total,
+                                    int longest) {
     few_rows = piece = whole = max(longest, 1);
     share = 0;
     if (p.extra_items == 0) return;
     const int fewest = (longest + kMaxPieces - 1) / kMaxPieces;
-    const long long part = (total + p.extra_items - 1) / p.extra_items;  // kPiecesPerCta of these are a share
-    auto at_least = [&](long long limit, int smallest) {  // parts of a great total are more than 32 bits hold
-      return max(max(static_cast<int>(min(limit, 1LL * longest)), fewest), max(smallest / p.block_n, 1));
+    const long long part = extra_items.quotient(total + p.extra_items - 1);  // kPiecesPerCta of these are a share
+    auto at_least = [&](long long limit, unsigned smallest) {  // parts of a great total are more than 32 bits hold
+      return max(max(static_cast<int>(min(limit, 1LL * longest)), fewest), max(static_cast<int>(keys.quotient(smallest)), 1));
     };
     few_rows = at_least(part, kSmallestOfFewRows);
     piece = at_least((kPiecesPerCta - 1) * part, kSmallestPiece);
     share = static_cast<int>(min(kPiecesPerCta * part, 1LL << 28));
-    whole = min(2 * share + kWorthCutting / p.block_n, max(longest, 1));
+    whole = min(2 * share + static_cast<int>(keys.quotient(kWorthCutting)), max(longest, 1));
+  }
+
+  // Whether any of the row blocks is cut.
+  __device__ __forceinline__ bool cut_any(const Totals& all) const {
+    return all.longest_of_few_rows > few_rows || all.longest > whole;
   }
 
   // Whether the kinds of row blocks are sorted as one, if the longest item is so long: a long one that comes late is left to
@@ -69,7 +80,7 @@ struct Limits {
   __device__ __forceinline__ bool are_alike(int longest) const { return 8 * longest > share; }
 
   __device__ __forceinline__ int longest_piece(const Params& p, const WorkItem& item) const {
-    if (kFewRows * item.q_length <= p.block_m) return few_rows;
+    if (has_few_rows(p, item)) return few_rows;
     return item.kv_blocks > whole ? piece : whole;
   }
 };
@@ -108,7 +119,9 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
   using Builder = ListBuilder<kCtas, 2 * kWorkBuckets, QueryBlocks>;
   __shared__ typename Builder::Memory memory;
   __shared__ Interleaving order;
+  __shared__ Divisor extra_items;
   Builder builder(p, memory, [&] {
+    if (threadIdx.x == 0) extra_items = Divisor(max(p.extra_items, 1));
     int* tickets = piece_tickets(p);
     const int threads = Builder::threads();
 #pragma unroll 1
@@ -120,9 +133,13 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
   int own_most;
   WorkItem first = {};
   const Totals all = count_query_blocks(builder, p.max_items - p.extra_items, before, own_most, first,
-                                        [&](const WorkItem& item) { return bucket_of(p, item, item.kv_blocks); });
-  const Limits limits(p, all.cost(), all.longest);
-  const bool cuts = all.longest > min(limits.few_rows, limits.whole);
+                                        [&](const WorkItem& item) { return bucket_of(p, item, item.kv_blocks); },
+                                        [&](const WorkItem& item) { return has_few_rows(p, item); });
+  const Limits limits(p, builder.blocks.keys, extra_items, all.cost(), all.longest);
+  const bool cuts = limits.cut_any(all);
+  const int together = go_heads_together(all.items, p.batch, p.causal);
+  WorkListHeader* const header = blockIdx.x == 0 && threadIdx.x == 0 ? static_cast<WorkListHeader*>(p.work_list) : nullptr;
+  if (header != nullptr) *header = {all.items, all.longest, static_cast<float>(all.cost()), together};
 
   int count = all.items, longest = all.longest;
   if (cuts) {
@@ -145,10 +162,10 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
     const Totals cut = builder.over_all(totals, before);
     count = cut.items;
     longest = cut.longest;
-  }
-  const int together = go_heads_together(all.items, p.batch, p.causal);
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    *static_cast<WorkListHeader*>(p.work_list) = {count, longest, static_cast<float>(all.cost()), together};
+    if (header != nullptr) {
+      header->items = count;
+      header->longest = longest;
+    }
   }
   const int dearest = work_bucket(longest);
   const bool alike = limits.are_alike(longest);
