@@ -64,7 +64,7 @@ class _ForwardCase(NamedTuple):
 
 
 class ForwardPass:
-    """out and lse. What is timed is a launch that asks for no lse, as inference does; what is compared, one of each kind."""
+    """out and lse. A launch of each kind is compared, with lse and without; timed is the latter, as inference calls it."""
 
     def case(self, workload: Workload, dtype: DType, device: torch.device, guard: bool) -> _ForwardCase:
         batch = workload.make(device, dtype)

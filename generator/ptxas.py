@@ -18,9 +18,9 @@ _ADVISORY = re.compile(r"\(C7[56]\d\d\).*")
 
 
 def parse(output: str, symbol: str, seconds: float) -> CompileReport:
-    """The report on ``symbol`` in the output of ``nvcc --resource-usage``; other kernels of the file are left out, but for
-    those named ``symbol``_...: what they spill counts as well, and of registers and memory the most.
+    """The report on ``symbol`` in the output of ``nvcc --resource-usage``; other kernels of the file are left out.
 
+    Kernels named ``symbol``_... are entries of the same: spills are added up, of registers and memory the most counts.
     Spills of the functions that the kernel calls count as its own: ptxas lists them after the kernel.
     """
     registers = stack = spills = smem = 0

@@ -33,6 +33,8 @@ FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 176, (1, 3): 104, (1, 4): 68, (2, 1): 212
 # compiled up to each limit. At (2, 1) with 188, D_v above 248 and 80 keys, 36 bytes spill.
 ROW_REGISTERS = {(1, 1): (56, 256), (1, 2): (56, 200), (1, 3): (56, 104), (2, 1): (56, 224), (3, 1): (56, 152)}
 ROW_FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 160, (1, 3): 72, (2, 1): 184, (3, 1): 124}
+# The same where products sum up rows, whose sums take 4 accumulators: nine pairs of head dims compiled at the limits.
+SUMS_FRAGMENT_LIMIT = {**FRAGMENT_LIMIT, (2, 1): 208, (3, 1): 128, (4, 1): 80}
 # With few registers at launch ptxas refuses (C7602) an instruction of more accumulators, whatever setmaxnreg adds.
 INSTRUCTION_LIMIT = {(1, 1): 128, (1, 2): 96, (1, 3): 48, (1, 4): 32, (2, 1): 128, (3, 1): 96, (4, 1): 64}
 # How a tile ends. staged: O leaves through the Q buffer, by TMA. direct: from registers, and the Q buffer is handed
@@ -132,8 +134,8 @@ def smem_layout(spec: KernelSpec, config: Sm90ForwardConfig, buffers: int | None
 
 
 def sums_apart(spec: KernelSpec, config: Sm90ForwardConfig) -> bool:
-    """Whether ones are multiplied by instructions of their own: only behind a whole panel of V may other columns follow,
-    and not where the instruction would have too many accumulators.
+    """Whether ones are multiplied by instructions of their own: other columns may only follow a whole panel of V, and
+    only where the instruction has not too many accumulators then.
     """
     together = (out_columns(spec) + 8) // 2
     return spec.head_dim_v % 64 != 0 or together > INSTRUCTION_LIMIT[config.warpgroups, config.ctas_per_sm]
@@ -215,7 +217,8 @@ class Sm90ForwardSpace:
                 f"a product of {2 * widest} columns takes {widest} accumulators a thread > {INSTRUCTION_LIMIT[groups]}"
             )
         registers = fragment_registers(spec, config)
-        limit = (ROW_FRAGMENT_LIMIT if by_rows(spec) else FRAGMENT_LIMIT)[groups]
+        limits = SUMS_FRAGMENT_LIMIT if config.tensor_sums else FRAGMENT_LIMIT
+        limit = (ROW_FRAGMENT_LIMIT if by_rows(spec) else limits)[groups]
         if registers > limit:
             return f"S, P and O take {registers} registers a thread > {limit} with {config.warpgroups} math warpgroups"
         return None

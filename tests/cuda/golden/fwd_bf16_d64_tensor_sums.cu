@@ -287,7 +287,7 @@ __device__ __forceinline__ void attend(const Params& p) {
         const float sum = sum_of_row(rows.sum[h]);
         inverse[h] = inverse_of_sum(sum);
         const int row = item.row + thread_row + 8 * h;
-        if (kWantsLse && lane % 4 == 0 && row < item.q_length) {
+        if (lane % 4 == 0 && row < item.q_length) {
           p.lse[static_cast<long long>(head) * p.total_q + item.q_begin + row] =
               log_of_sum(probability_offset<kHeadroom>(rows.reference[h], scale_log2), sum);
         }
@@ -383,9 +383,8 @@ __device__ __forceinline__ void attend(const Params& p) {
     }
 
     if constexpr (!kWantsLse) {
-      rows.sum[0] = 0.25f * output[kOutRegisters];  // each of the four lanes that share a row has all of its sum
-      rows.sum[1] = 0.25f * output[kOutRegisters + 2];
-      finish_rows();
+      inverse[0] = inverse_of_sum(output[kOutRegisters]);
+      inverse[1] = inverse_of_sum(output[kOutRegisters + 2]);
     }
 
     scale_rows(output, inverse);
