@@ -64,7 +64,7 @@ class _ForwardCase(NamedTuple):
 
 
 class ForwardPass:
-    """out and lse. A launch of each kind is compared, with lse and without; timed is the latter, as inference calls it."""
+    """out and lse. Launches with lse and without are compared; timed are those without, as inference makes them."""
 
     def case(self, workload: Workload, dtype: DType, device: torch.device, guard: bool) -> _ForwardCase:
         batch = workload.make(device, dtype)
