@@ -20,6 +20,7 @@ _ADVISORY = re.compile(r"\(C7[56]\d\d\).*")
 def parse(output: str, symbol: str, seconds: float) -> CompileReport:
     """The report on ``symbol`` in the output of ``nvcc --resource-usage``; other kernels of the file are left out.
 
+    Kernels named ``symbol``_... are entries of the same: spills are added up, of registers and memory the most counts.
     Spills of the functions that the kernel calls count as its own: ptxas lists them after the kernel.
     """
     registers = stack = spills = smem = 0
@@ -29,15 +30,15 @@ def parse(output: str, symbol: str, seconds: float) -> CompileReport:
             entry = match["name"]
         elif match := _FUNCTION.search(line):
             function = match["name"]
-        elif entry != symbol:
+        elif not _is_entry_of(symbol, entry):
             continue
         elif match := _STACK.search(line):
             spills += int(match["stores"]) + int(match["loads"])
-            stack = int(match["stack"]) if function == symbol else stack
+            stack = max(stack, int(match["stack"])) if function == entry else stack
         elif match := _USED.search(line):
-            registers = int(match["registers"])
+            registers = max(registers, int(match["registers"]))
             found = _SMEM.search(line)
-            smem = int(found["bytes"]) if found else 0
+            smem = max(smem, int(found["bytes"]) if found else 0)
     return CompileReport(
         seconds=seconds,
         registers=registers,
@@ -50,9 +51,14 @@ def parse(output: str, symbol: str, seconds: float) -> CompileReport:
 
 def _advisories(output: str, symbol: str) -> tuple[str, ...]:
     """Each advisory once, in order, but those that name another kernel of the file."""
-    others = {match["name"] for match in _ENTRY.finditer(output)} - {symbol}
+    entries = (match["name"] for match in _ENTRY.finditer(output))
+    others = {name for name in entries if not _is_entry_of(symbol, name)}
     said = dict.fromkeys(match[0] for match in _ADVISORY.finditer(output))
     return tuple(text for text in said if not any(f"'{other}'" in text for other in others))
+
+
+def _is_entry_of(symbol: str, name: str) -> bool:
+    return name == symbol or name.startswith(f"{symbol}_")
 
 
 def rejection(report: CompileReport) -> tuple[Literal["rejected", "spill"], str] | None:

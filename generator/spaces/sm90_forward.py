@@ -33,11 +33,16 @@ FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 176, (1, 3): 104, (1, 4): 68, (2, 1): 212
 # compiled up to each limit. At (2, 1) with 188, D_v above 248 and 80 keys, 36 bytes spill.
 ROW_REGISTERS = {(1, 1): (56, 256), (1, 2): (56, 200), (1, 3): (56, 104), (2, 1): (56, 224), (3, 1): (56, 152)}
 ROW_FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 160, (1, 3): 72, (2, 1): 184, (3, 1): 124}
+# The same where products sum up rows, whose sums take 4 accumulators: nine pairs of head dims compiled at the limits.
+SUMS_FRAGMENT_LIMIT = {**FRAGMENT_LIMIT, (2, 1): 208, (3, 1): 128, (4, 1): 80}
 # With few registers at launch ptxas refuses (C7602) an instruction of more accumulators, whatever setmaxnreg adds.
 INSTRUCTION_LIMIT = {(1, 1): 128, (1, 2): 96, (1, 3): 48, (1, 4): 32, (2, 1): 128, (3, 1): 96, (4, 1): 64}
 # How a tile ends. staged: O leaves through the Q buffer, by TMA. direct: from registers, and the Q buffer is handed
 # back before the last product.
 EPILOGUES = ("staged", "direct")
+# The widest V beside which a product has columns of ones: of wider ones the sums are a small part of the work.
+TENSOR_SUMS_COLUMNS = 64
+_ONES_BYTES = 16 * 128  # one step of a product deep
 
 
 @dataclass(frozen=True, order=True)
@@ -51,6 +56,7 @@ class Sm90ForwardConfig(TileConfig):
     q_stages: int = field(metadata={"short": "q"})  # Q buffers a warpgroup; with 2 its epilogue overlaps the next tile
     ctas_per_sm: int = field(metadata={"short": "c"})
     epilogue: str = field(default="staged", metadata={"short": "e"})  # one of EPILOGUES
+    tensor_sums: bool = field(default=False, metadata={"short": "t"})  # rows summed up by products, if no lse is wanted
 
     @property
     def warpgroups(self) -> int:
@@ -80,11 +86,12 @@ class SmemLayout:
     k_bytes: int
     v_bytes: int
     control_bytes: int
+    ones_bytes: int = 0  # between V and the control block
 
     @property
     def total(self) -> int:
         """Bytes a CTA asks for."""
-        return self.q_bytes + self.k_bytes + self.v_bytes + self.control_bytes
+        return self.q_bytes + self.k_bytes + self.v_bytes + self.ones_bytes + self.control_bytes
 
 
 def by_rows(spec: KernelSpec) -> bool:
@@ -122,7 +129,21 @@ def smem_layout(spec: KernelSpec, config: Sm90ForwardConfig, buffers: int | None
         k_bytes=config.num_stages * config.block_n * panel_count(spec.head_dim) * 128,
         v_bytes=config.num_stages * config.block_n * panel_count(spec.head_dim_v) * 128,
         control_bytes=CONTROL_BYTES,
+        ones_bytes=_ONES_BYTES if config.tensor_sums else 0,
     )
+
+
+def sums_apart(spec: KernelSpec, config: Sm90ForwardConfig) -> bool:
+    """Whether ones are multiplied by instructions of their own: other columns may only follow a whole panel of V, and
+    only where the instruction has not too many accumulators then.
+    """
+    together = (out_columns(spec) + 8) // 2
+    return spec.head_dim_v % 64 != 0 or together > INSTRUCTION_LIMIT[config.warpgroups, config.ctas_per_sm]
+
+
+def product_columns(spec: KernelSpec, config: Sm90ForwardConfig) -> int:
+    """Of the instruction that multiplies V."""
+    return out_columns(spec) + (8 if config.tensor_sums and not sums_apart(spec, config) else 0)
 
 
 def register_split(spec: KernelSpec) -> Mapping[tuple[int, int], tuple[int, int]]:
@@ -133,6 +154,15 @@ def register_split(spec: KernelSpec) -> Mapping[tuple[int, int], tuple[int, int]
 def fragment_registers(spec: KernelSpec, config: Sm90ForwardConfig) -> int:
     """Registers a thread for S, P (packed) and O."""
     return config.block_n // 2 + config.block_n // 4 + out_columns(spec) // 2
+
+
+def _tensor_sums_rejection(spec: KernelSpec) -> str | None:
+    """The reason why no product sums up a spec's rows."""
+    if by_rows(spec):
+        return "rows that TMA cannot address are summed up in registers"
+    if spec.head_dim_v > TENSOR_SUMS_COLUMNS:
+        return f"head_dim_v {spec.head_dim_v} > {TENSOR_SUMS_COLUMNS}"
+    return None
 
 
 class Sm90ForwardSpace:
@@ -156,6 +186,7 @@ class Sm90ForwardSpace:
             "q_stages": (1, 2),
             "ctas_per_sm": (1, 2, 3, 4),
             "epilogue": EPILOGUES,
+            "tensor_sums": (False, True) if _tensor_sums_rejection(spec) is None else (False,),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
@@ -174,17 +205,20 @@ class Sm90ForwardSpace:
             return f"epilogue must be one of {', '.join(EPILOGUES)}, got {config.epilogue!r}"
         if config.epilogue != "staged" and by_rows(spec):
             return f"epilogue {config.epilogue}: rows that TMA cannot address leave from registers as it is"
+        if config.tensor_sums and (reason := _tensor_sums_rejection(spec)):
+            return f"tensor_sums: {reason}"
         smem = smem_layout(spec, config).total
         room = smem_room(config.ctas_per_sm)
         if smem > room:
             return f"shared memory {smem} B > {room} B a CTA with {config.ctas_per_sm} an SM"
-        widest = max(config.block_n, out_columns(spec)) // 2
+        widest = max(config.block_n, product_columns(spec, config)) // 2
         if widest > INSTRUCTION_LIMIT[groups]:
             return (
                 f"a product of {2 * widest} columns takes {widest} accumulators a thread > {INSTRUCTION_LIMIT[groups]}"
             )
         registers = fragment_registers(spec, config)
-        limit = (ROW_FRAGMENT_LIMIT if by_rows(spec) else FRAGMENT_LIMIT)[groups]
+        limits = SUMS_FRAGMENT_LIMIT if config.tensor_sums else FRAGMENT_LIMIT
+        limit = (ROW_FRAGMENT_LIMIT if by_rows(spec) else limits)[groups]
         if registers > limit:
             return f"S, P and O take {registers} registers a thread > {limit} with {config.warpgroups} math warpgroups"
         return None
@@ -218,6 +252,7 @@ class Sm90ForwardSpace:
             "smem": smem_layout(spec, config),
             "split": False,
             "by_rows": by_rows(spec),
+            "sums_apart": sums_apart(spec, config),
         }
 
     def launch(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, int]:
@@ -232,6 +267,7 @@ class Sm90ForwardSpace:
             "causal": int(spec.causal),
             "by_rows": int(by_rows(spec)),
             "out_rows": int(config.epilogue != "staged"),
+            "lse_entry": int(config.tensor_sums),
         }
 
     def compile_flags(self, spec: KernelSpec, config: TileConfig) -> tuple[str, ...]:

@@ -51,6 +51,11 @@ class CudaForwardKernel:
             driver.bind_primary_context(self._device)
             module = driver.load_module(artifact.path.read_bytes())
             self._kernel = driver.function(module, self.meta.symbol, self._smem)
+            self._kernel_with_lse = (
+                driver.function(module, f"{self.meta.symbol}_lse", self._smem)
+                if launch.get("lse_entry", 0)
+                else self._kernel
+            )
             self._builder = ListBuilder(module, _SPLIT_BUILDER if self._partial_bytes else _BUILDER)
         self._launch = driver.Launcher(self._device)
         self._tilings: dict[tuple[int, int], _Tiling] = {}
@@ -132,7 +137,8 @@ class CudaForwardKernel:
         if found is None:
             self._builder.build(self._launch, items.batch, items.max_items - packs.extra_items, stream, block.arguments)
             work_list.keep(cu_seqlens_q, cu_seqlens_k, key, items)
-        self._launch(self._kernel, min(self._slots, tiles), self._threads, self._smem, stream, block.arguments)
+        kernel = self._kernel if lse is None else self._kernel_with_lse
+        self._launch(kernel, min(self._slots, tiles), self._threads, self._smem, stream, block.arguments)
 
     def _tile(self, heads: int, heads_kv: int) -> _Tiling:
         """The tiling for so many heads, remembered."""

@@ -107,6 +107,19 @@ def test_a_clean_kernel_beside_one_that_spills_is_accepted():
     assert ptxas.rejection(report) is None
 
 
+@pytest.mark.parametrize("name", ["mine", "mine_lse"])
+def test_what_is_wrong_with_any_entry_of_a_kernel_is_held_against_it(name):
+    both = "".join(clean(entry) for entry in ("mine", "mine_lse", "minery"))
+    assert ptxas.rejection(ptxas.parse(both, "mine", 0.0)) is None
+    frame = f"properties for {name}\n    {{0}} bytes stack frame, {{0}} bytes"
+    spilling = both.replace(frame.format(0), frame.format(8))
+    report = ptxas.parse(spilling.replace("Used 30", "Used 40", 1), "mine", 0.0)
+    assert (report.spill_bytes, report.stack_bytes, report.registers) == (8, 8, 40)
+    advisory = ADVISORIES["nofence"].replace("nofence", name)
+    assert ptxas.parse(f"ptxas info    : {advisory}\n{both}", "mine", 0.0).warnings == (advisory,)
+    assert ptxas.parse(f"ptxas info    : {advisory}\n{both}", "minery", 0.0).warnings == ()
+
+
 @pytest.mark.parametrize("name", ADVISORIES)
 def test_every_advisory_rejects_with_its_text(name):
     report = ptxas.parse(f"ptxas info    : {ADVISORIES[name]}\n{clean(name)}", name, 0.0)

@@ -81,6 +81,22 @@ def assert_right(name: str, w: Workload, b: JaggedBatch, **how: int) -> None:
 # --- numbers
 
 
+@pytest.mark.parametrize("name", [f"{ONE_GROUP}_t1", "fwd_fp16_d64/split_m192_n48_s3_q2_c1_t1"])
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_sums_of_products_are_added_up_from_pieces_too(name: str, ratio: int) -> None:
+    w = workload(name, ratio=ratio, causal_alignment="bottom_right")
+    b = w.make("cpu", built(name).meta.spec.split("_")[1], ratio)  # type: ignore[arg-type]
+    assert_right(name, w, b)
+    expected, _ = expected_of(w, b)
+    with emulated(3, seed=1000 * next(_seeds)):
+        kernel = cuda.load(built(name), torch.device("cuda", 0))
+        for _ in range(2):
+            out = poisoned(expected, b.q.dtype)
+            kernel.forward(*b[:5], out, None, SCALE, True)
+            assert errors(out, expected).rel <= tolerance(out.dtype)
+            assert guards_intact(out)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("ratio", [1, 2, 3, 4, 8, 16])
 def test_numbers_match_the_oracle_for_every_ratio_of_heads(name: str, ratio: int) -> None:

@@ -132,6 +132,17 @@ def launch(kernel: forward.CudaForwardKernel, cu_q: torch.Tensor, cu_k: torch.Te
 # --- the block
 
 
+def test_a_kernel_with_an_entry_for_lse_is_launched_by_it_where_lse_is_asked_for(driver, load):
+    cu = offsets(0, 100, 500)
+    for entries, with_lse in ((0, "attention"), (1, "attention_lse")):
+        kernel = load(lse_entry=entries)
+        q, k, v, out = tensors()
+        kernel.forward(q, k, v, cu, cu, out, None, 0.125, False)
+        assert driver.names[-1] == "attention"
+        kernel.forward(q, k, v, cu, cu, out, torch.empty(HEADS, 500), 0.125, False)
+        assert driver.names[-1] == with_lse
+
+
 def test_the_block_tells_where_the_tensors_are(driver, kernel):
     cu = offsets(0, 100, 500)
     for _ in range(2):  # the second time from remembered maps

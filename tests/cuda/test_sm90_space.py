@@ -64,6 +64,7 @@ def test_every_spec_has_a_legal_default(spec: KernelSpec) -> None:
         ({"block_n": 208, "num_stages": 1}, "num_stages"),
         ({"block_m": 64, "ctas_per_sm": 2}, "shared memory"),
         ({"epilogue": "late"}, "epilogue must be one of"),
+        ({"tensor_sums": True}, "tensor_sums: head_dim_v 128 > 64"),
     ],
 )
 def test_an_illegal_tile_is_refused_with_its_arithmetic(change: dict[str, int | str], reason: str) -> None:
@@ -145,6 +146,50 @@ def test_an_epilogue_that_is_not_named_is_the_first_there_was() -> None:
             parse_config("sm_90a", name)
 
 
+def test_sums_that_are_not_named_are_those_of_registers() -> None:
+    tensor = replace(BASE, tensor_sums=True)
+    assert tensor.name == f"{BASE.name}_t1"
+    assert parse_config("sm_90a", tensor.name) == tensor
+    both = replace(tensor, epilogue="direct")
+    assert both.name == f"{BASE.name}_edirect_t1"
+    assert parse_config("sm_90a", both.name) == both
+    assert config_from_dict("sm_90a", {**BASE.to_dict(), "tensor_sums": True}) == tensor
+
+
+def test_products_sum_up_rows_of_narrow_values_that_tma_loads() -> None:
+    for name, legal in (("d64", True), ("d192_dv64", True), ("d32_dv72", False), ("d33", False), ("d128", False)):
+        spec = KernelSpec.parse(f"fwd_bf16_{name}")
+        config = replace(BASE, block_n=64, tensor_sums=True)
+        rejection = SPACE.rejection(spec, config)
+        assert (rejection is None) == legal, rejection
+        assert SPACE.knobs(spec)["tensor_sums"] == ((False, True) if legal else (False,))
+
+
+def test_ones_lie_behind_whole_panels_of_values_where_the_instruction_may_be_as_wide() -> None:
+    for name, change, apart in (
+        ("d64", {}, False),
+        ("d64", {"block_m": 64, "ctas_per_sm": 4, "block_n": 48}, True),  # 36 accumulators > 32
+        ("d64_dv32", {}, True),
+    ):
+        spec = KernelSpec.parse(f"fwd_bf16_{name}")
+        config = replace(BASE, **{"tensor_sums": True, **change})  # type: ignore[arg-type]
+        text = render(Variant("sm_90a", spec, config)).text
+        assert SPACE.context(spec, config)["sums_apart"] == apart
+        assert ("multiply_ones(" in text, "descriptor_before_ones(" in text) == (apart, not apart)
+
+
+def test_a_kernel_that_products_sum_up_has_an_entry_for_lse() -> None:
+    spec = KernelSpec.parse("fwd_bf16_d64")
+    config = replace(BASE, tensor_sums=True)
+    variant = Variant("sm_90a", spec, config)
+    text = render(variant).text
+    assert SPACE.launch(spec, config)["lse_entry"] == 1
+    assert SPACE.launch(spec, BASE)["lse_entry"] == 0
+    assert [f"\n{symbol}(const" in text for symbol in (variant.symbol, f"{variant.symbol}_lse")] == [True, True]
+    ones = SPACE.launch(spec, config)["smem_bytes"] - SPACE.launch(spec, BASE)["smem_bytes"]
+    assert ones == 16 * 128
+
+
 def test_rows_that_are_stored_from_registers_anyway_have_one_epilogue() -> None:
     assert "as it is" in str(SPACE.rejection(KernelSpec.parse("fwd_bf16_d33"), replace(BASE, epilogue="direct")))
 
@@ -159,8 +204,14 @@ def test_rendering_is_reproducible_and_as_reviewed(name: str) -> None:
     assert text == golden.read_text(), f"the rendered source changed: review it, then write it to {golden}"
 
 
+def test_rows_summed_up_by_products_are_rendered_as_reviewed() -> None:
+    text = render(Variant("sm_90a", KernelSpec.parse("fwd_bf16_d64"), replace(BASE, tensor_sums=True))).text
+    golden = Path(__file__).parent / "golden" / "fwd_bf16_d64_tensor_sums.cu"
+    assert text == golden.read_text(), f"the rendered source changed: review it, then write it to {golden}"
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-@pytest.mark.parametrize("change", [{}, {"block_m": 64}, {"num_stages": 3, "q_stages": 2}])
+@pytest.mark.parametrize("change", [{}, {"block_m": 64}, {"num_stages": 3, "q_stages": 2}, {"tensor_sums": True}])
 def test_rendered_lines_are_tidy(spec: KernelSpec, change: dict[str, int]) -> None:
     config = replace(SPACE.default(spec), **change)
     text = render_unchecked(Variant("sm_90a", spec, config)).text
@@ -170,17 +221,19 @@ def test_rendered_lines_are_tidy(spec: KernelSpec, change: dict[str, int]) -> No
 
 
 def _matrix() -> list[Variant]:
-    """Defaults, and tiles nearest to a limit: where a rule that is too generous would show."""
+    """Defaults, and tiles nearest to a limit: where a rule that is too generous would show. Both kinds of sums."""
     rng = random.Random(7)
     variants = [Variant("sm_90a", spec, SPACE.default(spec)) for spec in SPECS[2::4]]
-    for spec in (*SPECS[1:8:2], *SPECS[4::4], *SPECS[9::2]):
+    for spec in (*SPECS[1:8:2], *SPECS[4::4], *SPECS[9::2], *SPECS[1:3]):
         by_shape: dict[tuple[int, int], Sm90ForwardConfig] = {}
         for config in legal_configs(SPACE, spec):
             assert isinstance(config, Sm90ForwardConfig)
             shape = (config.block_m, config.ctas_per_sm)
             if shape not in by_shape or config.block_n > by_shape[shape].block_n:
                 by_shape[shape] = config
-        variants.append(Variant("sm_90a", spec, rng.choice(sorted(by_shape.values()))))
+        config = rng.choice(sorted(by_shape.values()))
+        twin = replace(config, tensor_sums=True)
+        variants.append(Variant("sm_90a", spec, config if SPACE.rejection(spec, twin) else twin))
     return variants
 
 

@@ -31,7 +31,7 @@ __device__ __forceinline__ void leave_partial(Partial<kColumns>& partial, const 
       partial.state[row] = make_float2(offset, sum);
     }
 #pragma unroll
-    for (int i = 2 * h; i < kRegisters; i += 4) {
+    for (int i = 2 * h; i < kColumns / 2; i += 4) {
       *reinterpret_cast<float2*>(&partial.output[row][2 * i - 4 * h + column]) = make_float2(output[i], output[i + 1]);
     }
   }
