@@ -53,6 +53,9 @@ _SIMULATED = 4  # tiles a CTA in the mean, up to which who takes which tile is p
 # Where the split forward cuts keys (templates/cuda/include/split_work_list.cuh): tiles of few rows, a part of all;
 # others that are dearer than so many of a CTA's shares of the work and so many keys.
 _FEW_ROWS, _UNCUT_SHARES, _UNCUT_KEYS = 4, 2, 1024
+# What knobs leave of a tile's time, as measured (docs/performance-log.md, section 27), for no unit's count tells: row sums
+# by products beside a whole panel of V, and warpgroups that take a causal tile's rows in turn.
+_TENSOR_SUMS, _ALTERNATE = 0.98, 0.995
 _KNEE = 4  # how sharply the roof bends: where arithmetic and memory take alike they hide each other only in part
 
 
@@ -115,6 +118,10 @@ def _hopper_forward(variant: Variant, config: Sm90ForwardConfig, workload: Workl
         clocks = share if split else max(share, longest)  # who waits for memory leaves it to the others
     else:
         clocks = _busiest([(own, n) for own, _, n in items], slots)
+    if config.tensor_sums and spec.head_dim_v % 64 == 0:
+        clocks *= _TENSOR_SUMS
+    if config.alternate:
+        clocks *= _ALTERNATE
     compute_us = clocks / CLOCK_GHZ / 1e3
     return _with_memory(compute_us, "latency" if alone > busy else bound, variant, workload, device)
 

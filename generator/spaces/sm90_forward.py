@@ -57,6 +57,7 @@ class Sm90ForwardConfig(TileConfig):
     ctas_per_sm: int = field(metadata={"short": "c"})
     epilogue: str = field(default="staged", metadata={"short": "e"})  # one of EPILOGUES
     tensor_sums: bool = field(default=False, metadata={"short": "t"})  # rows summed up by products, if no lse is wanted
+    alternate: bool = field(default=False, metadata={"short": "a"})  # warpgroups take rows in turn from both ends
 
     @property
     def warpgroups(self) -> int:
@@ -187,6 +188,7 @@ class Sm90ForwardSpace:
             "ctas_per_sm": (1, 2, 3, 4),
             "epilogue": EPILOGUES,
             "tensor_sums": (False, True) if _tensor_sums_rejection(spec) is None else (False,),
+            "alternate": (False, True) if spec.causal else (False,),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
@@ -207,6 +209,10 @@ class Sm90ForwardSpace:
             return f"epilogue {config.epilogue}: rows that TMA cannot address leave from registers as it is"
         if config.tensor_sums and (reason := _tensor_sums_rejection(spec)):
             return f"tensor_sums: {reason}"
+        if config.alternate and not spec.causal:
+            return "alternate: all rows of a tile see as many keys, but with a causal mask"
+        if config.alternate and config.warpgroups == 1:
+            return "alternate: one math warpgroup takes all rows of a tile"
         smem = smem_layout(spec, config).total
         room = smem_room(config.ctas_per_sm)
         if smem > room:

@@ -32,6 +32,11 @@ CASES: tuple[tuple[str, dict[str, int | str]], ...] = (
     ("fwd_bf16_d256_causal", {"block_n": 32, "q_stages": 1, "epilogue": "direct"}),
     ("fwd_fp16_d72_causal", {"block_m": 192, "block_n": 48, "q_stages": 1, "epilogue": "direct"}),
     ("fwd_bf16_d32_dv8", {"block_m": 64, "block_n": 32, "ctas_per_sm": 2, "q_stages": 1, "epilogue": "direct"}),
+    # Warpgroups that take rows in turn: with a Q buffer each, a spare one that all share, two each, without TMA.
+    ("fwd_bf16_d128_causal", {"block_m": 192, "block_n": 80, "q_stages": 1, "alternate": True}),
+    ("fwd_bf16_d128_causal", {"block_m": 192, "block_n": 16, "q_stages": 1, "alternate": True}),
+    ("fwd_bf16_d64_causal", {"block_m": 256, "block_n": 32, "q_stages": 2, "alternate": True}),
+    ("fwd_fp16_d33_causal", {"block_n": 32, "q_stages": 1, "alternate": True}),
     # Rows summed up by products: in the same instructions as O, in others for the sake of V's columns or of registers.
     ("fwd_bf16_d64", {"tensor_sums": True}),
     ("fwd_fp16_d64_causal", {"block_m": 128, "block_n": 48, "tensor_sums": True, "epilogue": "direct"}),

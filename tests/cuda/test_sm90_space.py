@@ -65,6 +65,7 @@ def test_every_spec_has_a_legal_default(spec: KernelSpec) -> None:
         ({"block_m": 64, "ctas_per_sm": 2}, "shared memory"),
         ({"epilogue": "late"}, "epilogue must be one of"),
         ({"tensor_sums": True}, "tensor_sums: head_dim_v 128 > 64"),
+        ({"alternate": True}, "alternate: all rows of a tile see as many keys"),
     ],
 )
 def test_an_illegal_tile_is_refused_with_its_arithmetic(change: dict[str, int | str], reason: str) -> None:
@@ -190,6 +191,15 @@ def test_a_kernel_that_products_sum_up_has_an_entry_for_lse() -> None:
     assert ones == 16 * 128
 
 
+def test_warpgroups_of_causal_tiles_alternate() -> None:
+    causal, config = KernelSpec.parse("fwd_bf16_d128_causal"), replace(BASE, alternate=True)
+    assert config.name == f"{BASE.name}_a1"
+    assert parse_config("sm_90a", config.name) == config
+    assert SPACE.rejection(causal, config) is None
+    assert "one math warpgroup" in str(SPACE.rejection(causal, replace(config, block_m=64, block_n=64)))
+    assert [SPACE.knobs(spec)["alternate"] for spec in (causal, D128)] == [(False, True), (False,)]
+
+
 def test_rows_that_are_stored_from_registers_anyway_have_one_epilogue() -> None:
     assert "as it is" in str(SPACE.rejection(KernelSpec.parse("fwd_bf16_d33"), replace(BASE, epilogue="direct")))
 
@@ -204,9 +214,11 @@ def test_rendering_is_reproducible_and_as_reviewed(name: str) -> None:
     assert text == golden.read_text(), f"the rendered source changed: review it, then write it to {golden}"
 
 
-def test_rows_summed_up_by_products_are_rendered_as_reviewed() -> None:
-    text = render(Variant("sm_90a", KernelSpec.parse("fwd_bf16_d64"), replace(BASE, tensor_sums=True))).text
-    golden = Path(__file__).parent / "golden" / "fwd_bf16_d64_tensor_sums.cu"
+@pytest.mark.parametrize(("name", "knob"), [("fwd_bf16_d64", "tensor_sums"), ("fwd_bf16_d128_causal", "alternate")])
+def test_what_a_knob_changes_is_rendered_as_reviewed(name: str, knob: str) -> None:
+    config = replace(BASE, **{knob: True})  # type: ignore[arg-type]
+    text = render(Variant("sm_90a", KernelSpec.parse(name), config)).text
+    golden = Path(__file__).parent / "golden" / f"{name}_{knob}.cu"
     assert text == golden.read_text(), f"the rendered source changed: review it, then write it to {golden}"
 
 

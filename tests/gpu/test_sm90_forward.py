@@ -63,10 +63,13 @@ MECHANISMS = {
     "four CTAs an SM": {"block_m": 64, "block_n": 32, "num_stages": 2, "ctas_per_sm": 4, "q_stages": 1},
     "O from registers": {"q_stages": 1, "epilogue": "direct"},
     "O from registers, three math warpgroups": {"block_m": 192, "block_n": 48, "q_stages": 1, "epilogue": "direct"},
+    "warpgroups alternate": {"block_m": 192, "block_n": 48, "alternate": True},
+    "warpgroups alternate, a spare Q buffer": {"block_n": 32, "q_stages": 1, "alternate": True},
     SPLIT: {},
     f"{SPLIT}, one math warpgroup": {"block_m": 64, "block_n": 32, "num_stages": 3},
     f"{SPLIT}, two CTAs an SM": {"block_m": 64, "block_n": 32, "num_stages": 2, "ctas_per_sm": 2, "q_stages": 2},
     f"{SPLIT}, three math warpgroups": {"block_m": 192, "block_n": 48, "num_stages": 2},
+    f"{SPLIT}, warpgroups alternate": {"block_m": 192, "block_n": 48, "num_stages": 2, "alternate": True},
 }
 EDGES = (0, 1, 63, 64, 65, 0, 129, 300, 1, 127, 128, 577)
 

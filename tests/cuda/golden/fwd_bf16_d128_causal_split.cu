@@ -195,14 +195,14 @@ jagtile_fwd_bf16_d128_causal_split_m128_n128_s3_q1_c1(const __grid_constant__ Pa
       tma_prefetch_map(&p.map_q);
       RingPosition<kQBuffers> at;
       for_each_tile(control, [&](const WorkItem& item, int head) {
-        for (int group = 0; group < kWarpgroups; ++group) {
+        for (int warpgroup = 0; warpgroup < kWarpgroups; ++warpgroup) {
           const uint32_t full = smem_address(&control.q.full[at.slot]);
           const uint32_t buffer = q_tiles + at.slot * kQBytes;
           control.q.wait_empty(at);
           mbarrier_expect_bytes(full, kPanels * tokens * p.packed_heads * 128);
 #pragma unroll
           for (int panel = 0; panel < kPanels; ++panel) {
-            tma_load_ragged(buffer + panel * kQPanelBytes, &p.map_q, full, 64 * panel, item.row + tokens * group,
+            tma_load_ragged(buffer + panel * kQPanelBytes, &p.map_q, full, 64 * panel, item.row + tokens * warpgroup,
                             head * p.packed_heads, item.q_begin, item.q_length, kEvictFirst);
           }
           at.advance();

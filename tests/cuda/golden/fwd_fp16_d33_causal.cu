@@ -178,7 +178,8 @@ jagtile_fwd_fp16_d33_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant_
     } else if (warp == 3) {
       RingPosition<kQBuffers> at;
       for_each_tile(control, [&](const WorkItem& item, int head) {
-        for (int row = item.row; row < item.row + 64 * kWarpgroups; row += 64) {
+        for (int warpgroup = 0; warpgroup < kWarpgroups; ++warpgroup) {
+          const int row = item.row + 64 * warpgroup;
           control.q.wait_empty(at);
           load_rows<64, kColumns, kQPanelBytes>(q_tiles + at.slot * kQBytes, p.q, item.q_begin + row, head,
                                                 item.q_length - row);
