@@ -5,7 +5,7 @@
 #   tests     the GPU tests
 #   sanitize  compute-sanitizer's four tools over the shipped kernels
 #   bench     every named workload against the peers that are importable
-#   host      host time of a call, device time of building work lists
+#   host      host time of a call, device time of building work lists, seconds of building a first call's kernel
 #   random    random batches against the peers; borders of the regimes
 #   tuner     the tuner's choices against exhaustive sweeps, for twelve pairs of spec and regime
 #   models    whole models, trained and used
@@ -44,6 +44,7 @@ host() {
     local failed=0
     within "$python" benchmarks/host_cost.py cuda 2>&1 | tee "$out/host_cost.log" || failed=1
     within "$python" benchmarks/work_list.py 2>&1 | tee "$out/work_list.log" || failed=1
+    within "$python" benchmarks/first_build.py 2>&1 | tee "$out/first_build.log" || failed=1
     return "$failed"
 }
 
