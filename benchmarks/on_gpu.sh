@@ -4,7 +4,7 @@
 #   doctor    what is found
 #   tests     the GPU tests
 #   sanitize  compute-sanitizer's four tools over the shipped kernels
-#   bench     every named workload against the peers that are importable
+#   bench     every named workload against the peers that are importable, and the report of it and of what is on record
 #   host      host time of a call, device time of building work lists, seconds of building a first call's kernel
 #   random    random batches against the peers; borders of the regimes
 #   tuner     the tuner's choices against exhaustive sweeps, for twelve pairs of spec and regime
@@ -22,7 +22,9 @@ within() { timeout --kill-after=10 "$limit" "$@"; }
 
 doctor() { within "$python" -m jagtile.generator.cli doctor 2>&1 | tee "$out/doctor.log"; }
 
-tests() { within "$python" -m pytest -q -n "${JOBS:-8}" -m gpu tests/gpu tests/tune 2>&1 | tee "$out/tests.log" | tail -20; }
+tests() {
+    within "$python" -m pytest -q -n "${JOBS:-8}" -m gpu tests/gpu tests/tune 2>&1 | tee "$out/tests.log" | tail -20
+}
 
 sanitize() {
     local failed=0 tool
@@ -36,8 +38,11 @@ sanitize() {
 }
 
 bench() {
+    local failed=0
     within "$python" -m jagtile.generator.cli bench --skip flex --seconds 0.25 --max-samples 21 -o "$out/bench.json" 2>&1 |
-        tee "$out/bench.log" | sed -n '/Time of each peer/,$p'
+        tee "$out/bench.log" | sed -n '/Time of each peer/,$p' || failed=1
+    within "$python" -m jagtile.generator.cli report "$out/bench.json" -o "$out/report.html" || failed=1
+    return "$failed"
 }
 
 host() {

@@ -77,13 +77,18 @@ def roofline(variant: Variant, workload: Workload, device: Facts) -> Roofline | 
     return None
 
 
+def regime_roofline(variant: Variant, workloads: Sequence[Workload], device: Facts) -> Roofline | None:
+    """The geometric mean of ``roofline`` over a regime's workloads, and what the first of them is bound by."""
+    guesses = [guess for each in workloads if (guess := roofline(variant, each, device)) is not None]
+    return Roofline(statistics.geometric_mean(guess.us for guess in guesses), guesses[0].bound) if guesses else None
+
+
 def predictor(device: Facts, spec: KernelSpec, workloads: Sequence[Workload]) -> Callable[[TileConfig], float | None]:
-    """``roofline`` of a spec's configs: the geometric mean over the workloads in microseconds, None without a model."""
+    """``regime_roofline`` of a spec's configs in microseconds, None without a model."""
 
     def predict(config: TileConfig) -> float | None:
-        variant = Variant(device.target, spec, config)
-        guesses = [guess.us for each in workloads if (guess := roofline(variant, each, device)) is not None]
-        return statistics.geometric_mean(guesses) if guesses else None
+        guess = regime_roofline(Variant(device.target, spec, config), workloads, device)
+        return None if guess is None else guess.us
 
     return predict
 
