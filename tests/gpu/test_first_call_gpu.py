@@ -6,12 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-import jagtile
 from jagtile.generator.pack import build_pack, plan_pack
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.toolchain import find_nvcc
@@ -59,11 +57,10 @@ print(json.dumps({{"error": error, "forward": middle - begin, "backward": end - 
 
 def process(*hidden: str, **environment: str) -> tuple[dict[str, float], list[str]]:
     """What ``CALL`` prints, and the lines on standard error."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("JAGTILE_")}
-    paths = str(Path(jagtile.__file__).parent.parent)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAGTILE_", "PYTHON"))}
     done = subprocess.run(
         [sys.executable, "-c", CALL, *hidden],
-        env={**clean, "PYTHONPATH": paths, **environment},
+        env={**clean, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
         capture_output=True,
         text=True,
         check=False,
