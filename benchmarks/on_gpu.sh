@@ -4,9 +4,10 @@
 #   doctor    what is found
 #   tests     the GPU tests
 #   sanitize  compute-sanitizer's four tools over the shipped kernels
-#   bench     every named workload against the peers that are importable
-#   host      host time of a call, device time of building work lists
+#   bench     every named workload against the peers that are importable, and the report of it and of what is on record
+#   host      host time of a call, device time of building work lists, seconds of building a first call's kernel
 #   random    random batches against the peers; borders of the regimes
+#   tuner     the tuner's choices against exhaustive sweeps, for twelve pairs of spec and regime
 #   models    whole models, trained and used
 # Needs what `jagtile[test]` brings, and nvcc. A stage that fails does not stop the others; the exit status tells.
 set -euo pipefail
@@ -21,7 +22,9 @@ within() { timeout --kill-after=10 "$limit" "$@"; }
 
 doctor() { within "$python" -m jagtile.generator.cli doctor 2>&1 | tee "$out/doctor.log"; }
 
-tests() { within "$python" -m pytest -q -n "${JOBS:-8}" tests/gpu 2>&1 | tee "$out/tests.log" | tail -20; }
+tests() {
+    within "$python" -m pytest -q -n "${JOBS:-8}" -m gpu tests/gpu tests/tune 2>&1 | tee "$out/tests.log" | tail -20
+}
 
 sanitize() {
     local failed=0 tool
@@ -35,14 +38,18 @@ sanitize() {
 }
 
 bench() {
+    local failed=0
     within "$python" -m jagtile.generator.cli bench --skip flex --seconds 0.25 --max-samples 21 -o "$out/bench.json" 2>&1 |
-        tee "$out/bench.log" | sed -n '/Time of each peer/,$p'
+        tee "$out/bench.log" | sed -n '/Time of each peer/,$p' || failed=1
+    within "$python" -m jagtile.generator.cli report "$out/bench.json" -o "$out/report.html" || failed=1
+    return "$failed"
 }
 
 host() {
     local failed=0
     within "$python" benchmarks/host_cost.py cuda 2>&1 | tee "$out/host_cost.log" || failed=1
     within "$python" benchmarks/work_list.py 2>&1 | tee "$out/work_list.log" || failed=1
+    within "$python" benchmarks/first_build.py 2>&1 | tee "$out/first_build.log" || failed=1
     return "$failed"
 }
 
@@ -56,9 +63,17 @@ random() {
     return "$failed"
 }
 
+tuner() {
+    local failed=0 spec
+    for spec in fwd_bf16_d256 bwd_bf16_d128; do
+        within "$python" benchmarks/tuner_quality.py "$out/$spec" "$spec" 2>&1 | tee "$out/tuner-$spec.log" || failed=1
+    done
+    return "$failed"
+}
+
 models() { within "$python" benchmarks/models.py -o "$out/models.json" 2>&1 | tee "$out/models.log"; }
 
-all=(doctor tests sanitize bench host random models)
+all=(doctor tests sanitize bench host random tuner models)
 failed=()
 for stage in "${@:-${all[@]}}"; do
     [[ " ${all[*]} " == *" $stage "* ]] || { echo "no stage $stage; there are ${all[*]}" >&2; exit 2; }

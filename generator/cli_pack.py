@@ -41,7 +41,8 @@ def build(
 ) -> None:
     """Compile what the choices for a device name and pack it: jagtile-kernels-SLUG, a folder or a wheel.
 
-    Without SPECs: everything that has choices for the device. Needs the compiler of its target, not the device.
+    Without SPECs: everything that has choices for the device, and the backward of each forward. Needs the compiler of
+    its target, not the device.
 
     \b
     jagtile pack build --device sm90-132sm --wheel -o dist

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from jagtile.generator.roofline import Roofline, roofline
+from jagtile.generator.roofline import Roofline, regime_roofline
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant, all_configs, spaces_of
 from jagtile.generator.tune_types import Budget, check_tunable
@@ -61,7 +61,7 @@ def plan(spec: KernelSpec, device: Facts, regimes: Sequence[str], budget: Budget
                 rejected.append(Rejected(config.name, reason))
                 continue
             variant = Variant(device.target, spec, config)
-            guesses = {regime: roofline(variant, each[0], device) for regime, each in workloads.items()}
+            guesses = {regime: regime_roofline(variant, each, device) for regime, each in workloads.items()}
             candidates.append(
                 Candidate(
                     config=config.name,

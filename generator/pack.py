@@ -9,7 +9,7 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import jagtile
 from jagtile.generator.build import BuildResult, build
 from jagtile.generator.pack_place import check_free, place_folder
 from jagtile.generator.spec import KernelSpec
-from jagtile.generator.tile import Variant
+from jagtile.generator.tile import Variant, spaces_of
 from jagtile.runtime.artifact import ABI_VERSION, CompileReport
 from jagtile.runtime.device import DeviceId, device_id
 from jagtile.runtime.dispatch import ORIGINS, choose_for_regime, recorded_as
@@ -62,14 +62,15 @@ class PackPlan:
 def plan_pack(slug: str, specs: Sequence[KernelSpec], database: Database) -> PackPlan:
     """What a pack of a device's kernels holds: for each spec and regime the variant that dispatch chooses.
 
-    ``specs`` empty is every spec that has choices for the device, and on a GPU those that dispatch answers with these
-    choices (the other 16-bit dtype). Specs named may be without choices: then a relative's, or the safe default; a
-    CPU's default depends on the CPU, so it can be packed on such a machine only.
+    ``specs`` empty is every spec that has choices for the device, on a GPU those that dispatch answers with these
+    choices (the other 16-bit dtype), and the backward of each forward. Backwards, and specs named, may be without
+    choices: then a relative's, or the safe default; a CPU's default depends on the CPU, so it can be packed on such a
+    machine only.
     PackError where the device is not known or nothing is to be packed; UnsupportedError for a spec without a template.
     """
     device = _device(slug, database)
     identity = DeviceId(**msgspec.structs.asdict(device))
-    wanted = sorted(set(specs) or _recorded_specs(device, database), key=lambda spec: spec.name)
+    wanted = sorted(set(specs) or _usual_specs(device, database), key=lambda spec: spec.name)
     if not wanted:
         raise PackError(f"there are no choices for {slug}: `jagtile tune` records some, or name the SPECs to pack")
     entries: dict[str, ChoiceEntry] = {}
@@ -128,6 +129,15 @@ def _device(slug: str, database: Database) -> DeviceFacts:
         return DeviceFacts(**{name: getattr(found, name) for name in DeviceFacts.__struct_fields__})
     known = sorted({*here, *(facts.slug for origin in ORIGINS for facts in database.devices(origin))})
     raise PackError(f"device {slug!r} has no choices and is not of this machine; known: {', '.join(known)}")
+
+
+def _usual_specs(device: DeviceFacts, database: Database) -> set[KernelSpec]:
+    """What dispatch answers from choices for the device, and how to train with it, with or without choices."""
+    recorded = _recorded_specs(device, database)
+    if device.target == "cpu" and device.slug != _cpu().slug:
+        return recorded
+    backwards = {replace(spec, direction="bwd") for spec in recorded}
+    return recorded | {spec for spec in backwards if spaces_of(device.target, spec)}
 
 
 def _recorded_specs(device: DeviceFacts, database: Database) -> set[KernelSpec]:

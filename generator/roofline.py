@@ -16,6 +16,8 @@ from functools import lru_cache
 from itertools import accumulate
 
 from jagtile.generator.oracle import torch_dtype
+from jagtile.generator.spaces import sm90_backward_wide as wide
+from jagtile.generator.spaces.sm90 import panel_count
 from jagtile.generator.spaces.sm90_backward import Sm90BackwardConfig, dq_split
 from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig
 from jagtile.generator.spaces.sm90_packed import BLOCK_M, Sm90PackedConfig
@@ -56,6 +58,9 @@ _FEW_ROWS, _UNCUT_SHARES, _UNCUT_KEYS = 4, 2, 1024
 # What knobs leave of a tile's time, as measured (docs/performance-log.md, section 27), for no unit's count tells: row sums
 # by products beside a whole panel of V, and warpgroups that take a causal tile's rows in turn.
 _TENSOR_SUMS, _ALTERNATE = 0.98, 0.995
+# Of wide heads: bytes a clock of additions from registers, which nothing hides, and clocks to hand over a panel of dQ.
+_WIDE_REDUCTION_BYTES = 21
+_WIDE_HANDOVER = 90.0
 _KNEE = 4  # how sharply the roof bends: where arithmetic and memory take alike they hide each other only in part
 
 
@@ -75,16 +80,23 @@ def roofline(variant: Variant, workload: Workload, device: Facts) -> Roofline | 
         return _hopper_packed(variant, variant.config, workload, device)
     if isinstance(variant.config, Sm90BackwardConfig):
         return _hopper_backward(variant, variant.config, workload, device)
+    if isinstance(variant.config, wide.Sm90BackwardWideConfig):
+        return _hopper_backward_wide(variant, variant.config, workload, device)
     return None
 
 
+def regime_roofline(variant: Variant, workloads: Sequence[Workload], device: Facts) -> Roofline | None:
+    """The geometric mean of ``roofline`` over a regime's workloads, and what the first of them is bound by."""
+    guesses = [guess for each in workloads if (guess := roofline(variant, each, device)) is not None]
+    return Roofline(statistics.geometric_mean(guess.us for guess in guesses), guesses[0].bound) if guesses else None
+
+
 def predictor(device: Facts, spec: KernelSpec, workloads: Sequence[Workload]) -> Callable[[TileConfig], float | None]:
-    """``roofline`` of a spec's configs: the geometric mean over the workloads in microseconds, None without a model."""
+    """``regime_roofline`` of a spec's configs in microseconds, None without a model."""
 
     def predict(config: TileConfig) -> float | None:
-        variant = Variant(device.target, spec, config)
-        guesses = [guess.us for each in workloads if (guess := roofline(variant, each, device)) is not None]
-        return statistics.geometric_mean(guesses) if guesses else None
+        guess = regime_roofline(Variant(device.target, spec, config), workloads, device)
+        return None if guess is None else guess.us
 
     return predict
 
@@ -158,26 +170,55 @@ def _hopper_packed(variant: Variant, config: Sm90PackedConfig, workload: Workloa
 
 
 def _hopper_backward(variant: Variant, config: Sm90BackwardConfig, workload: Workload, device: Facts) -> Roofline:
-    """Tiles of keys and a kv head, whose steps are blocks of queries and a head; then the passes over rows."""
+    """Every warpgroup has a part of the keys, and all of their products."""
     spec, ctas = variant.spec, config.ctas_per_sm
     units = _backward_step_clocks(config, spec)
     alone = (units["tensor"] + units["exp"]) * (_BACKWARD_HIDDEN if config.overlap or config.late_dq else 1)
     waits = {**{unit: clocks * ctas for unit, clocks in units.items()}, "latency": alone + 2 * _STEP_LATENCY}
-    bound = max(waits, key=waits.__getitem__)
-    step = sum(clocks**_KNEE for clocks in waits.values()) ** (1 / _KNEE) * _BACKWARD_LOSS
+    step = _together(waits)
     if config.dq == "red":
         step += config.block_m * spec.head_dim * 4 / _REDUCTION_BYTES
     tile = _BACKWARD_TILE_CLOCKS[config.kv_stages]
+    compute_us = _key_tiles_us(workload, config.block_m, config.block_n, step, tile, device.units * ctas)
+    return _with_passes(compute_us, max(waits, key=waits.__getitem__), variant, workload, device)
+
+
+def _hopper_backward_wide(
+    variant: Variant, config: wide.Sm90BackwardWideConfig, workload: Workload, device: Facts
+) -> Roofline:
+    """One warpgroup makes dV, the other dK and dQ: the second's own work is the latency of a step."""
+    spec = variant.spec
+    waits = _wide_step_clocks(config, spec)
+    step = _together(waits)
+    if config.dq == "red":
+        step += wide.BLOCK_M * spec.head_dim * 4 / _WIDE_REDUCTION_BYTES
+    else:
+        step += -(-spec.head_dim // wide.dq_buffers(spec, config).columns) * _WIDE_HANDOVER
+    tile = _BACKWARD_TILE_CLOCKS[1]
+    compute_us = _key_tiles_us(workload, wide.BLOCK_M, config.block_n, step, tile, device.units)
+    return _with_passes(compute_us, max(waits, key=waits.__getitem__), variant, workload, device)
+
+
+def _together(waits: Mapping[str, float]) -> float:
+    """Clocks of a step of a backward: its waits hide each other but in part."""
+    return float(sum(clocks**_KNEE for clocks in waits.values()) ** (1 / _KNEE)) * _BACKWARD_LOSS
+
+
+def _key_tiles_us(workload: Workload, block_m: int, block_n: int, step: float, tile: float, slots: int) -> float:
+    """Tiles of keys and a kv head, whose steps are blocks of queries and a head, shared out among ``slots``."""
     group = workload.num_heads // workload.num_heads_kv
     clocks = longest = 0.0
-    for queries, tiles in _key_tiles(workload, config.block_n).items():
-        own = -(-queries // config.block_m) * group * step + tile
+    for queries, tiles in _key_tiles(workload, block_n).items():
+        own = -(-queries // block_m) * group * step + tile
         clocks += tiles * own
         longest = max(longest, own)
-    compute_us = max(clocks / (device.units * ctas), longest) / CLOCK_GHZ / 1e3
-    # The passes: out and dout read, sums zeroed and read, dq written.
+    return max(clocks / slots, longest) / CLOCK_GHZ / 1e3
+
+
+def _with_passes(compute_us: float, bound: str, variant: Variant, workload: Workload, device: Facts) -> Roofline:
+    """And the passes over rows: out and dout read, sums zeroed and read, dq written."""
     rows = workload.total_q * workload.num_heads
-    passes = rows * (2 * 2 * spec.head_dim_v + 10 * spec.head_dim)
+    passes = rows * (2 * 2 * variant.spec.head_dim_v + 10 * variant.spec.head_dim)
     passes_us = passes / (device.bandwidth_gbs or float("inf")) / 1e3
     found = _with_memory(compute_us, bound, variant, workload, device)
     return Roofline(found.us + passes_us, found.bound)
@@ -202,6 +243,28 @@ def _backward_step_clocks(config: Sm90BackwardConfig, spec: KernelSpec) -> Mappi
         "smem": (read + scores + staged + fill) / SMEM_BYTES,
         "issue": groups * (per_query * queries + per_step) * 4 / ISSUE_SLOTS,
         "l2": fill / L2_BYTES,
+    }
+
+
+def _wide_step_clocks(config: wide.Sm90BackwardWideConfig, spec: KernelSpec) -> Mapping[str, float]:
+    """Clocks that each unit of the SM is busy with one step, and those of dK's warpgroup alone."""
+    dim, dim_v, keys, queries, element = spec.head_dim, spec.head_dim_v, config.block_n, wide.BLOCK_M, 2
+    panels, panels_v = panel_count(dim), panel_count(dim_v)  # dK and dV have whole panels of 64 rows
+    scores, column = element * queries * keys, 2 * queries * keys / MMA_FLOPS  # a column of a product: its clocks
+    own_dq = dim * (1 - config.dq_panels / panels)
+    exp = queries * keys / EXPONENTIALS
+    # S and dP: Q and dO, K and V. dV and dK: dO and Q, and P or dS for every panel. dQ: K, and dS unless in registers.
+    read = element * (queries + keys) * (dim + dim_v)
+    read += (panels + panels_v) * (element * 64 * queries + scores)
+    read += element * keys * dim + (0 if wide.ds_in_registers(spec, config) else panels * scores)
+    staged = 2 * 4 * queries * dim if config.dq == "bulk" else 0
+    fill = element * queries * (dim + dim_v)
+    return {
+        "tensor": column * (2 * dim + dim_v + 64 * (panels + panels_v)),
+        "exp": exp,
+        "smem": (read + 2 * scores + staged + fill) / SMEM_BYTES,
+        "l2": fill / L2_BYTES,
+        "latency": column * (dim_v + own_dq + 64 * panels) + exp + 2 * _STEP_LATENCY,
     }
 
 

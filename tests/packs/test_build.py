@@ -127,6 +127,27 @@ def test_a_gpus_pack_answers_for_both_16_bit_dtypes():
     assert {name.replace("bf16", "fp16") for name in names} == {name for name in names if "fp16" in name}
 
 
+def test_the_hoppers_pack_covers_the_usual_head_dims_in_every_regime():
+    plan = plan_pack(H200, [], Database())
+    for way in ("fwd", "bwd"):
+        for dtype in ("bf16", "fp16"):
+            for dims in ("d32", "d64", "d96", "d128", "d192", "d192_dv128", "d256"):
+                for mask in ("", "_causal"):
+                    entry = plan.choices.specs[f"sm_90a/{way}_{dtype}_{dims}{mask}"]
+                    assert set(entry.regimes) == set(REGIMES)
+
+
+def test_the_backward_of_a_forward_comes_along_with_its_default(world, tmp_path):
+    database = Database(tmp_path / "user", tmp_path / "shipped")
+    choices = world.database.choices("shipped", world.slug)
+    key = f"cpu/{world.usual.spec.name}"
+    database.write_choices(msgspec.structs.replace(choices, specs={key: choices.specs[key]}), ship=True)
+    assert world.backward in plan_pack(world.slug, [], database).variants
+    other = DeviceFacts(slug="cpu-other", label="", target="cpu", units=1, bandwidth_gbs=0.0, compute_capability="x")
+    database.write_choices(Choices(device=other, specs={key: choices.specs[key]}), ship=True)
+    assert plan_pack("cpu-other", [], database).choices.specs.keys() == {key}
+
+
 def test_an_unknown_device_and_one_without_choices_are_told_apart(world, tmp_path):
     empty = Database(tmp_path / "user", tmp_path / "shipped")
     with pytest.raises(PackError, match=f"'sm80-108sm' has no choices and is not of this machine; known: {world.slug}"):

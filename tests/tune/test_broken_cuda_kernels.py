@@ -18,6 +18,7 @@ SPEC = KernelSpec.parse("fwd_bf16_d64")
 FAULTS = {
     "loop": ("timeout", "no answer within"),
     "illegal": ("crash", "illegal memory access"),
+    "memory": ("crash", "OUT_OF_MEMORY"),  # of every thread that an SM has room for: 138 GB on 132 SMs
     "wrong": ("incorrect", "relative error"),
 }
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -28,6 +29,16 @@ def broken(monkeypatch):
     space = broken_space(Sm90ForwardSpace, "cuda/broken.cu.j2", FAULTS)
     only(space, monkeypatch)
     return space
+
+
+@pytest.fixture
+def scarce():
+    """Less free memory than what wants most needs, on the largest Hoppers too."""
+    free, _ = torch.cuda.mem_get_info()
+    held = torch.empty(max(0, free - (100 << 30)), dtype=torch.uint8, device="cuda")
+    yield
+    del held
+    torch.cuda.empty_cache()
 
 
 def test_each_fault_is_in_the_source(broken):
@@ -47,7 +58,7 @@ def test_the_broken_kernels_compile(broken):
 @pytest.mark.gpu
 @pytest.mark.timeout(240)
 @pytest.mark.skipif(not HOPPER, reason="needs a CUDA GPU of compute capability 9.0")
-def test_a_broken_kernel_costs_itself_only(broken, tmp_path):
+def test_a_broken_kernel_costs_itself_only(broken, scarce, tmp_path):
     database = Database(tmp_path / "user", tmp_path / "shipped")
     result = tune(SPEC, torch.device("cuda"), ("short",), budget=Budget(trials=None), database=database, timeout=10.0)
     ended = {config_from_dict("sm_90a", r.config).fault: r for r in result.records if r.phase == "search"}

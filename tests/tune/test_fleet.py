@@ -96,6 +96,6 @@ def test_four_tuners_share_a_study_and_the_work_of_one_that_is_killed(storage, t
     known = [{identity(record) for record in machine.records()} for machine in (first, second)]
     finals = {record.session for record in second.records() if record.phase == "final"}
     assert known[0] <= known[1]
-    assert (known[0] == known[1]) == (len(finals) == 1)
+    assert known[0] == known[1] or len(finals) > 1
     assert len({result["regimes"][0]["chosen"] for result in results}) <= len(finals)
     assert sum(result["records"] for result in results) == len(known[1])

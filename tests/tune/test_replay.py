@@ -19,6 +19,7 @@ from jagtile.generator.tile import spaces_of
 from jagtile.generator.tune import Budget, tune
 from jagtile.generator.workloads import representative
 from jagtile.runtime.errors import DatabaseError
+from jagtile.runtime.problem import REGIMES
 from jagtile.runtime.settings import settings
 from jagtile.tuning_db.store import Database
 
@@ -35,7 +36,18 @@ def test_with_a_quarter_of_the_trials_the_choice_is_within_two_percent_of_the_be
     assert all(each.trials == quarter(sweep) for each in replays)
     assert statistics.mean(each.regret for each in replays) <= 0.02
     # Where two measurements of one config differ by as much, no search can tell apart what is within it.
-    assert max(each.regret for each in replays) <= max(0.02, 2 * sweep.noise)
+    regrets, tolerance = [each.regret for each in replays], max(0.02, 2 * sweep.noise)
+    assert max(regrets) <= tolerance
+    assert (1 + max(regrets)) / (1 + min(regrets)) <= 1 + tolerance  # two tunes agree
+
+
+def test_the_sweeps_are_of_gpus_and_cpus_forwards_and_backwards_and_all_regimes():
+    pairs = {(sweep.target, sweep.spec, sweep.regime) for sweep in SWEEPS.values()}
+    assert {target for target, _, _ in pairs} == {"sm_90a", "cpu"}
+    hopper = {(spec, regime) for target, spec, regime in pairs if target == "sm_90a"}
+    assert {spec[:3] for spec, _ in hopper} == {"fwd", "bwd"}
+    assert {regime for _, regime in hopper} == set(REGIMES)
+    assert len(hopper) >= 9
 
 
 def test_all_trials_find_the_best_and_the_same_seed_does_the_same():
