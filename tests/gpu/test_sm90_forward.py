@@ -66,10 +66,7 @@ MECHANISMS = {
     "O from registers, three math warpgroups": {"block_m": 192, "block_n": 48, "q_stages": 1, "epilogue": "direct"},
     SUMS: {"tensor_sums": True},
     f"{SUMS}, four math warpgroups": {"block_m": 256, "block_n": 32, "tensor_sums": True},
-    f"{SUMS}, four CTAs an SM": {
-        **{"block_m": 64, "block_n": 32, "num_stages": 2, "ctas_per_sm": 4, "q_stages": 1},
-        "tensor_sums": True,
-    },
+    f"{SUMS}, four CTAs an SM": {"block_m": 64, "block_n": 32, "num_stages": 2, "ctas_per_sm": 4, "tensor_sums": True},
     SPLIT: {},
     f"{SPLIT}, {SUMS}": {"tensor_sums": True},
     f"{SPLIT}, one math warpgroup": {"block_m": 64, "block_n": 32, "num_stages": 3},
@@ -183,9 +180,10 @@ def test_scores_that_grow_from_block_to_block(name: str, growth: float, mechanis
     age = torch.cat([torch.arange(length) for length in w.seqlens_k]).to("cuda")
     b.k.add_((growth / spec.head_dim * age)[:, None, None]).clamp_(-200, 200)
     expected, expected_lse = reference(*b[:5], is_causal=spec.causal, scale=0.5)
-    out, lse = run(kernel(spec, mechanism), w, b, 0.5)
+    out, lse = run(kernel(spec, mechanism), w, b, 0.5, lse_wanted=mechanism != SUMS)
     assert errors(out, expected).rel <= tolerance(out.dtype)
-    torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-4, atol=1e-3)
+    if lse is not None:
+        torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["fwd_fp16_d64", "fwd_bf16_d64"])
