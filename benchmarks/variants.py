@@ -6,8 +6,8 @@
 Each argument names a workload and configs (``persistent_`` may be left out, ``split_`` not), or is a file of such
 lines. A workload is one of generator/workloads.json, or a batch of random_batches.py by its number there (and its
 --seed). Every variant is compared with the float64 oracle on small nasty batches and on the workload itself, then all
-variants and peers take turns in shuffled order with a cold L2. Prints medians and the ratio of the fastest peer's time
-to each.
+variants and peers take turns in shuffled order with a cold L2; ours are asked for no lse, as in inference. Prints
+medians and the ratio of the fastest peer's time to each.
 """
 
 from __future__ import annotations
@@ -102,14 +102,13 @@ def _time(
     """Milliseconds of each variant and peer on one workload, printed as they stand to each other."""
     batch = w.make(device, options.dtype, seed=1)
     out = torch.empty((w.total_q, w.num_heads, w.head_dim_v), dtype=batch.q.dtype, device=device)
-    lse = torch.empty((w.num_heads, w.total_q), device=device)
     bottom_right = w.causal_alignment == "bottom_right"
     expected = spot_check(batch, w, BUDGET_FLOPS["cuda"])
     calls: dict[str, Call] = {}
     for variant, kernel in kernels.items():
 
         def call(kernel: ForwardKernel = kernel) -> None:
-            kernel.forward(*batch[:5], out, lse, w.head_dim**-0.5, bottom_right)
+            kernel.forward(*batch[:5], out, None, w.head_dim**-0.5, bottom_right)
 
         out.fill_(float("nan"))
         call()

@@ -19,7 +19,7 @@ from jagtile.generator.tile import spaces_of
 from jagtile.generator.tune import Budget, tune
 from jagtile.generator.workloads import representative
 from jagtile.runtime.errors import DatabaseError
-from jagtile.runtime.problem import REGIMES
+from jagtile.runtime.problem import regimes_for
 from jagtile.runtime.settings import settings
 from jagtile.tuning_db.store import Database
 
@@ -46,7 +46,7 @@ def test_the_sweeps_are_of_gpus_and_cpus_forwards_and_backwards_and_all_regimes(
     assert {target for target, _, _ in pairs} == {"sm_90a", "cpu"}
     hopper = {(spec, regime) for target, spec, regime in pairs if target == "sm_90a"}
     assert {spec[:3] for spec, _ in hopper} == {"fwd", "bwd"}
-    assert {regime for _, regime in hopper} == set(REGIMES)
+    assert {regime for _, regime in hopper} >= set(regimes_for("bwd", "sm_90a"))
     assert len(hopper) >= 9
 
 
