@@ -6,14 +6,14 @@ several times in the forward and in the backward pass; here there is one node wh
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nested._internal.nested_tensor import NestedTensor
 
 from jagtile.runtime.autograd import gradients, keep_for_backward, refuse_second_derivative
 from jagtile.runtime.njt_form import form_of
-from jagtile.runtime.operators import forward_for
+from jagtile.runtime.ops import forward
 
 
 class NestedAttention(torch.autograd.Function):
@@ -34,10 +34,14 @@ class NestedAttention(torch.autograd.Function):
     ) -> NestedTensor:
         """The output, of query's form."""
         *call, dropout_p = options
-        out, lse = forward_for(*operands[:3])(*operands, *call, True, dropout_p, dropout_state)
+        out, lse = cast(Any, forward)(*operands, *call, True, dropout_p, dropout_state)
         keep_for_backward(ctx, operands, options, dropout_state, out, lse)
         form = form_of(query)
-        ctx.forms = ((form, query._values.dtype), *((form_of(x), x._values.dtype) for x in (key, value)))
+        ctx.forms = (
+            (form, query._values.dtype),
+            (form_of(key), key._values.dtype),
+            (form_of(value), value._values.dtype),
+        )
         return form.nest(out)
 
     @staticmethod

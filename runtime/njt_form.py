@@ -81,7 +81,7 @@ class Form(NamedTuple):
 def form_of(tensor: NestedTensor) -> Form:
     """Its form."""
     return Form(
-        *(tensor._offsets, tensor._lengths, tensor._ragged_idx, tensor._metadata_cache), tensor._size, tensor._strides
+        tensor._offsets, tensor._lengths, tensor._ragged_idx, tensor._metadata_cache, tensor._size, tensor._strides
     )
 
 
