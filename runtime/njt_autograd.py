@@ -33,8 +33,7 @@ class NestedAttention(torch.autograd.Function):
         dropout_state: torch.Tensor | None,
     ) -> NestedTensor:
         """The output, of query's form."""
-        *call, dropout_p = options
-        out, lse = cast(Any, forward)(*operands, *call, True, dropout_p, dropout_state)
+        out, lse = cast(Any, forward)(*operands, *options[:5], True, options[5], dropout_state)
         keep_for_backward(ctx, operands, options, dropout_state, out, lse)
         form = form_of(query)
         ctx.forms = (

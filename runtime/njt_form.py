@@ -47,10 +47,11 @@ class Form(NamedTuple):
     def _assemble(self, values: torch.Tensor, marks: _Marks) -> NestedTensor:
         """As ``_construct``."""
         offsets, lengths, ragged_idx, cache, model_size, model_strides = self
-        shape, stride, ragged = values.shape, values.stride(), model_size[ragged_idx]
+        shape, stride, ragged = list(values.shape), values.stride(), model_size[ragged_idx]
         token = stride[ragged_idx - 1]
         whole = model_strides[0] if model_strides[ragged_idx] == token else ragged * token
-        size = (model_size[0], *shape[: ragged_idx - 1], ragged, *shape[ragged_idx:])
+        shape[ragged_idx - 1] = ragged
+        size = (model_size[0], *shape)
         nested: NestedTensor = torch.Tensor._make_wrapper_subclass(
             NestedTensor,
             size,
