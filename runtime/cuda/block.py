@@ -20,12 +20,13 @@ class ParameterBlock(threading.local):
     """A thread's own parameter block: the driver copies it while other threads may be filling theirs."""
 
     def __init__(self, size: int, addressed: slice) -> None:
-        data = bytearray(size)
-        self._fixed = (ctypes.c_char * size).from_buffer(data)
+        self.data = bytearray(size)
+        self._fixed = (ctypes.c_char * size).from_buffer(self.data)
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._fixed))
         # The block, its words that ``fill`` writes addresses to, a launch's ``arguments``: in one, since looking up
         # what is a thread's own is dear.
-        self.parts = (data, memoryview(data).cast("Q")[addressed], ctypes.addressof(self._pointers))
+        addresses = memoryview(self.data).cast("Q")[addressed]
+        self.parts = (self.data, addresses, ctypes.addressof(self._pointers))
 
 
 def fill(block: ParameterBlock, planned: bytes, addresses: tuple[int, ...] | None) -> tuple[bytearray, int]:

@@ -8,12 +8,11 @@ from typing import NamedTuple
 import torch
 
 from jagtile.runtime.artifact import Artifact, ArtifactMeta
-from jagtile.runtime.cuda import driver, params
+from jagtile.runtime.cuda import driver, params, work_list
 from jagtile.runtime.cuda.block import ParameterBlock, fill, map_addresses
 from jagtile.runtime.cuda.operands import find_maps, forward_copies
 from jagtile.runtime.cuda.plans import Plans
 from jagtile.runtime.cuda.tensor_map import ALIGNMENT, MapCache, address_comes_first
-from jagtile.runtime.cuda.work_list import MAX_TILES, check_tokens
 from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
 
@@ -116,10 +115,10 @@ class CudaPackedKernel:
         maps = find_maps(self._maps, q, k, v, out)
         if maps is None:
             return None
-        check_tokens(total_q, total_k)
+        work_list.check_tokens(total_q, total_k)
         pairs = -(-total_q // self._block_m) * heads
-        if pairs > MAX_TILES:
-            raise UnsupportedError(f"{pairs} tiles of queries and heads; served: {MAX_TILES}")
+        if pairs > work_list.MAX_TILES:
+            raise UnsupportedError(f"{pairs} tiles of queries and heads; served: {work_list.MAX_TILES}")
         block = bytearray(params.BLOCK_BYTES)
         block[: len(maps)] = maps
         params.SCALARS.pack_into(

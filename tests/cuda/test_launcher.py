@@ -89,7 +89,7 @@ def load(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Callable[..., forwa
         function=lambda _module, symbol, _smem=0: symbol,
         Launcher=lambda _: (
             lambda name, grid, threads, _smem, _stream, _arguments: driver.launch(
-                name, grid, threads, loaded._block.parts[0]
+                name, grid, threads, loaded._block.data
             )
         ),
     )
