@@ -35,13 +35,10 @@ class NestedAttention(torch.autograd.Function):
         """The output, of query's form."""
         out, lse = cast(Any, forward)(*operands, *options[:5], True, options[5], dropout_state)
         keep_for_backward(ctx, operands, options, dropout_state, out, lse)
-        form = form_of(query)
-        ctx.forms = (
-            (form, query._values.dtype),
-            (form_of(key), key._values.dtype),
-            (form_of(value), value._values.dtype),
-        )
-        return form.nest(out)
+        nested = form_of(query).nest(out)
+        # Gradients are as contiguous as the output, wherever operands lie, and mostly as wide.
+        ctx.forms = [(form_of(x, like=nested), x._values.dtype) for x in (query, key, value)]
+        return nested
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:

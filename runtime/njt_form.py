@@ -27,7 +27,7 @@ class Form(NamedTuple):
     ragged_idx: int  # 2, or 1 where there are no heads
     cache: dict[str, Any]  # torch's own, of minimal and maximal lengths
     size: tuple[int, ...]  # of the model, with its nested int
-    strides: tuple[int, ...]
+    strides: tuple[int, ...]  # of the model, or of another with its nested int
 
     def nest(self, packed: torch.Tensor) -> NestedTensor:
         """The nested tensor, which autograd does not follow."""
@@ -79,11 +79,12 @@ class Form(NamedTuple):
         return nested
 
 
-def form_of(tensor: NestedTensor) -> Form:
-    """Its form."""
-    return Form(
-        tensor._offsets, tensor._lengths, tensor._ragged_idx, tensor._metadata_cache, tensor._size, tensor._strides
-    )
+def form_of(tensor: NestedTensor, like: NestedTensor | None = None) -> Form:
+    """Its form. ``like`` is laid out as what will be nested: with the same nested int its strides need no multiplying."""
+    ragged_idx, size, strides = tensor._ragged_idx, tensor._size, tensor._strides
+    if like is not None and like._size[ragged_idx] is size[ragged_idx]:
+        strides = like._strides
+    return Form(tensor._offsets, tensor._lengths, ragged_idx, tensor._metadata_cache, size, strides)
 
 
 class _Marks(NamedTuple):
