@@ -80,7 +80,7 @@ class Form(NamedTuple):
 
 
 def form_of(tensor: NestedTensor, like: NestedTensor | None = None) -> Form:
-    """Its form. ``like`` is laid out as what will be nested: with the same nested int its strides need no multiplying."""
+    """Its form. ``like`` is laid out as what will be nested: strides with the same nested int are taken from it."""
     ragged_idx, size, strides = tensor._ragged_idx, tensor._size, tensor._strides
     if like is not None and like._size[ragged_idx] is size[ragged_idx]:
         strides = like._strides
