@@ -2,11 +2,12 @@
 
     PYTHONPATH=.pkg python benchmarks/host_cost.py [cpu|cuda] [--profile]
 
-Prints medians of 1000 calls in microseconds. "Dispatch" is with kernels that do nothing. On a GPU, where a launch does
-not wait for the kernel, there are also "launch", real calls; "one thread", the same with autograd's backward in the
-caller's thread instead of the device's; "no driver", all that real calls do but the driver's cuLaunchKernel; and
-"torch", its own. With --profile the dearest functions of each call follow, by cProfile, which sees one thread: of real
-calls on a GPU, of dispatch on the CPU.
+Prints medians of 1000 calls in microseconds. "Dispatch" is with kernels that do nothing. "Floor" is what torch takes
+for the same graph: a node whose output and gradients are there beforehand takes the place of attention. On a GPU, where
+a launch does not wait for the kernel, there are also "launch", real calls; "one thread", these and the floor with
+autograd's backward in the caller's thread instead of the device's; "no driver", all that real calls do but the driver's
+cuLaunchKernel; and "torch", its own. With --profile the dearest functions of each call follow, by cProfile, which sees
+one thread: of real calls on a GPU, of dispatch on the CPU.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate, product
+from typing import Any, cast
 
 import torch
+from torch.nested._internal.nested_tensor import NestedTensor
 from torch.nn.functional import scaled_dot_product_attention
 
 try:
@@ -30,6 +33,7 @@ except ImportError:  # an older torch, whose rows then show the error
 
 import jagtile
 from jagtile.runtime import checks, ops, routes
+from jagtile.runtime.njt_form import form_of
 from jagtile.runtime.problem import LOOK_UPS
 
 CALLS = 1000
@@ -94,6 +98,25 @@ def median_us(call: Call, device: str) -> float:
     return statistics.median(times) / 1000
 
 
+class NoAttention(torch.autograd.Function):
+    """A node that computes nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, output: Call, grads: list[torch.Tensor]
+    ) -> object:
+        ctx.set_materialize_grads(False)
+        ctx.grads = grads
+        return output()
+
+    @staticmethod
+    def backward(ctx: Any, *dout: object) -> tuple[object, ...]:
+        return (*ctx.grads, None, None)
+
+
+no_attention: Any = super(torch.autograd.Function, NoAttention).apply  # as runtime/autograd.py does
+
+
 class Case:
     """The tensors of all calls."""
 
@@ -106,6 +129,7 @@ class Case:
         self.leaves = [x.clone().requires_grad_() for x in (self.q, self.k, self.v)]
         self.nested_leaves = [x.detach().requires_grad_() for x in self.nested]
         self.nested_dout = self._nested(self.dout, offsets)
+        self.form = form_of(cast(NestedTensor, self.nested[0]))
 
     @staticmethod
     def _nested(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -117,6 +141,15 @@ class Case:
     def packed_training(self) -> object:
         out = jagtile.varlen_attention(*self.leaves, self.cu, self.cu)
         return torch.autograd.grad(out, self.leaves, self.dout)
+
+    def packed_floor(self) -> object:
+        out = no_attention(*self.leaves, self.dout.detach, (self.q, self.k, self.v))
+        return torch.autograd.grad(out, self.leaves, self.dout)
+
+    def nested_floor(self) -> object:
+        """Through jagtile's way to put a nested tensor together, which is none of torch's."""
+        out = no_attention(*self.nested_leaves, lambda: self.form.nest(self.dout), self.nested)
+        return torch.autograd.grad(out, self.nested_leaves, self.nested_dout)
 
     def torchs_varlen(self) -> object:
         return varlen_attn(self.q, self.k, self.v, self.cu, self.cu, max(LENGTHS), max(LENGTHS))
@@ -181,6 +214,10 @@ def main(device: str, profile: bool) -> None:
         "nested forward and backward": (True, case.through_torch_training),
     }
     trained = {name: row for name, row in calls.items() if row[0]}
+    floors: dict[str, tuple[bool, Call]] = {
+        "packed forward and backward": (True, case.packed_floor),
+        "nested forward and backward": (True, case.nested_floor),
+    }
     torchs = {
         "packed forward": (False, case.torchs_varlen),
         "packed forward and backward": (True, case.torchs_varlen_training),
@@ -190,12 +227,14 @@ def main(device: str, profile: bool) -> None:
     with jagtile.enabled():
         with no_kernels(case.q.dtype, case.q.get_device()):
             show("dispatch", calls | parts, device)
+            show("floor", floors, device)
             if profile and device == "cpu":
                 show_profiles(calls, device)
         if device == "cuda":
             show("launch", calls, device)
             with torch.autograd.set_multithreading_enabled(False):
                 show("one thread", trained, device)
+                show("its floor", floors, device)
             with no_driver_launches():
                 show("no driver", calls, device)
             if profile:

@@ -128,9 +128,10 @@ def attend(
 ) -> list[torch.Tensor]:
     """[out] or [out, lse] of checked arguments, by a kernel or by plain operations. UnsupportedError as above."""
     q, k, v = batch[:3]
-    reason = why_no_kernel(q, v, is_causal, trained=requires_grad(q, k, v))
+    trained = requires_grad(q, k, v)
+    reason = why_no_kernel(q, v, is_causal, trained=trained)
     dropout = arguments_of(dropout_p, q, v, is_causal, by_kernel=not reason) if dropout_p else ()
-    serve = attention if reason else forward_for(q, k, v)
+    serve = attention if reason else forward_for(q, k, v, trained=trained)
     return serve(*batch, is_causal, bottom_right, scale, return_lse, *dropout)
 
 

@@ -72,16 +72,16 @@ class PackedAttention(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        cu_seqlens_q: torch.Tensor,
-        cu_seqlens_k: torch.Tensor,
+        offsets: tuple[torch.Tensor, torch.Tensor],
         options: tuple[Any, ...],
         return_lse: bool,
         dropout_state: torch.Tensor | None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """As ``ops.forward``. An lse that nobody asked for is kept without being an output: each costs host time."""
-        operands = (q, k, v, cu_seqlens_q, cu_seqlens_k)
-        *call, dropout_p = options
-        out, lse = cast(Any, forward)(*operands, *call, True, dropout_p, dropout_state)
+        """As ``ops.forward``. Each tensor that autograd looks at costs host time: offsets come in a tuple, and an lse
+        that nobody asked for is kept without being an output.
+        """
+        operands = (q, k, v, *offsets)
+        out, lse = cast(Any, forward)(*operands, *options[:5], True, options[5], dropout_state)
         keep_for_backward(ctx, operands, options, dropout_state, out, lse)
         return (out, lse) if return_lse else out
 
@@ -114,7 +114,5 @@ def packed_attention(
     dropout_state: torch.Tensor | None,
 ) -> Any:
     """``PackedAttention`` in an eager call (``is_eager``)."""
-    return _apply(
-        *(_unwrapped(q), _unwrapped(k), _unwrapped(v), _unwrapped(cu_seqlens_q), _unwrapped(cu_seqlens_k)),
-        *(options, return_lse, dropout_state),
-    )
+    offsets = (_unwrapped(cu_seqlens_q), _unwrapped(cu_seqlens_k))
+    return _apply(_unwrapped(q), _unwrapped(k), _unwrapped(v), offsets, options, return_lse, dropout_state)

@@ -108,32 +108,36 @@ def sdpa(
     return wrap(attend(packed, *kind, dropout_p, False)[0], cast(NestedTensor, query))
 
 
-def _trained_as_one_node(*tensors: object) -> bool:
+def _trained_as_one_node(query: object, key: object, value: object) -> bool:
     """Whether some require grad and autograd may see the call as one node: eager, plain, without holes."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not (torch.is_grad_enabled() and is_eager()):
         return False
-    if not all(type(t) is NestedTensor and t._lengths is None for t in tensors):
-        return False
-    nested = cast("tuple[NestedTensor, ...]", tensors)
+    for tensor in (query, key, value):
+        if type(tensor) is not NestedTensor or tensor._lengths is not None or not is_real(tensor._values):
+            return False
+    nested = cast("tuple[NestedTensor, ...]", (query, key, value))
     with torch._C.DisableTorchFunctionSubclass():  # else each look costs a Python dispatch
-        trained = any(t.requires_grad for t in nested)
-    return trained and is_eager() and all(is_real(t._values) for t in nested)
+        return nested[0].requires_grad or nested[1].requires_grad or nested[2].requires_grad
 
 
 def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_gqa: bool) -> Packed:
     """Check three NJTs of one form and take their packed views, cast as autocast asks. Errors as ``sdpa``."""
     _check_njts(query, key, value)
     query, key, value = cast(NestedTensor, query), cast(NestedTensor, key), cast(NestedTensor, value)
-    of_query, of_key, of_value = values_of(query), values_of(key), values_of(value)
-    if query._ragged_idx != 2 or not (of_query.dim() == of_key.dim() == of_value.dim() == 3):
+    if torch.compiler.is_compiling():
+        of_query, of_key, of_value = _tracked_values(query), _tracked_values(key), _tracked_values(value)
+    else:
+        of_query, of_key, of_value = query._values, key._values, value._values
+    heads = query._ragged_idx == 2
+    if not (heads and of_query.dim() == of_key.dim() == of_value.dim() == 3):
         for name, tensor, values in zip(_NAMES, (query, key, value), (of_query, of_key, of_value), strict=True):
             _check_form(name, values.dim() + 1, tensor._ragged_idx)
     check_flag("enable_gqa", enable_gqa)
     _check_raggedness(query, key, value)
+    if torch.is_grad_enabled():
+        of_query, of_key, of_value = _followed(query), _followed(key), _followed(value)
     cast_to = _autocast_dtype(of_query.device.type)
-    q = _packed_values(query, of_query, cast_to)
-    k = _packed_values(key, of_key, cast_to)
-    v = _packed_values(value, of_value, cast_to)
+    q, k, v = _packed(of_query, heads, cast_to), _packed(of_key, heads, cast_to), _packed(of_value, heads, cast_to)
     if query._lengths is not None:
         q = close_holes(q, query._offsets, query._lengths, q.shape[0])
     if key._lengths is not None or value._lengths is not None:
@@ -148,7 +152,7 @@ def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_
     cu_seqlens_q = _cu_seqlens(query)
     same = key._offsets is query._offsets and key._lengths is query._lengths
     cu_seqlens_k = cu_seqlens_q if same else _cu_seqlens(key)
-    return Packed(q, k, v, cu_seqlens_q, cu_seqlens_k, query._maybe_max_seqlen, key._maybe_max_seqlen)
+    return Packed(q, k, v, cu_seqlens_q, cu_seqlens_k, _max_seqlen(query), _max_seqlen(key))
 
 
 def wrap(out: torch.Tensor, query: NestedTensor) -> torch.Tensor:
@@ -177,11 +181,17 @@ def _tokens(tensor: NestedTensor) -> int:
     return values_of(tensor).shape[tensor._ragged_idx - 1]
 
 
-def _requires_grad(tensor: NestedTensor) -> bool:
-    if not torch.is_grad_enabled():
-        return False
+def _followed(tensor: NestedTensor) -> torch.Tensor:
+    """The values, as a view where autograd is to follow it."""
     with torch._C.DisableTorchFunctionSubclass():  # else the look costs a Python dispatch
-        return tensor.requires_grad
+        requires_grad = tensor.requires_grad
+    return _tracked_values(tensor) if requires_grad else values_of(tensor)
+
+
+def _max_seqlen(tensor: NestedTensor) -> int | None:
+    """What torch has cached."""
+    cached = tensor._metadata_cache.get("max_seqlen")  # ``_maybe_max_seqlen`` is three calls of Python
+    return None if cached is None else cached.shape[0]
 
 
 def _ragged_batch_like(*tensors: object) -> bool:
@@ -250,10 +260,9 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-def _packed_values(tensor: NestedTensor, stored: torch.Tensor, cast_to: torch.dtype | None) -> torch.Tensor:
+def _packed(values: torch.Tensor, heads: bool, cast_to: torch.dtype | None) -> torch.Tensor:
     """The values as (total, H, D), one head where there are none; copied only for autocast or a strided last axis."""
-    values = _tracked_values(tensor) if _requires_grad(tensor) else stored
-    values = values.transpose(0, 1) if tensor._ragged_idx == 2 else values.unsqueeze(1)
+    values = values.transpose(0, 1) if heads else values.unsqueeze(1)
     if cast_to is not None and values.is_floating_point() and values.dtype != torch.float64:
         values = values.to(cast_to)
     return values if values.stride(2) == 1 else values.contiguous()

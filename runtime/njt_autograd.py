@@ -6,14 +6,14 @@ several times in the forward and in the backward pass; here there is one node wh
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nested._internal.nested_tensor import NestedTensor
 
 from jagtile.runtime.autograd import gradients, keep_for_backward, refuse_second_derivative
 from jagtile.runtime.njt_form import form_of
-from jagtile.runtime.operators import forward_for
+from jagtile.runtime.ops import forward
 
 
 class NestedAttention(torch.autograd.Function):
@@ -33,12 +33,12 @@ class NestedAttention(torch.autograd.Function):
         dropout_state: torch.Tensor | None,
     ) -> NestedTensor:
         """The output, of query's form."""
-        *call, dropout_p = options
-        out, lse = forward_for(*operands[:3])(*operands, *call, True, dropout_p, dropout_state)
+        out, lse = cast(Any, forward)(*operands, *options[:5], True, options[5], dropout_state)
         keep_for_backward(ctx, operands, options, dropout_state, out, lse)
-        form = form_of(query)
-        ctx.forms = ((form, query._values.dtype), *((form_of(x), x._values.dtype) for x in (key, value)))
-        return form.nest(out)
+        nested = form_of(query).nest(out)
+        # Gradients are as contiguous as the output, wherever operands lie, and mostly as wide.
+        ctx.forms = [(form_of(x, like=nested), x._values.dtype) for x in (query, key, value)]
+        return nested
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:

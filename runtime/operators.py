@@ -22,18 +22,17 @@ from jagtile.runtime.autograd import (
 )
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.ops import backward, forward
-from jagtile.runtime.trainable import requires_grad
 
 Forward = Callable[..., list[torch.Tensor]]
 
 _DROPOUT_AT = 10  # arguments of ``differentiable_forward`` before dropout's, which may be left out
 
 
-def forward_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Forward:
-    """``ops.forward``, through autograd where grad is required, and as an operator where a compiler, a tensor subclass,
-    a mode or a transform must see one.
+def forward_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, trained: bool) -> Forward:
+    """``ops.forward``, through autograd where grad is required (``trained``), and as an operator where a compiler, a
+    tensor subclass, a mode or a transform must see one.
     """
-    if requires_grad(q, k, v):
+    if trained:
         return _forward_with_grad
     if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
         _refuse_tangents(q, k, v)

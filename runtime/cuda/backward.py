@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import NamedTuple
+
 import torch
 
 from jagtile.runtime.artifact import Artifact, ArtifactMeta
 from jagtile.runtime.cuda import backward_params, driver, tensor_map, work_list
-from jagtile.runtime.cuda.block import ParameterBlock
+from jagtile.runtime.cuda.block import ParameterBlock, fill, map_addresses
 from jagtile.runtime.cuda.list_builder import ListBuilder
 from jagtile.runtime.cuda.params import work_list_bytes
+from jagtile.runtime.cuda.plans import Plans
 from jagtile.runtime.cuda.tensor_map import addressable
 from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
@@ -20,6 +24,23 @@ _FINISH = "jagtile_backward_finish"
 _ROW_THREADS = 256  # of prepare and finish (templates/cuda/include/backward_rows.cuh)
 _ROW_TOKENS = 16  # of one head, a warp
 _MAX_ROWS = 1 << 31
+
+
+class _Plan(NamedTuple):
+    """What follows from a call's shapes, strides and options (see ``plans.Plan``)."""
+
+    block: bytes
+    movable: bool
+    grid: int
+    row_ctas: int  # of prepare and finish
+    max_items: int
+    list_ints: int  # behind a work list's items
+    list_key: tuple[object, ...]
+    scratch_floats: int
+    delta: int  # bytes of the scratch before it
+    turns: int | None  # likewise, where dQ's sums have an order
+    direct: int  # bytes of the work list's buffer before it
+    summed: int  # likewise
 
 
 class CudaBackwardKernel:
@@ -43,7 +64,8 @@ class CudaBackwardKernel:
             self._prepare, self._finish = (driver.function(module, symbol) for symbol in (_PREPARE, _FINISH))
         self._launch = driver.Launcher(self._device)
         self._maps = tensor_map.MapCache(self.meta.spec.split("_")[1], rows)
-        self._block = ParameterBlock(backward_params.BLOCK_BYTES, len(backward_params.MAPS))
+        self._plans: Plans[_Plan] = Plans()
+        self._block = ParameterBlock(backward_params.BLOCK_BYTES, map_addresses(len(backward_params.MAPS)))
 
     def backward(
         self,
@@ -67,9 +89,8 @@ class CudaBackwardKernel:
 
         Additions to dQ have a fixed order where ``torch.are_deterministic_algorithms_enabled()``.
         """
-        total_q, heads, head_dim = q.shape
-        total_k, heads_kv, _ = v.shape
-        if total_q == 0 or total_k == 0:
+        q_shape, v_shape = q.shape, v.shape
+        if q_shape[0] == 0 or v_shape[0] == 0:
             for grad in (dq, dk, dv):
                 grad.zero_()
             return
@@ -79,69 +100,106 @@ class CudaBackwardKernel:
                     q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, dq, dk, dv, scale, bottom_right
                 )
             return
-        block, mapped = self._block, (q, dout, k, v, dk, dv)
-        dout_address, out_address, dq_address = dout.data_ptr(), out.data_ptr(), dq.data_ptr()
-        addresses = (q.data_ptr(), dout_address, k.data_ptr(), v.data_ptr(), dk.data_ptr(), dv.data_ptr())
-        out_strides, dout_strides, dq_strides = out.stride(), dout.stride(), dq.stride()
-        layout = (
-            *(total_q > 1, total_k > 1, heads, heads_kv, q.stride(), dout_strides, k.stride(), v.stride()),
-            *(dk.stride(), dv.stride(), out_strides, dq_strides),
+        call = (
+            *(q_shape, v_shape, q.stride(), k.stride(), v.stride(), out.stride(), dout.stride()),
+            *(dq.stride(), dk.stride(), dv.stride(), cu_seqlens_q.shape, cu_seqlens_q.dtype, cu_seqlens_k.dtype),
+            *(scale, bottom_right, torch.are_deterministic_algorithms_enabled()),
         )
-        if not self._maps.fill(block, layout, mapped, addresses, (out, dq), out_address | dq_address):
-            self._backward_copies(
-                q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, dq, dk, dv, scale, bottom_right
-            )
-            return
-        if total_q * heads >= _MAX_ROWS:
-            raise UnsupportedError(f"{total_q} queries of {heads} heads; served: fewer than {_MAX_ROWS} in all")
+        q_address, k_address, v_address, out_address = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
+        dout_address, dq_address, dk_address, dv_address = dout.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
+        of_operands = q_address | k_address | v_address | out_address | dout_address
+        plan = self._plans.get(call)
+        if plan is None or (of_operands | dq_address | dk_address | dv_address) & (tensor_map.ALIGNMENT - 1):
+            plan = self._plan(call, q, k, v, cu_seqlens_q, cu_seqlens_k, out, dout, dq, dk, dv, scale, bottom_right)
+            if plan is None:
+                self._backward_copies(
+                    q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, dq, dk, dv, scale, bottom_right
+                )
+                return
         lse = lse if lse.is_contiguous() else lse.contiguous()
         dlse = None if dlse is None else dlse.contiguous()
 
-        deterministic = torch.are_deterministic_algorithms_enabled()
         stream: int = torch._C._cuda_getCurrentRawStream(self._device)
-        tile = (self._block_m, self._block_n, self._causal, bottom_right)
-        key = ("bwd", *tile, heads, heads_kv, deterministic, total_q, stream)
+        key = (plan.list_key, stream)
         found = None if work_list.rebuilt_now() else work_list.find(cu_seqlens_q, cu_seqlens_k, key)
-        items = found or work_list.allocate(
-            *(cu_seqlens_q, total_q, total_k, self._block_n),
-            of_keys=True,
-            extra_ints=2 * cu_seqlens_k.numel() + 2 * backward_params.bit_words(total_q),
-        )
-        tiles = items.max_items * heads_kv
-        turn_count = tiles * self._dq_adders if deterministic else 0
-        if (most := max(tiles, turn_count)) > work_list.MAX_TILES:
-            raise UnsupportedError(f"up to {most} tiles of keys and heads; served: {work_list.MAX_TILES}")
-        scratch = q.new_empty(
-            backward_params.scratch_bytes(total_q, heads, head_dim, turn_count) // 4, dtype=torch.float32
-        )
-        dq_sums = scratch.data_ptr()
-        delta = dq_sums + 4 * backward_params.sum_floats(total_q, heads, head_dim)
-        turns = delta + 4 * backward_params.delta_floats(total_q, heads) if deterministic else 0
-        direct = items.address + work_list_bytes(items.max_items, 2 * (items.batch + 1))
-        backward_params.SCALARS.pack_into(
-            block.data,
+        items = found or work_list.allocate(cu_seqlens_q, plan.max_items, plan.list_ints)
+        scratch = q.new_empty(plan.scratch_floats, dtype=torch.float32)
+        list_address, dq_sums = items.address, scratch.data_ptr()
+        mapped = (q_address, dout_address, k_address, v_address, dk_address, dv_address)
+        block, arguments = fill(self._block, plan.block, mapped if plan.movable else None)
+        backward_params.ADDRESSES.pack_into(
+            block,
             backward_params.SCALARS_OFFSET,
             cu_seqlens_q.data_ptr(),
             cu_seqlens_k.data_ptr(),
-            items.address,
+            list_address,
             lse.data_ptr(),
             0 if dlse is None else dlse.data_ptr(),
             out_address,
             dout_address,
             dq_address,
-            delta,
+            dq_sums + plan.delta,
             dq_sums,
-            turns,
-            direct,
-            direct + 4 * backward_params.bit_words(total_q),
-            *out_strides[:2],
-            *dout_strides[:2],
-            *dq_strides[:2],
-            items.batch,
+            0 if plan.turns is None else dq_sums + plan.turns,
+            list_address + plan.direct,
+            list_address + plan.summed,
+        )
+        launch = self._launch
+        if found is None:
+            self._builder.build(launch, cu_seqlens_q.shape[0] - 1, plan.max_items, stream, arguments)
+            work_list.keep(cu_seqlens_q, cu_seqlens_k, key, items)
+        launch(self._prepare, plan.row_ctas, _ROW_THREADS, 0, stream, arguments)
+        launch(self._kernel, plan.grid, self._threads, self._smem, stream, arguments)
+        launch(self._finish, plan.row_ctas, _ROW_THREADS, 0, stream, arguments)
+
+    def _plan(
+        self,
+        call: Hashable,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        out: torch.Tensor,
+        dout: torch.Tensor,
+        dq: torch.Tensor,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+        scale: float,
+        bottom_right: bool,
+    ) -> _Plan | None:
+        """The plan of a call, remembered. None where TMA cannot address a tensor."""
+        (total_q, heads, head_dim), (total_k, heads_kv, _) = q.shape, v.shape
+        layout = (
+            *(total_q > 1, total_k > 1, heads, heads_kv, q.stride(), dout.stride(), k.stride(), v.stride()),
+            *(dk.stride(), dv.stride()),
+        )
+        maps = self._maps.find(layout, (q, dout, k, v, dk, dv), (out, dq))
+        if maps is None:
+            return None
+        if total_q * heads >= _MAX_ROWS:
+            raise UnsupportedError(f"{total_q} queries of {heads} heads; served: fewer than {_MAX_ROWS} in all")
+        work_list.check_tokens(total_q, total_k)
+        batch, deterministic = cu_seqlens_q.shape[0] - 1, torch.are_deterministic_algorithms_enabled()
+        max_items = work_list.capacity(total_k, batch, self._block_n)
+        tiles = max_items * heads_kv
+        turn_count = tiles * self._dq_adders if deterministic else 0
+        if (most := max(tiles, turn_count)) > work_list.MAX_TILES:
+            raise UnsupportedError(f"up to {most} tiles of keys and heads; served: {work_list.MAX_TILES}")
+        block = bytearray(backward_params.BLOCK_BYTES)
+        block[: len(maps)] = maps
+        backward_params.SCALARS.pack_into(
+            block,
+            backward_params.SCALARS_OFFSET,
+            *(0,) * len(backward_params.POINTERS),
+            *out.stride()[:2],
+            *dout.stride()[:2],
+            *dq.stride()[:2],
+            batch,
             heads,
             heads // heads_kv,
             total_q,
-            items.max_items,
+            max_items,
             (cu_seqlens_q.dtype == torch.int64) + 2 * (cu_seqlens_k.dtype == torch.int64),
             bottom_right,
             self._block_m,
@@ -151,14 +209,27 @@ class CudaBackwardKernel:
             scale,
             scale * _LOG2_E,
         )
-        launch, arguments = self._launch, block.arguments
-        if found is None:
-            self._builder.build(launch, items.batch, items.max_items, stream, arguments)
-            work_list.keep(cu_seqlens_q, cu_seqlens_k, key, items)
-        row_ctas = -(-(-(-total_q // _ROW_TOKENS) * heads) // (_ROW_THREADS // 32))
-        launch(self._prepare, row_ctas, _ROW_THREADS, 0, stream, arguments)
-        launch(self._kernel, min(self._slots, tiles), self._threads, self._smem, stream, arguments)
-        launch(self._finish, row_ctas, _ROW_THREADS, 0, stream, arguments)
+        bit_words, offsets = backward_params.bit_words(total_q), 2 * (batch + 1)
+        delta = 4 * backward_params.sum_floats(total_q, heads, head_dim)
+        direct = work_list_bytes(max_items, offsets)
+        plan = _Plan(
+            block=bytes(block),
+            movable=tensor_map.address_comes_first(),
+            grid=min(self._slots, tiles),
+            row_ctas=-(-(-(-total_q // _ROW_TOKENS) * heads) // (_ROW_THREADS // 32)),
+            max_items=max_items,
+            list_ints=offsets + 2 * bit_words,
+            list_key=(
+                *("bwd", self._block_m, self._block_n, self._causal, bottom_right),
+                *(heads, heads_kv, deterministic, total_q),
+            ),
+            scratch_floats=backward_params.scratch_bytes(total_q, heads, head_dim, turn_count) // 4,
+            delta=delta,
+            turns=delta + 4 * backward_params.delta_floats(total_q, heads) if deterministic else None,
+            direct=direct,
+            summed=direct + 4 * bit_words,
+        )
+        return self._plans.remember(call, plan)
 
     def _backward_copies(
         self,

@@ -30,6 +30,7 @@ INTEGERS = (
 FLOATS = ("scale", "scale_log2")
 SCALARS = struct.Struct(f"<{len(POINTERS)}Q{len(STRIDES)}q{len(INTEGERS)}i{len(FLOATS)}f")
 SCALARS_OFFSET = len(MAPS) * MAP_BYTES
+ADDRESSES = struct.Struct(f"<{len(POINTERS)}Q")  # the scalars' first
 BLOCK_BYTES = -(-(SCALARS_OFFSET + SCALARS.size) // 64) * 64
 
 

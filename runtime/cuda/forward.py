@@ -1,17 +1,19 @@
-"""The forward launcher: packs one parameter block, makes sure the work list exists, launches. Never waits."""
+"""The forward launcher: fills one parameter block, makes sure the work list exists, launches. Never waits."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
 
 from jagtile.runtime.artifact import Artifact, ArtifactMeta
 from jagtile.runtime.cuda import driver, params, tensor_map, work_list
-from jagtile.runtime.cuda.block import ParameterBlock
+from jagtile.runtime.cuda.block import ParameterBlock, fill, map_addresses
 from jagtile.runtime.cuda.head_packs import ROWS, HeadPacks, packed, unpacked
 from jagtile.runtime.cuda.list_builder import ListBuilder
-from jagtile.runtime.cuda.operands import fill_maps, fill_out_rows, fill_rows, forward_copies
+from jagtile.runtime.cuda.operands import find_maps, forward_copies, rows_of
+from jagtile.runtime.cuda.plans import Plans
 from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
 
@@ -22,7 +24,7 @@ _SMALLEST_SCALE = 1e-30
 
 
 class _Tiling(NamedTuple):
-    """What follows from a call's numbers of heads; taken apart at once in a call."""
+    """What follows from a call's numbers of heads."""
 
     packs: HeadPacks
     total_packs: int
@@ -30,6 +32,18 @@ class _Tiling(NamedTuple):
     block: int  # queries of a tile
     list_key: tuple[int, ...]  # what a work list depends on, beside the call's alignment and stream
     maps: tensor_map.MapCache
+
+
+class _Plan(NamedTuple):
+    """What follows from a call's shapes, strides and options (see ``plans.Plan``)."""
+
+    block: bytes
+    movable: bool
+    grid: int
+    max_items: int
+    extra_items: int  # of them
+    results: int
+    list_key: tuple[int, ...]
 
 
 class CudaForwardKernel:
@@ -59,7 +73,10 @@ class CudaForwardKernel:
             self._builder = ListBuilder(module, _SPLIT_BUILDER if self._partial_bytes else _BUILDER)
         self._launch = driver.Launcher(self._device)
         self._tilings: dict[tuple[int, int], _Tiling] = {}
-        self._block = ParameterBlock(params.BLOCK_BYTES, len(params.MAPS))
+        self._plans: Plans[_Plan] = Plans()
+        self._unaligned = 0 if self._by_rows else tensor_map.ALIGNMENT - 1  # bits that addresses must not have
+        addressed = params.ROW_ADDRESSES if self._by_rows else map_addresses(len(params.MAPS))
+        self._block = ParameterBlock(params.BLOCK_BYTES, addressed)
 
     def forward(
         self,
@@ -75,8 +92,8 @@ class CudaForwardKernel:
         dropout: Dropout | None = None,
     ) -> None:
         """Launch on the current stream of the tensors' device (see ForwardKernel)."""
-        total_q, heads, _ = q.shape
-        if total_q == 0:
+        shape = q.shape
+        if shape[0] == 0:
             return
         if torch._C._cuda_getDevice() != self._device:
             with torch.cuda.device(self._device):
@@ -84,39 +101,85 @@ class CudaForwardKernel:
             return
         if scale < 0.0:  # the running maximum assumes a positive scale
             q, scale = -q, -scale
-        total_k, heads_kv, _ = v.shape
-        tiling = self._tilings.get((heads, heads_kv)) or self._tile(heads, heads_kv)
-        packs, total_packs, packs_per_kv_head, tile_queries, list_key, map_cache = tiling
-        block = self._block
-        if self._by_rows:
-            fill_rows(block, q, k, v, out)
-        elif not fill_maps(block, map_cache, q, k, v, out):
-            forward_copies(self.forward, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
-            return
-        if self._out_rows:
-            fill_out_rows(block, out)
+        call = (
+            *(shape, v.shape, q.stride(), k.stride(), v.stride(), out.stride()),
+            *(cu_seqlens_q.shape, cu_seqlens_q.dtype, cu_seqlens_k.dtype, scale, bottom_right),
+        )
+        addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+        plan = self._plans.get(call)
+        if plan is None or (addresses[0] | addresses[1] | addresses[2] | addresses[3]) & self._unaligned:
+            plan = self._plan(call, q, k, v, cu_seqlens_q, cu_seqlens_k, out, scale, bottom_right)
+            if plan is None:
+                forward_copies(self.forward, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
+                return
+        planned, movable, grid, max_items, extra_items, results, list_key = plan
 
         stream: int = torch._C._cuda_getCurrentRawStream(self._device)
-        key = (*list_key, bottom_right, stream)
+        key = (list_key, stream)
         found = None if work_list.rebuilt_now() else work_list.find(cu_seqlens_q, cu_seqlens_k, key)
-        items = found or work_list.allocate(
-            cu_seqlens_q, total_q, total_k, tile_queries, extra_items=packs.extra_items, extra_ints=packs.results
-        )
-        tiles = items.max_items * total_packs
-        if tiles > work_list.MAX_TILES:
-            raise UnsupportedError(f"up to {tiles} tiles of queries and heads; served: {work_list.MAX_TILES}")
-        params.SCALARS.pack_into(
-            block.data,
+        items = found or work_list.allocate(cu_seqlens_q, max_items, results)
+        block, arguments = fill(self._block, planned, addresses if movable else None)
+        params.ADDRESSES.pack_into(
+            block,
             params.SCALARS_OFFSET,
             cu_seqlens_q.data_ptr(),
             cu_seqlens_k.data_ptr(),
             items.address,
             lse.data_ptr() if lse is not None else 0,
-            items.batch,
+        )
+        if self._out_rows:
+            params.ADDRESS.pack_into(block, params.OUT_ROWS_OFFSET, addresses[3])
+        if self._partial_bytes:  # scratch is the stream's again as soon as the kernel is enqueued
+            partials = q.new_empty(results * self._partial_bytes, dtype=torch.uint8)
+            params.ADDRESS.pack_into(block, params.PARTIALS_OFFSET, partials.data_ptr())
+        if found is None:
+            batch = cu_seqlens_q.shape[0] - 1
+            self._builder.build(self._launch, batch, max_items - extra_items, stream, arguments)
+            work_list.keep(cu_seqlens_q, cu_seqlens_k, key, items)
+        kernel = self._kernel if lse is None else self._kernel_with_lse
+        self._launch(kernel, grid, self._threads, self._smem, stream, arguments)
+
+    def _plan(
+        self,
+        call: Hashable,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        out: torch.Tensor,
+        scale: float,
+        bottom_right: bool,
+    ) -> _Plan | None:
+        """The plan of a call, remembered. None where TMA cannot address a tensor."""
+        (total_q, heads, _), (total_k, heads_kv, _) = q.shape, v.shape
+        tiling = self._tilings.get((heads, heads_kv)) or self._tile(heads, heads_kv)
+        packs, total_packs, packs_per_kv_head, tile_queries, list_key, map_cache = tiling
+        block = bytearray(params.BLOCK_BYTES)
+        if self._by_rows:
+            params.ROWS.pack_into(block, params.ROWS_OFFSET, *rows_of(q, k, v, out))
+        else:
+            maps = find_maps(map_cache, q, k, v, out)
+            if maps is None:
+                return None
+            block[: len(maps)] = maps
+        if self._out_rows:
+            params.OUT_ROWS.pack_into(block, params.OUT_ROWS_OFFSET, *rows_of(out))
+        work_list.check_tokens(total_q, total_k)
+        batch = cu_seqlens_q.shape[0] - 1
+        max_items = work_list.capacity(total_q, batch, tile_queries) + packs.extra_items
+        tiles = max_items * total_packs
+        if tiles > work_list.MAX_TILES:
+            raise UnsupportedError(f"up to {tiles} tiles of queries and heads; served: {work_list.MAX_TILES}")
+        params.SCALARS.pack_into(
+            block,
+            params.SCALARS_OFFSET,
+            *(0,) * len(params.POINTERS),
+            batch,
             total_packs,
             packs_per_kv_head,
             total_q,
-            items.max_items,
+            max_items,
             (cu_seqlens_q.dtype == torch.int64) + 2 * (cu_seqlens_k.dtype == torch.int64),
             bottom_right,
             tile_queries,
@@ -124,21 +187,12 @@ class CudaForwardKernel:
             self._causal,
             max(scale, _SMALLEST_SCALE) * _LOG2_E,
         )
-        if self._partial_bytes:  # scratch is the stream's again as soon as the kernel is enqueued
-            partials = q.new_empty(packs.results * self._partial_bytes, dtype=torch.uint8)
-            params.SPLIT_SCALARS.pack_into(
-                block.data,
-                params.SPLIT_OFFSET,
-                packs.heads,
-                packs.extra_items,
-                packs.results,
-                partials.data_ptr(),
-            )
-        if found is None:
-            self._builder.build(self._launch, items.batch, items.max_items - packs.extra_items, stream, block.arguments)
-            work_list.keep(cu_seqlens_q, cu_seqlens_k, key, items)
-        kernel = self._kernel if lse is None else self._kernel_with_lse
-        self._launch(kernel, min(self._slots, tiles), self._threads, self._smem, stream, block.arguments)
+        if self._partial_bytes:
+            params.SPLIT_SCALARS.pack_into(block, params.SPLIT_OFFSET, packs.heads, packs.extra_items, packs.results, 0)
+        movable = bool(self._by_rows) or tensor_map.address_comes_first()
+        grid, list_key = min(self._slots, tiles), (*list_key, bottom_right)
+        plan = _Plan(bytes(block), movable, grid, max_items, packs.extra_items, packs.results, list_key)
+        return self._plans.remember(call, plan)
 
     def _tile(self, heads: int, heads_kv: int) -> _Tiling:
         """The tiling for so many heads, remembered."""

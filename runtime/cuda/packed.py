@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import NamedTuple
+
 import torch
 
 from jagtile.runtime.artifact import Artifact, ArtifactMeta
-from jagtile.runtime.cuda import driver, params
-from jagtile.runtime.cuda.block import ParameterBlock
-from jagtile.runtime.cuda.operands import fill_maps, forward_copies
-from jagtile.runtime.cuda.tensor_map import MapCache
-from jagtile.runtime.cuda.work_list import MAX_TILES, MAX_TOKENS
+from jagtile.runtime.cuda import driver, params, work_list
+from jagtile.runtime.cuda.block import ParameterBlock, fill, map_addresses
+from jagtile.runtime.cuda.operands import find_maps, forward_copies
+from jagtile.runtime.cuda.plans import Plans
+from jagtile.runtime.cuda.tensor_map import ALIGNMENT, MapCache, address_comes_first
 from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
 
 _LOG2_E = 1.4426950408889634
 _SMALLEST_SCALE = 1e-30
+
+
+class _Plan(NamedTuple):
+    """What follows from a call's shapes, strides and options (see ``plans.Plan``)."""
+
+    block: bytes
+    movable: bool
+    grid: int
 
 
 class CudaPackedKernel:
@@ -38,7 +49,8 @@ class CudaPackedKernel:
         self._launch = driver.Launcher(self._device)
         rows = (self._block_m, self._block_n, self._block_n, self._block_m)
         self._maps = MapCache(self.meta.spec.split("_")[1], rows)
-        self._block = ParameterBlock(params.BLOCK_BYTES, len(params.MAPS))
+        self._plans: Plans[_Plan] = Plans()
+        self._block = ParameterBlock(params.BLOCK_BYTES, map_addresses(len(params.MAPS)))
 
     def forward(
         self,
@@ -54,10 +66,8 @@ class CudaPackedKernel:
         dropout: Dropout | None = None,
     ) -> None:
         """Launch on the current stream of the tensors' device (see ForwardKernel)."""
-        total_q, heads, _ = q.shape
-        total_k, heads_kv, _ = v.shape
-        batch = cu_seqlens_q.shape[0] - 1
-        if total_q == 0 or batch == 0:
+        shape, offsets_shape = q.shape, cu_seqlens_q.shape
+        if shape[0] == 0 or offsets_shape[0] == 1:
             return
         if torch._C._cuda_getDevice() != self._device:
             with torch.cuda.device(self._device):
@@ -65,24 +75,57 @@ class CudaPackedKernel:
             return
         if scale < 0.0:  # the running maximum assumes a positive scale
             q, scale = -q, -scale
-        block = self._block
-        if not fill_maps(block, self._maps, q, k, v, out):
-            forward_copies(self.forward, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
-            return
-
-        if max(total_q, total_k) > MAX_TOKENS:
-            raise UnsupportedError(f"{total_q} queries and {total_k} keys; served: up to {MAX_TOKENS} tokens each")
-        pairs = -(-total_q // self._block_m) * heads
-        if pairs > MAX_TILES:
-            raise UnsupportedError(f"{pairs} tiles of queries and heads; served: {MAX_TILES}")
-        params.SCALARS.pack_into(
-            block.data,
+        call = (
+            *(shape, v.shape, q.stride(), k.stride(), v.stride(), out.stride()),
+            *(offsets_shape, cu_seqlens_q.dtype, cu_seqlens_k.dtype, scale, bottom_right),
+        )
+        addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
+        plan = self._plans.get(call)
+        if plan is None or (addresses[0] | addresses[1] | addresses[2] | addresses[3]) & (ALIGNMENT - 1):
+            plan = self._plan(call, q, k, v, cu_seqlens_q, cu_seqlens_k, out, scale, bottom_right)
+            if plan is None:
+                forward_copies(self.forward, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
+                return
+        block, arguments = fill(self._block, plan.block, addresses if plan.movable else None)
+        params.ADDRESSES.pack_into(
+            block,
             params.SCALARS_OFFSET,
             cu_seqlens_q.data_ptr(),
             cu_seqlens_k.data_ptr(),
             0,  # work_list
             lse.data_ptr() if lse is not None else 0,
-            batch,
+        )
+        stream: int = torch._C._cuda_getCurrentRawStream(self._device)
+        self._launch(self._kernel, plan.grid, self._threads, self._smem, stream, arguments)
+
+    def _plan(
+        self,
+        call: Hashable,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        out: torch.Tensor,
+        scale: float,
+        bottom_right: bool,
+    ) -> _Plan | None:
+        """The plan of a call, remembered. None where TMA cannot address a tensor."""
+        (total_q, heads, _), (total_k, heads_kv, _) = q.shape, v.shape
+        maps = find_maps(self._maps, q, k, v, out)
+        if maps is None:
+            return None
+        work_list.check_tokens(total_q, total_k)
+        pairs = -(-total_q // self._block_m) * heads
+        if pairs > work_list.MAX_TILES:
+            raise UnsupportedError(f"{pairs} tiles of queries and heads; served: {work_list.MAX_TILES}")
+        block = bytearray(params.BLOCK_BYTES)
+        block[: len(maps)] = maps
+        params.SCALARS.pack_into(
+            block,
+            params.SCALARS_OFFSET,
+            *(0,) * len(params.POINTERS),
+            cu_seqlens_q.shape[0] - 1,
             heads,
             heads // heads_kv,
             total_q,
@@ -94,5 +137,5 @@ class CudaPackedKernel:
             self._causal,
             max(scale, _SMALLEST_SCALE) * _LOG2_E,
         )
-        stream: int = torch._C._cuda_getCurrentRawStream(self._device)
-        self._launch(self._kernel, min(self._slots, pairs), self._threads, self._smem, stream, block.arguments)
+        plan = _Plan(bytes(block), address_comes_first(), min(self._slots, pairs))
+        return self._plans.remember(call, plan)

@@ -11,16 +11,11 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from array import array
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 
 from jagtile.runtime.cuda.driver import NoContextError, bind_primary_context, bindings, call
-
-if TYPE_CHECKING:
-    from jagtile.runtime.cuda.block import ParameterBlock
 
 MAP_BYTES = 128
 ALIGNMENT = 16  # of addresses and strides, in bytes
@@ -71,8 +66,8 @@ def address_comes_first() -> bool:
     return one[:8] == struct.pack("<Q", first) and other == struct.pack("<Q", second) + one[8:]
 
 
-# Whether there are two tokens or more of q and of k, heads, heads_kv, every tensor's strides: what maps depend on, and
-# whether TMA can address a tensor, beside its address.
+# Whether there are two tokens or more of q and of k, heads, heads_kv, every tensor's strides: what maps depend on,
+# beside addresses.
 Layout = tuple[object, ...]
 
 
@@ -87,33 +82,15 @@ class MapCache:
     def __len__(self) -> int:
         return len(self._maps)
 
-    def fill(
-        self,
-        block: ParameterBlock,
-        layout: Layout,
-        mapped: tuple[torch.Tensor, ...],
-        addresses: tuple[int, ...],
-        unmapped: tuple[torch.Tensor, ...] = (),
-        more_addresses: int = 0,
-    ) -> bool:
-        """Write the maps of ``mapped`` into a block. False where one, or one of ``unmapped``, is not ``addressable``.
-
-        addresses: of ``mapped``; more_addresses: those of ``unmapped``, or'ed. Tensors of a layout that is remembered
-        are addressable if their addresses are multiples of 16 bytes.
+    def find(
+        self, layout: Layout, mapped: tuple[torch.Tensor, ...], unmapped: tuple[torch.Tensor, ...] = ()
+    ) -> bytes | None:
+        """The maps of ``mapped``, of these or other addresses if ``address_comes_first``. None where TMA cannot address
+        one of them, or where one of ``unmapped`` is laid out so.
         """
-        maps = self._maps.get(layout)
-        if maps is not None:
-            for address in addresses:
-                more_addresses |= address
-            if more_addresses % ALIGNMENT == 0:
-                block.data[: len(maps)] = maps
-                block.addresses[:] = array("Q", addresses)
-                return True
         if not all(map(addressable, (*mapped, *unmapped))):
-            return False
-        maps = self._encode_all(layout, mapped)
-        block.data[: len(maps)] = maps
-        return True
+            return None
+        return self._maps.get(layout) or self._encode_all(layout, mapped)
 
     def _encode_all(self, layout: Layout, tensors: tuple[torch.Tensor, ...]) -> bytes:
         """The maps of addressable tensors, remembered where all but their addresses follows from the layout."""

@@ -11,7 +11,7 @@ runs again at each replay, so offsets may change between replays.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -50,7 +50,6 @@ class WorkList(NamedTuple):
 
     buffer: torch.Tensor
     address: int
-    batch: int
     max_items: int
 
 
@@ -64,7 +63,7 @@ class _Entry(NamedTuple):
 
 # By the identities of both tensors and what else a list depends on. Not on the tensors themselves: an attribute of
 # theirs would be copied and pickled with them.
-_ENTRIES: dict[tuple[int | str, ...], _Entry] = {}
+_ENTRIES: dict[tuple[int, int, Hashable], _Entry] = {}
 
 
 def capacity(total: int, batch: int, block: int) -> int:
@@ -72,9 +71,9 @@ def capacity(total: int, batch: int, block: int) -> int:
     return total // block + batch
 
 
-def find(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, key: tuple[int | str, ...]) -> WorkList | None:
+def find(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, key: Hashable) -> WorkList | None:
     """The list made for these offsets as they are now, or None."""
-    found = _ENTRIES.get((id(cu_seqlens_q), id(cu_seqlens_k), *key))
+    found = _ENTRIES.get((id(cu_seqlens_q), id(cu_seqlens_k), key))
     if (
         found is not None
         and found.cu_seqlens_q() is cu_seqlens_q
@@ -86,36 +85,28 @@ def find(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, key: tuple[int 
     return None
 
 
-def allocate(
-    cu_seqlens_q: torch.Tensor,
-    total_q: int,
-    total_k: int,
-    block: int,
-    of_keys: bool = False,
-    *,
-    extra_items: int = 0,
-    extra_ints: int = 0,
-) -> WorkList:
-    """An unbuilt list of blocks of ``block`` queries, or keys, of the offsets, with room for more items, and for ints
-    behind: tickets where keys are split (head_packs.py); the builder's scratch and two bits a query in a backward.
-    UnsupportedError for more tokens than kernels can count.
-    """
+def check_tokens(total_q: int, total_k: int) -> None:
+    """UnsupportedError for more tokens than kernels can count."""
     if max(total_q, total_k) > MAX_TOKENS:
         raise UnsupportedError(f"{total_q} queries and {total_k} keys; served: up to {MAX_TOKENS} tokens each")
-    batch = cu_seqlens_q.numel() - 1
-    max_items = capacity(total_k if of_keys else total_q, batch, block) + extra_items
+
+
+def allocate(cu_seqlens_q: torch.Tensor, max_items: int, extra_ints: int) -> WorkList:
+    """An unbuilt list of the offsets with room for so many items, and for ints behind: tickets where keys are split
+    (head_packs.py); the builder's scratch and two bits a query in a backward.
+    """
     buffer = torch.empty(work_list_bytes(max_items, extra_ints), dtype=torch.uint8, device=cu_seqlens_q.device)
-    return WorkList(buffer, buffer.data_ptr(), batch, max_items)
+    return WorkList(buffer, buffer.data_ptr(), max_items)
 
 
-def keep(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, key: tuple[int | str, ...], built: WorkList) -> None:
+def keep(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, key: Hashable, built: WorkList) -> None:
     """Remember a built list for as long as both tensors live.
 
     Not one of inference tensors, which count no versions, nor one whose build a graph captured and has not run.
     """
     if cu_seqlens_q.is_inference() or cu_seqlens_k.is_inference() or torch._C._cuda_isCurrentStreamCapturing():
         return
-    full_key = (id(cu_seqlens_q), id(cu_seqlens_k), *key)
+    full_key = (id(cu_seqlens_q), id(cu_seqlens_k), key)
 
     def forget(_: object) -> None:
         _ENTRIES.pop(full_key, None)

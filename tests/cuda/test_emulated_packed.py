@@ -16,7 +16,7 @@ from jagtile.generator.oracle import errors, reference, tolerance
 from jagtile.generator.tile import Variant
 from jagtile.generator.workloads import JaggedBatch, Workload
 from jagtile.runtime import UnsupportedError, cuda
-from jagtile.runtime.cuda import packed
+from jagtile.runtime.cuda import work_list
 
 SCALE = 0.1
 D64 = "fwd_bf16_d64/packed_n80_s2_c3"
@@ -287,7 +287,7 @@ def test_any_scale(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("limit", "text"), [("MAX_TOKENS", "70 queries"), ("MAX_TILES", "4 tiles")])
 def test_more_than_the_kernel_can_count_is_refused(monkeypatch: pytest.MonkeyPatch, limit: str, text: str) -> None:
-    monkeypatch.setattr(packed, limit, 3)
+    monkeypatch.setattr(work_list, limit, 3)
     of = variant(D64)
     b = workload(of, "many", (70,)).make("cpu", "bf16")
     with emulated() as machine:

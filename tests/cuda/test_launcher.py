@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import math
 import struct
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,8 +14,7 @@ import pytest
 import torch
 
 from jagtile.runtime import UnsupportedError
-from jagtile.runtime.cuda import forward, head_packs, list_builder, params, tensor_map, work_list
-from jagtile.runtime.cuda.block import ParameterBlock
+from jagtile.runtime.cuda import forward, head_packs, list_builder, params, plans, tensor_map, work_list
 
 HEADS, DIM, BLOCK_M, BLOCK_N, SLOTS = 4, 64, 128, 96, 132
 PARTIAL_BYTES = 64 * (DIM + 2) * 4
@@ -174,6 +174,35 @@ def test_as_many_layouts_are_remembered_as_fit(driver, kernel, monkeypatch):
     assert len(kernel._tilings[HEADS, HEADS].maps) <= 3
 
 
+def test_as_many_plans_are_remembered_as_fit(driver, kernel, monkeypatch):
+    monkeypatch.setattr(plans, "_MAX_PLANS", 3)
+    for total in range(100, 110):
+        for _ in range(2):
+            launch(kernel, offsets(0, total), offsets(0, total), tensors(total))
+            assert driver.launches[-1][2]["total_q"] == total
+    assert 0 < len(kernel._plans) <= 3
+    assert driver.encoded == len(params.MAPS)  # of any number of tokens
+
+
+def test_what_is_planned_goes_by_all_that_a_block_holds(driver, kernel):
+    narrow, wide = offsets(0, 100, 500), offsets(0, 100, 500).long()
+    qkvo = tensors()
+    for scale, bottom_right, cu_q, cu_k in (
+        (0.125, False, narrow, narrow),
+        (0.25, False, narrow, narrow),
+        (0.25, True, narrow, narrow),
+        (0.25, True, wide, narrow),
+        (0.25, True, narrow, wide),
+        (0.25, True, offsets(0, 500), offsets(0, 500)),
+    ):
+        for _ in range(2):
+            kernel.forward(*qkvo[:3], cu_q, cu_k, qkvo[3], None, scale, bottom_right)
+            block = driver.launches[-1][2]
+            assert block["scale_log2"] == pytest.approx(scale / math.log(2))
+            assert block["wide_offsets"] == (cu_q is wide) + 2 * (cu_k is wide)
+            assert (block["bottom_right"], block["batch"]) == (bottom_right, len(cu_q) - 1)
+
+
 @pytest.mark.parametrize("odd", range(4))
 def test_what_tma_cannot_address_is_copied(driver, kernel, odd):
     qkvo = list(tensors())
@@ -200,12 +229,12 @@ def test_an_odd_address_in_a_layout_that_is_remembered_is_copied(driver, kernel,
 def test_tensors_without_maps_must_be_addressable_too(driver, kernel):
     q, k, _, _ = tensors()
     odd = torch.zeros(500 * HEADS * DIM + 1, dtype=torch.bfloat16)[1:].view(500, HEADS, DIM)
-    maps, block = tensor_map.MapCache("bf16", (64,)), ParameterBlock(params.BLOCK_BYTES, 1)
+    maps = tensor_map.MapCache("bf16", (64,))
     for other, fits in ((odd, False), (k, True), (odd, False), (k, True)):
-        layout = (q.stride(), other.stride())
-        assert maps.fill(block, layout, (q,), (q.data_ptr(),), (other,), other.data_ptr()) == fits
+        found = maps.find((q.stride(), other.stride()), (q,), (other,))
+        assert (found is not None) == fits
     assert driver.encoded == 1
-    assert struct.unpack_from("<Q", block.data) == (q.data_ptr(),)
+    assert struct.unpack_from("<Q", found) == (q.data_ptr(),)
 
 
 def test_one_head_of_keys_and_values_expanded_to_many_is_not_copied(driver, kernel):

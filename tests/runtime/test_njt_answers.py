@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from njt_cases import head_by_head, njt, with_holes, without_heads
 from torch._library.simple_registry import singleton
 from torch.nested._internal.nested_tensor import NestedTensor
 from torch.nested._internal.ops import lookup_jagged
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import jagtile
 from jagtile.runtime import njt_answers
@@ -42,8 +44,33 @@ def unasked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_rules_answer_as_torch_does(unasked, model):
     nested = model()
     njt_answers.answer_at_once(nested)
-    for operator, rule in zip(OPERATORS, rules(), strict=True):
-        assert rule(NestedTensor, operator, (NestedTensor,), (nested,), {}) is lookup_jagged(operator, nested)(nested)
+    assert rules() == [njt_answers._size, njt_answers._layout]
+    for other in (nested, nested.detach(), copy.deepcopy(nested)):
+        with torch._C.DisableTorchFunctionSubclass():
+            answers = (other.size(), other.layout)
+        for operator, answer in zip(OPERATORS, answers, strict=True):
+            assert answer == lookup_jagged(operator, other)(other)
+
+
+def test_modes_see_the_questions(unasked):
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            asked.append(func)
+            return func(*args, **(kwargs or {}))
+
+    nested, asked = njt(), []
+    njt_answers.answer_at_once(nested)
+    with Asked(), torch._C.DisableTorchFunctionSubclass():
+        assert nested.size() == nested._size
+        assert nested.layout == torch.jagged
+    assert asked == list(OPERATORS)
+
+
+def test_a_size_that_is_not_what_the_tensor_holds_is_torchs_to_answer(unasked):
+    nested = njt()
+    nested._size = njt()._size  # another nested int
+    njt_answers.answer_at_once(nested)
+    assert rules() == [None, njt_answers._layout]
 
 
 def test_only_training_makes_rules(unasked):

@@ -41,6 +41,18 @@ def test_a_nested_tensor_is_what_torchs_constructor_makes(unlearned, model):
         assert again.shape == wanted.shape
 
 
+@pytest.mark.parametrize("same_offsets", [True, False])
+def test_strides_are_those_of_what_is_nested(unlearned, same_offsets):
+    model = head_by_head()
+    offsets = model._offsets if same_offsets else model._offsets.clone()
+    like = njt(heads=model._values.shape[0], dim=model._values.shape[2], offsets=offsets)
+    packed = model._values.transpose(0, 1).contiguous()
+    for _ in range(2):
+        made = njt_form.form_of(model, like).nest(packed)
+        assert made._strides == njt_form.form_of(model)._construct(packed.transpose(0, 1))._strides
+    assert (made._strides[0] is like._strides[0]) == same_offsets
+
+
 def test_it_can_be_computed_with_saved_and_copied(unlearned):
     model = njt()
     made = njt_form.form_of(model).nest(model._values.transpose(0, 1).contiguous())

@@ -1,0 +1,37 @@
+"""What launches remember of calls: all that follows from shapes, strides and options, and not from addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Protocol, TypeVar
+
+_MAX_PLANS = 1024  # a kernel's: there is one for every batch
+
+
+class Plan(Protocol):
+    """A launch but for addresses."""
+
+    @property
+    def block(self) -> bytes:
+        """The parameter block, addresses missing."""
+        ...
+
+    @property
+    def movable(self) -> bool:
+        """Whether the tensors' addresses are words of the block. If not, it holds theirs in its tensor maps."""
+        ...
+
+
+P = TypeVar("P", bound=Plan)
+
+
+class Plans(dict[Hashable, P]):
+    """The plans of a kernel by all that they depend on."""
+
+    def remember(self, call: Hashable, plan: P) -> P:
+        """The plan, which is kept if other tensors' addresses can be put into it."""
+        if plan.movable:
+            if len(self) >= _MAX_PLANS:
+                self.clear()
+            self[call] = plan
+        return plan
