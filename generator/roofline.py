@@ -55,8 +55,8 @@ _SIMULATED = 4  # tiles a CTA in the mean, up to which who takes which tile is p
 # Where the split forward cuts keys (templates/cuda/include/split_work_list.cuh): tiles of few rows, a part of all;
 # others that are dearer than so many of a CTA's shares of the work and so many keys.
 _FEW_ROWS, _UNCUT_SHARES, _UNCUT_KEYS = 4, 2, 1024
-# What knobs leave of a tile's time beyond what units count, as measured (docs/performance-log.md, section 27): row sums by
-# products beside a whole panel of V, and warpgroups that take a causal tile's rows in turn.
+# What knobs leave of a tile's time beyond what units count, as measured (docs/performance-log.md, section 27): row sums
+# by products beside a whole panel of V, and warpgroups that take a causal tile's rows in turn.
 _TENSOR_SUMS, _ALTERNATE = 0.98, 0.995
 # Of wide heads: bytes a clock of additions from registers, which nothing hides, and clocks to hand over a panel of dQ.
 _WIDE_REDUCTION_BYTES = 21

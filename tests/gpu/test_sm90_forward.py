@@ -135,7 +135,7 @@ def workloads(spec: KernelSpec, rng: random.Random) -> list[Workload]:
         # Many tiles a CTA, some of them without any visible key.
         Workload("rows without keys", many, few_keys, 16, 4, *kind, causal_alignment="bottom_right"),
         # More pieces of keys than CTAs, and heads that leave rows of a tile over.
-        Workload("one query", (1,), (40000,), 4, 4, *kind, causal_alignment="bottom_right"),
+        Workload("one query", (1,), (40000,), 16, 16, *kind, causal_alignment="bottom_right"),
         Workload("few queries, many heads", (1, 0, 3, 70), (9000, 5, 2000, 300), 12, 1, *kind),
         *(
             random_workload(
