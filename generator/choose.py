@@ -16,7 +16,7 @@ import msgspec
 from jagtile.runtime.problem import look_up_of
 from jagtile.tuning_db.schema import ChoiceEntry, Choices, Config, TuningRecord
 
-SLACK = 0.02  # a config this much slower than a regime's best may still serve it
+SLACK = 0.005  # a config this much slower than the best of a regime may still serve it: the ninth decile of A/A noise
 _MAX_NOISE = 0.1  # for which a config may be preferred that is not the incumbent
 _MAX_SUBSETS = 200_000  # looked at for one size, beyond which the cover is found greedily
 

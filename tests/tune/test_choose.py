@@ -71,7 +71,7 @@ def test_the_slack_is_never_below_the_measured_noise():
 def test_large_noise_keeps_the_incumbent_but_excuses_no_other_config():
     loud = [record(c, "long", t, aa_spread=0.6) for c, t in (("a", 100.0), ("b", 140.0), ("c", 108.0))]
     assert chosen(choose(loud, incumbent(long="b"))) == {"long": "b"}
-    quiet = table(a={"short": 150.0}, b={"short": 100.0}, c={"short": 101.0})
+    quiet = table(a={"short": 150.0}, b={"short": 100.0}, c={"short": 100.4})
     assert chosen(choose(loud + quiet, NONE)) == {"short": "c", "long": "c"}
     assert chosen(choose(loud[:2] + quiet, NONE)) == {"short": "b", "long": "a"}
 
