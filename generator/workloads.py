@@ -255,8 +255,8 @@ def checks(spec: KernelSpec) -> tuple[Workload, ...]:
 
 
 def _few_queries(spec: KernelSpec) -> tuple[Workload, ...]:
-    """Long keys: more pieces of them than a GPU holds CTAs, and 1, 3 and 8 query heads a kv head. Of a single query there
-    are heads enough that the error in the mean is steady.
+    """Long keys: more pieces of them than a GPU holds CTAs, and 1, 3 and 8 query heads a kv head. A single query has
+    so many heads that the error in the mean is steady.
     """
     kind = (spec.head_dim, spec.head_dim_v, spec.causal)
     one = Workload("one query, long keys", (1,), (20000,), 16, 16, *kind, causal_alignment="bottom_right")
