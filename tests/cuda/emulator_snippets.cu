@@ -320,3 +320,70 @@ extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(32) too_soon(fl
   values[threadIdx.x] = 0.0f;
   out[32 * blockIdx.x + threadIdx.x] = variable_of(values, 1 - blockIdx.x)[threadIdx.x];
 }
+
+// Two CTAs load each half of a box of 16 rows for both, time and again to the same place, and put out what has come. The second
+// is told by the first which rounds there are. mistake 1: a reader says so twice to its own CTA, never to the other; 2: a CTA may
+// end before arrivals; 3: it may not have begun; 4: only half of the bytes are expected; 5: nobody says that a round was told.
+extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(96)
+    pair_of_loaders(const __grid_constant__ TensorMap map, unsigned short* out, int rounds, int mistake) {
+  constexpr uint32_t kHalfBytes = 8 * 128;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  __shared__ RingBarriers<1> box, told;
+  __shared__ int round_told;
+  const int warp = threadIdx.x / 32, rank = cluster_rank(), other = 1 - rank;
+  const uint32_t tile = smem_address(shared);
+  if (threadIdx.x == 0) {
+    box.init(1, 2);
+    told.init(1, 1);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  if (mistake != 3) {
+    cluster_arrive();
+    cluster_wait();
+  }
+  RingPosition<1> at;
+  if (warp == 0 && elect_one()) {
+    const uint32_t full = smem_address(&box.full[0]);
+    for (int round = 0; round < rounds; ++round, at.advance()) {
+      box.wait_empty(at);
+      mbarrier_expect_bytes(full, mistake == 4 ? kHalfBytes : 2 * kHalfBytes);
+      asm volatile(
+          "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+          " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(tile + rank * kHalfBytes),
+          "l"(&map), "r"(full), "r"(0), "r"(16 * round + 8 * rank), "h"(static_cast<uint16_t>(3))
+          : "memory");
+    }
+  } else if (warp == 1) {
+    for (int round = 0; round < rounds; ++round, at.advance()) {
+      box.wait_full(at);
+      const unsigned short* words = reinterpret_cast<const unsigned short*>(shared);
+      for (int i = threadIdx.x % 32; i < 1024; i += 32) out[1024 * (2 * round + rank) + i] = words[i];
+      __syncwarp();
+      if (elect_one()) {
+        box.arrive_empty(at);
+        if (mistake == 1) {
+          box.arrive_empty(at);
+        } else {
+          mbarrier_arrive_cluster(address_of(smem_address(&box.empty[0]), other));
+        }
+      }
+    }
+  } else if (warp == 2 && elect_one()) {
+    for (int round = 0; round < rounds; ++round, at.advance()) {
+      if (rank == 0) {
+        if (mistake != 5) mbarrier_wait_cluster(smem_address(&told.empty[0]), at.parity ^ 1);
+        *variable_of(&round_told, other) = round;
+        mbarrier_arrive_cluster(address_of(smem_address(&told.full[0]), other));
+      } else {
+        mbarrier_wait_cluster(smem_address(&told.full[0]), at.parity);
+        out[1024 * 2 * rounds + round] = round_told;
+        if (mistake != 5) mbarrier_arrive_cluster(address_of(smem_address(&told.empty[0]), other));
+      }
+    }
+  }
+  if (mistake == 2) return;
+  __syncwarp();
+  cluster_arrive();
+  cluster_wait();
+}

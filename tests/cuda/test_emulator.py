@@ -177,7 +177,7 @@ def test_ctas_of_a_cluster_read_each_others_shared_memory(processors: int, seed:
     ("mistake", "report"),
     [
         (1, "race on shared address 0x.* of CTA .: the (read|write)"),
-        (2, "the CTA's end is not ordered after the read by CTA|of CTA ., which has ended"),
+        (2, "the end of the CTA by .* is not ordered after the read by CTA|of CTA ., which has ended"),
         (3, "race on shared address 0x.* of CTA .: the (read|write)"),
         (4, "shared addresses 0x"),
     ],
@@ -192,6 +192,37 @@ def test_races_in_a_cluster_are_reported(mistake: int, report: str, seed: int) -
 def test_a_cta_that_may_not_have_begun_is_not_to_be_read(seed: int) -> None:
     with pytest.raises(EmulatorError, match="which may not have begun yet"):
         snippets()("too_soon", 2, 32, torch.zeros(2, 32), machine=Machine(seed=seed))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_pair_of_ctas_loads_halves_for_both(seed: int) -> None:
+    rounds = 5
+    rows = torch.arange(16 * rounds * 64, dtype=torch.int16).view(-1, 64)
+    encoded = encode_map(BF16, 2, rows.data_ptr(), (64, 16 * rounds), (128,), (64, 8), 0)
+    out = torch.zeros(2 * 1024 * rounds + rounds, dtype=torch.int16)
+    snippets()("pair_of_loaders", 2, 96, encoded, out, rounds, 0, smem=2048, machine=Machine(seed=seed))
+    assert torch.equal(out[: -rounds].view(rounds, 2, 16, 64)[:, 0], rows.view(rounds, 16, 64))
+    assert torch.equal(out[: -rounds].view(rounds, 2, 16, 64)[:, 1], rows.view(rounds, 16, 64))
+    assert out[-rounds:].tolist() == list(range(rounds))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "report"),
+    [
+        (1, "race on shared address 0x.*: the write by a copy .* is not ordered after the (read|write)"),
+        (2, "which has ended|the end of the CTA by .* is not ordered after the (arrival|write)|ends while"),
+        (3, "which may not have begun yet"),
+        (4, "deadlock|race on|more than the mbarrier"),
+        (5, "race on shared address 0x.* of CTA 1|deadlock"),
+    ],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_mistakes_of_a_pair_of_loaders_are_reported(mistake: int, report: str, seed: int) -> None:
+    rows = torch.zeros(80, 64, dtype=torch.int16)
+    encoded = encode_map(BF16, 2, rows.data_ptr(), (64, 80), (128,), (64, 8), 0)
+    out = torch.zeros(2 * 1024 * 5 + 5, dtype=torch.int16)
+    with pytest.raises(EmulatorError, match=report):
+        snippets()("pair_of_loaders", 2, 96, encoded, out, 5, mistake, smem=2048, machine=Machine(seed=seed))
 
 
 def test_a_grid_is_of_whole_clusters() -> None:

@@ -694,7 +694,8 @@ def _tensor_load(i: Instruction, m: re.Match[str]) -> str:
     i.expect(3 + bool(m[2]) + bool(m[3]))
     source, coordinates = i.tensor(1)
     smem, barrier = f"uint32_t({i.address(0)})", f"uint32_t({i.address(2)})"
-    call = _call("tensor_load", smem, f"(const void*)({source})", barrier, m[1], "emu_at")
+    ctas = i.value(3, "u16") if m[2] else "1u << emu::cluster_rank()"
+    call = _call("tensor_load", smem, f"(const void*)({source})", barrier, m[1], "emu_at", ctas)
     return f"{{ {_coordinates(i, coordinates, m[1])} {call} }}"
 
 

@@ -302,7 +302,7 @@ void arrive(Cta& cta, uint32_t address, uint32_t count) {
   finish_phase(barrier);
 }
 
-void release_to(Fiber& fiber, uint32_t address) { release(*fiber.warp, found(*fiber.cta, address).arriving); }
+void release_to(Fiber& fiber, Cta& cta, uint32_t address) { release(*fiber.warp, found(cta, address).arriving); }
 
 void expect_arrivals(Cta& cta, uint32_t mbarrier, uint32_t count) { found(cta, mbarrier).pending += count; }
 
@@ -323,12 +323,13 @@ void mbarrier_expect(uint32_t address, uint32_t bytes) {
 uint64_t mbarrier_arrive(uint32_t address, uint32_t count, uint32_t expected_bytes) {
   EMU_ENTER();
   preempt();
-  Cta& cta = *current().cta;
+  const auto [cta, local] = place_in_cluster(address);
   if (expected_bytes) mbarrier_expect(address, expected_bytes);
-  Mbarrier& barrier = found(cta, address);
+  Mbarrier& barrier = found(*cta, local);
   const uint64_t state = barrier.phase;
-  release_to(current(), address);
-  arrive(cta, address, count);
+  if (cta != current().cta) global_access(*current().warp, cta->shared + local, 8, Access::kAdd, current().caller);
+  release_to(current(), *cta, local);
+  arrive(*cta, local, count);
   preempt();
   return state;
 }

@@ -1,9 +1,12 @@
-// Clusters: CTAs that start together, their barrier, and the shared memory that they read of each other.
+// Clusters: CTAs that start together, their barrier, and the shared memory of each other that they touch.
 #include "machine.h"
 
 namespace emu {
 
 namespace {
+
+constexpr uint32_t kRankShift = 20;  // an address of another CTA: one past its rank from this bit on
+static_assert(kWindowBytes <= 1u << kRankShift);
 
 // Whether all threads that have not exited have arrived.
 bool all_arrived(const Cluster& cluster) {
@@ -16,20 +19,14 @@ bool all_arrived(const Cluster& cluster) {
 }
 
 void pass(Warp& warp) {
-  acquire(warp, warp.cta->arrived);
+  acquire(warp, warp.cta->cluster->arrived);
   warp.at_cluster_barrier = false;
 }
 
 void complete(Cluster& cluster) {
   if (!all_arrived(cluster)) return;
-  for (Cta* cta : cluster.ctas) {
-    if (cta->arriving.empty()) cta->arriving.assign(cta->warps[0]->clock.size(), 0);
-  }
-  for (Cta* cta : cluster.ctas) {
-    cta->arrived = cta->arriving;
-    for (const Cta* other : cluster.ctas) join_shared(cta->arrived, other->arriving);
-  }
-  for (Cta* cta : cluster.ctas) cta->arriving.clear();
+  cluster.arrived = std::move(cluster.arriving);
+  cluster.arriving.clear();
   ++cluster.phase;
   for (Fiber* fiber : cluster.waiting) {
     pass(*fiber->warp);
@@ -48,7 +45,7 @@ void cluster_arrive(bool releases) {
     if (warp.at_cluster_barrier) fail("barrier.cluster.arrive twice without a wait");
     warp.at_cluster_barrier = true;
     warp.cluster_phase = cluster.phase;
-    if (all.tag) release(warp, warp.cta->arriving);
+    if (all.tag) release(warp, cluster.arriving);
     complete(cluster);
     return true;
   });
@@ -90,18 +87,38 @@ Cta* peer_with(const Cta& cta, const void* pointer) {
     if (other == &cta || static_cast<uint64_t>(static_cast<const char*>(pointer) - other->shared) >= kWindowBytes) {
       continue;
     }
-    if (cta.cluster->phase == 0) fail("shared memory of CTA %d, which may not have begun yet", other->index);
-    if (other->live == 0) fail("shared memory of CTA %d, which has ended", other->index);
+    check_alive(*other);
     return other;
   }
   return nullptr;
 }
 
+void check_alive(const Cta& cta) {
+  if (cta.cluster->phase == 0) fail("shared memory of CTA %d, which may not have begun yet", cta.index);
+  if (cta.live == 0) fail("shared memory of CTA %d, which has ended", cta.index);
+}
+
+uint32_t address_in_cluster(uint32_t address, uint32_t rank) {
+  const Cluster& cluster = *current().cta->cluster;
+  if (rank >= cluster.ctas.size()) fail("mapa of CTA %u, in a cluster of %zu", rank, cluster.ctas.size());
+  return rank == cluster_rank() ? address : address | (rank + 1) << kRankShift;
+}
+
+Place place_in_cluster(uint32_t address) {
+  Cta& own = *current().cta;
+  const uint32_t other = address >> kRankShift;
+  if (other == 0) return {&own, address};
+  if (other > own.cluster->ctas.size()) fail("shared address 0x%x is in no CTA of the cluster", address);
+  Cta& cta = *own.cluster->ctas[other - 1];
+  check_alive(cta);
+  return {&cta, address & ((1u << kRankShift) - 1)};
+}
+
 void end_of_shared(Cta& cta) {
   if (!cta.cluster->has_peers()) return;
   Clock clock = cta.warps[0]->clock;
-  for (auto& warp : cta.warps) join_shared(clock, warp->clock);
-  check_unread(clock, cta);
+  for (auto& warp : cta.warps) join(clock, warp->clock);
+  check_untouched(clock, cta);
 }
 
 }  // namespace emu

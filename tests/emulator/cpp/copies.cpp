@@ -138,9 +138,9 @@ void settle(CopyGroup& group) {
   group.waiting = nullptr;
 }
 
-void copy_lands(uint32_t smem, uint32_t bytes, uint32_t barrier) {
+void copy_lands(Cta& cta, uint32_t smem, uint32_t bytes, uint32_t barrier) {
   Fiber& fiber = current();
-  copy_writes(*fiber.warp, barrier, fiber.cta->mbarriers[barrier].phase, smem, bytes, fiber.caller);
+  copy_writes(*fiber.warp, cta, barrier, smem, bytes, fiber.caller);
 }
 
 // Reads now-or-later from shared memory, then, later again, writes to global memory.
@@ -279,27 +279,38 @@ void tensor_prefetch(const void* map) {
   decoded(map, probe.rank);
 }
 
-void tensor_load(uint32_t smem, const void* map, uint32_t barrier, int rank, const int* coordinates) {
+namespace {
+
+void load_box(Cta& cta, const TensorMap& map, uint32_t smem, uint32_t barrier, const std::vector<int>& origin) {
+  const uint32_t bytes = box_bytes(map);
+  if (&cta != current().cta) check_alive(cta);
+  window(cta, smem, bytes);
+  check_usable_by_copies(cta, barrier);
+  copy_lands(cta, smem, bytes, barrier);
+  queue(cta, true, [=, &cta] {
+    for_each_chunk(map, smem, origin.data(), [&](uint32_t to, const char* from, uint32_t skipped, uint32_t valid) {
+      if (valid) check_global(from, valid, false);
+      char* target = window(cta, to, 16);
+      std::memset(target, 0, 16);
+      if (valid) std::memcpy(target + skipped, from, valid);
+    });
+    clean(cta, smem, bytes);
+    complete_bytes(cta, barrier, bytes);
+  });
+}
+
+}  // namespace
+
+void tensor_load(uint32_t smem, const void* map, uint32_t barrier, int rank, const int* coordinates, uint32_t ctas) {
   EMU_ENTER();
   const TensorMap decoded_map = decoded(map, rank);
-  Cta* cta = current().cta;
   check_box(decoded_map, smem);
-  const uint32_t bytes = box_bytes(decoded_map);
-  window(*cta, smem, bytes);
-  check_usable_by_copies(*cta, barrier);
-  copy_lands(smem, bytes, barrier);
-  std::vector<int> origin(coordinates, coordinates + rank);
-  queue(*cta, true, [=] {
-    for_each_chunk(decoded_map, smem, origin.data(),
-                   [&](uint32_t to, const char* from, uint32_t skipped, uint32_t valid) {
-                     if (valid) check_global(from, valid, false);
-                     char* target = window(*cta, to, 16);
-                     std::memset(target, 0, 16);
-                     if (valid) std::memcpy(target + skipped, from, valid);
-                   });
-    clean(*cta, smem, bytes);
-    complete_bytes(*cta, barrier, bytes);
-  });
+  const std::vector<int> origin(coordinates, coordinates + rank);
+  const std::vector<Cta*>& cluster = current().cta->cluster->ctas;
+  if (ctas == 0 || ctas >> cluster.size()) fail("CTAs 0x%x of a cluster of %zu", ctas, cluster.size());
+  for (uint32_t to = 0; to < cluster.size(); ++to) {
+    if (ctas >> to & 1) load_box(*cluster[to], decoded_map, smem, barrier, origin);
+  }
   preempt();
 }
 
@@ -341,7 +352,7 @@ void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barri
   check_bulk(smem, global, bytes);
   Cta* cta = current().cta;
   check_usable_by_copies(*cta, barrier);
-  if (bytes) copy_lands(smem, bytes, barrier);
+  if (bytes) copy_lands(*cta, smem, bytes, barrier);
   queue(*cta, true, [=] {
     check_global(global, bytes, false);
     std::memcpy(window(*cta, smem, bytes), global, bytes);
@@ -434,7 +445,7 @@ void async_arrive(uint32_t barrier, bool counted) {
   EMU_ENTER();
   Fiber& fiber = current();
   if (!counted) expect_arrivals(*fiber.cta, barrier, 1);
-  release_to(fiber, barrier);
+  release_to(fiber, *fiber.cta, barrier);
   if (fiber.copies_outstanding == 0) {
     arrive(*fiber.cta, barrier, 1);
   } else {

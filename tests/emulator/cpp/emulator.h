@@ -49,6 +49,7 @@ void cluster_arrive(bool releases);
 void cluster_wait();
 uint32_t cluster_rank();
 void* pointer_in_cluster(const void* pointer, uint32_t rank);  // of shared memory, the same variable of another CTA
+uint32_t address_in_cluster(uint32_t address, uint32_t rank);
 
 enum class Reduce { kNone, kOr, kAnd, kPopc };
 constexpr int kAllThreads = -1;
@@ -57,7 +58,7 @@ uint32_t barrier(int id, int threads, bool aligned, bool wait, Reduce reduce, bo
 // ---- mbarriers ------------------------------------------------------------------------------------------------------
 void mbarrier_init(uint32_t address, uint32_t arrivals);
 void mbarrier_invalidate(uint32_t address);
-uint64_t mbarrier_arrive(uint32_t address, uint32_t count, uint32_t expected_bytes);
+uint64_t mbarrier_arrive(uint32_t address, uint32_t count, uint32_t expected_bytes);  // here or in another CTA
 void mbarrier_expect(uint32_t address, uint32_t bytes);
 bool mbarrier_wait(uint32_t address, bool parity, bool may_block);
 void mbarrier_init_fence();
@@ -66,7 +67,7 @@ void mbarrier_init_fence();
 enum class Combine { kNone, kAddF32, kAddBf16, kAddF16 };
 Combine tensor_addition(const void* map);  // by the map's element type
 void tensor_prefetch(const void* map);
-void tensor_load(uint32_t smem, const void* map, uint32_t barrier, int rank, const int* coordinates);
+void tensor_load(uint32_t smem, const void* map, uint32_t barrier, int rank, const int* coordinates, uint32_t ctas);
 void tensor_store(const void* map, uint32_t smem, int rank, const int* coordinates, Combine combine);
 void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier);
 void bulk_store(void* global, uint32_t smem, uint32_t bytes, Combine combine);

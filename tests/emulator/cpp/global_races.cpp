@@ -133,27 +133,25 @@ void tick(Warp& warp) {
   if (grid_warps) ++warp.clock[first + actor_of(warp)];
 }
 
-void join_shared(Clock& clock, const Clock& other) {
-  for (size_t i = first; i < other.size(); ++i) clock[i] = std::max(clock[i], other[i]);
-}
-
 void forget_accesses(const void* begin, uint64_t bytes) {
   last = nullptr;
   const uint64_t from = reinterpret_cast<uint64_t>(begin) / kWord / kPageWords;
   for (uint64_t page = from; page < from + bytes / kWord / kPageWords; ++page) pages.erase(page);
 }
 
-void check_unread(const Clock& clock, const Cta& cta) {
+void check_untouched(const Clock& clock, const Cta& cta) {
   if (grid_warps == 0) return;
+  const auto check_all = [&](const std::vector<Seen>& seen, const char* what, uint64_t word) {
+    for (const Seen& one : seen) check(clock, "end of the CTA", actor_of(*cta.warps[0]), what, one, word);
+  };
   const uint64_t begin = reinterpret_cast<uint64_t>(cta.shared) / kWord;
   for (uint64_t word = begin; word < begin + cta.end / kWord; ++word) {
     const Page* page = page_of(word, false);
     if (page == nullptr) continue;
-    for (const Seen& read : page->words[word % kPageWords].reads) {
-      if (read.time <= clock[first + read.actor]) continue;
-      fail("race on %s: the CTA's end is not ordered after the read by %s @%p", name_of(word * kWord).c_str(),
-           name(read.actor).c_str(), read.place);
-    }
+    const Word& here = page->words[word % kPageWords];
+    check_all(here.reads, "read", word);
+    check_all(here.additions, "arrival", word);
+    if (here.written) check_all({here.write}, "write", word);
   }
 }
 

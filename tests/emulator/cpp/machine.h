@@ -137,12 +137,18 @@ struct Mbarrier {
   std::vector<Fiber*> waiting;
 };
 
+struct Place {  // in the shared memory of a CTA
+  Cta* cta;
+  uint32_t address;
+};
+
 struct Cluster {  // CTAs that run at the same time and read each other's shared memory; often of one
   std::vector<Cta*> ctas;
   std::map<std::pair<int, uint32_t>, uint32_t> statics;  // addresses in the window of each, by declaration and size
   uint32_t end = 0;
   uint64_t phase = 0;  // how often all have arrived at the barrier
   std::vector<Fiber*> waiting;
+  Clock arriving, arrived;  // at the barrier: in this phase, in the last
 
   bool has_peers() const { return ctas.size() > 1; }
 };
@@ -151,7 +157,6 @@ struct Cta {
   Dim3 block{};
   int index = 0;
   std::shared_ptr<Cluster> cluster;
-  Clock arriving, arrived;  // at the cluster's barrier: of this phase, of the last
   char* shared = nullptr;  // of kWindowBytes; address 0 is its first byte
   uint32_t dynamic_bytes = 0, end = 0;
   std::vector<std::unique_ptr<Fiber>> fibers;
@@ -200,37 +205,39 @@ std::string describe(Cta& cta, uint32_t mbarrier);
 void check_usable_by_copies(Cta& cta, uint32_t mbarrier);
 void complete_bytes(Cta& cta, uint32_t mbarrier, uint32_t bytes);
 void arrive(Cta& cta, uint32_t mbarrier, uint32_t count);
-void release_to(Fiber& fiber, uint32_t mbarrier);                   // what an arrival of the thread publishes
+void release_to(Fiber& fiber, Cta& cta, uint32_t mbarrier);         // what an arrival of the thread publishes
 void expect_arrivals(Cta& cta, uint32_t mbarrier, uint32_t count);  // in this phase, besides those of every phase
 void recheck_thread_barriers(Cta& cta);                             // after a thread has exited
 
 // ---- clusters.cpp
 Cta* peer_with(const Cta& cta, const void* pointer);  // whose shared memory it is in, if another CTA's of the cluster
+Place place_in_cluster(uint32_t address);              // of a shared address, which may be one that mapa gave
+void check_alive(const Cta& cta);                      // as one whose shared memory another CTA touches
 void recheck_cluster_barrier(Cluster& cluster);        // after a thread has exited
 void end_of_shared(Cta& cta);                          // all of its threads have exited
 
 // ---- races.cpp
-void start_races(Cta& cta);
+void start_races(Cta& cta, int rank, int cluster);  // one of so many CTAs
 void generic_access(Warp& warp, uint32_t address, uint32_t bytes, bool write, void* place);
 void release(Warp& warp, Clock& to);
 void acquire(Warp& warp, const Clock& from);
+void join(Clock& to, const Clock& from);
 void merge(Clock& to, Clock& from);  // and clear the latter
 void product_reads(Warp& warp, uint64_t number, uint32_t address, uint32_t bytes, void* place);
 void products_done(Warp& warp, uint64_t end);
 uint32_t store_reads(Warp& warp, uint32_t address, uint32_t bytes, void* place);
 void stores_done(Warp& warp, uint32_t number);
-void copy_writes(Warp& warp, uint32_t mbarrier, uint64_t phase, uint32_t address, uint32_t bytes, void* place);
+void copy_writes(Warp& warp, Cta& cta, uint32_t mbarrier, uint32_t address, uint32_t bytes, void* place);  // of the CTA
 void copies_done(Warp& warp, uint32_t mbarrier, uint64_t phases);
 
 // ---- global_races.cpp
 // `kCopied`: read by an asynchronous copy, not remembered; `kExchange`: an addition that sees those before it.
 enum class Access { kRead, kCopied, kWrite, kAdd, kExchange };
 void start_global_races(size_t ctas, size_t warps);
-void add_shared_clock(Warp& warp);
+void add_shared_clock(Warp& warp);  // with the part that all CTAs share
 void tick(Warp& warp);
-void join_shared(Clock& clock, const Clock& other);  // the part that all CTAs share
 void forget_accesses(const void* begin, uint64_t bytes);
-void check_unread(const Clock& clock, const Cta& cta);  // that nobody reads its shared memory after this
+void check_untouched(const Clock& clock, const Cta& cta);  // that nobody touches its shared memory after this
 void global_access(Warp& warp, const void* pointer, uint64_t bytes, Access access, void* place);
 size_t global_stores_of(const Warp& warp);  // the actor that its bulk stores are
 void stored_globally(size_t actor, const Clock& clock, uint32_t number, const void* pointer, uint64_t bytes, bool adds,

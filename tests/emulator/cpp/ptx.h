@@ -43,8 +43,7 @@ inline uint64_t in_cluster(uint64_t address, uint32_t rank) {
   return reinterpret_cast<uint64_t>(pointer_in_cluster(reinterpret_cast<const void*>(address), rank));
 }
 inline uint32_t in_cluster(uint32_t address, uint32_t rank) {
-  if (rank != cluster_rank()) fail("mapa of CTA %u: shared addresses of 32 bits are those of the own CTA here", rank);
-  return address;
+  return address_in_cluster(address, rank);
 }
 
 // ---- operands of asm statements, by constraint ----------------------------------------------------------------------

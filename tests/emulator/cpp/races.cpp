@@ -1,4 +1,5 @@
-// Data races in shared memory, whatever the schedule: vector clocks over the warps of a CTA and what acts for them.
+// Data races in shared memory, whatever the schedule: vector clocks over the warps of a cluster's CTAs and what acts for
+// them.
 //
 // Actors: the warps; the products of each warpgroup; the bulk stores of each warp; the copies that complete on each
 // mbarrier. A warp knows how far each actor has come (its clock): arrivals and barriers pass clocks on,
@@ -15,12 +16,13 @@ namespace emu {
 namespace {
 
 constexpr uint32_t kWord = 4, kWords = kWindowBytes / kWord;
-constexpr size_t kMostMbarriers = 256;
+constexpr size_t kMostMbarriers = 64;
 
 }  // namespace
 
 struct Races {
   size_t warps, groups;
+  size_t first;                  // of the CTA's actors in a clock, which has those of the whole cluster
   std::vector<uint32_t*> reads;  // by actor, of warps, warpgroups and bulk stores; made at the first read
   std::vector<uint16_t> writer = std::vector<uint16_t>(kWords);  // actor
   std::vector<uint32_t> write_clock = std::vector<uint32_t>(kWords);
@@ -49,11 +51,11 @@ struct Races {
   }
 };
 
-namespace {
-
 void join(Clock& to, const Clock& from) {
   for (size_t i = 0; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
 }
+
+namespace {
 
 [[noreturn]] void race(const Races& races, const char* what, size_t actor, uint32_t word, const char* before,
                        size_t other, void* place) {
@@ -64,7 +66,7 @@ void join(Clock& to, const Clock& from) {
 void check_read(const Races& races, const Clock& clock, size_t actor, uint32_t first, uint32_t end) {
   for (uint32_t word = first; word < end; ++word) {
     const size_t writer = races.writer[word];
-    if (races.write_clock[word] > clock[writer]) {
+    if (races.write_clock[word] > clock[races.first + writer]) {
       race(races, "read", actor, word, "write", writer, races.write_place[word]);
     }
   }
@@ -82,7 +84,7 @@ void record_read(Races& races, size_t actor, uint32_t time, uint32_t first, uint
 void write(Races& races, const Clock& clock, size_t actor, uint32_t time, uint32_t first, uint32_t end, void* place) {
   for (uint32_t word = first; word < end; ++word) {
     const size_t writer = races.writer[word];
-    if (races.write_clock[word] > clock[writer]) {
+    if (races.write_clock[word] > clock[races.first + writer]) {
       race(races, "write", actor, word, "write", writer, races.write_place[word]);
     }
   }
@@ -90,7 +92,7 @@ void write(Races& races, const Clock& clock, size_t actor, uint32_t time, uint32
     uint32_t* times = races.reads[reader];
     if (times == nullptr) continue;
     for (uint32_t word = first; word < end; ++word) {
-      if (times[word] > clock[reader]) race(races, "write", actor, word, "read", reader, races.read_place[word]);
+      if (times[word] > clock[races.first + reader]) race(races, "write", actor, word, "read", reader, races.read_place[word]);
     }
   }
   for (uint32_t word = first; word < end; ++word) {
@@ -106,14 +108,16 @@ size_t self_of(const Warp& warp) { return static_cast<size_t>(warp.index); }
 
 }  // namespace
 
-void start_races(Cta& cta) {
+void start_races(Cta& cta, int rank, int cluster) {
   cta.races = std::make_shared<Races>();
   cta.races->warps = cta.warps.size();
   cta.races->groups = cta.groups.size();
   cta.races->reads.resize(2 * cta.warps.size() + cta.groups.size());
+  const size_t actors = cta.races->reads.size() + kMostMbarriers;
+  cta.races->first = static_cast<size_t>(rank) * actors;
   for (auto& warp : cta.warps) {
-    warp->clock.assign(cta.races->reads.size() + kMostMbarriers, 0);
-    warp->clock[self_of(*warp)] = 1;
+    warp->clock.assign(static_cast<size_t>(cluster) * actors, 0);
+    warp->clock[cta.races->first + self_of(*warp)] = 1;
     add_shared_clock(*warp);
   }
 }
@@ -121,7 +125,7 @@ void start_races(Cta& cta) {
 void generic_access(Warp& warp, uint32_t address, uint32_t bytes, bool is_write, void* place) {
   Races& races = *warp.cta->races;
   const size_t self = self_of(warp);
-  const uint32_t first = first_word(address), end = end_word(address, bytes), now = warp.clock[self];
+  const uint32_t first = first_word(address), end = end_word(address, bytes), now = warp.clock[races.first + self];
   if (is_write) {
     write(races, warp.clock, self, now, first, end, place);
   } else {
@@ -136,7 +140,7 @@ void generic_access(Warp& warp, uint32_t address, uint32_t bytes, bool is_write,
 void release(Warp& warp, Clock& to) {
   if (to.empty()) to.assign(warp.clock.size(), 0);
   join(to, warp.clock);
-  ++warp.clock[self_of(warp)];
+  ++warp.clock[warp.cta->races->first + self_of(warp)];
   tick(warp);
 }
 
@@ -170,7 +174,7 @@ void product_reads(Warp& warp, uint64_t number, uint32_t address, uint32_t bytes
 }
 
 void products_done(Warp& warp, uint64_t end) {
-  uint32_t& known = warp.clock[warp.cta->races->products_of(*warp.group)];
+  uint32_t& known = warp.clock[warp.cta->races->first + warp.cta->races->products_of(*warp.group)];
   known = std::max(known, static_cast<uint32_t>(end));
 }
 
@@ -184,18 +188,19 @@ uint32_t store_reads(Warp& warp, uint32_t address, uint32_t bytes, void* place) 
 }
 
 void stores_done(Warp& warp, uint32_t number) {
-  uint32_t& known = warp.clock[warp.cta->races->stores_of(warp)];
+  uint32_t& known = warp.clock[warp.cta->races->first + warp.cta->races->stores_of(warp)];
   known = std::max(known, number);
 }
 
-void copy_writes(Warp& warp, uint32_t mbarrier, uint64_t phase, uint32_t address, uint32_t bytes, void* place) {
-  Races& races = *warp.cta->races;
+void copy_writes(Warp& warp, Cta& cta, uint32_t mbarrier, uint32_t address, uint32_t bytes, void* place) {
+  Races& races = *cta.races;
+  const uint64_t phase = cta.mbarriers[mbarrier].phase;
   write(races, warp.clock, races.copies_of(mbarrier), static_cast<uint32_t>(phase + 1), first_word(address),
         end_word(address, bytes), place);
 }
 
 void copies_done(Warp& warp, uint32_t mbarrier, uint64_t phases) {
-  uint32_t& known = warp.clock[warp.cta->races->copies_of(mbarrier)];
+  uint32_t& known = warp.clock[warp.cta->races->first + warp.cta->races->copies_of(mbarrier)];
   known = std::max(known, static_cast<uint32_t>(phases));
 }
 

@@ -159,10 +159,16 @@ void exited(Fiber& fiber) {
   }
   recheck_thread_barriers(*fiber.cta);
   recheck_cluster_barrier(*fiber.cta->cluster);
-  if (fiber.cta->live == 0) end_of_shared(*fiber.cta);
+  if (fiber.cta->live == 0) {
+    if (fiber.cta->copies > 0) {
+      fail("CTA %d ends while %d asynchronous copies use its shared memory", fiber.cta->index, fiber.cta->copies);
+    }
+    end_of_shared(*fiber.cta);
+  }
 }
 
 void start_cta(int index, const std::shared_ptr<Cluster>& cluster) {
+  const int rank = static_cast<int>(cluster->ctas.size());
   auto cta = std::make_unique<Cta>();
   cta->index = index;
   cta->cluster = cluster;
@@ -206,7 +212,7 @@ void start_cta(int index, const std::shared_ptr<Cluster>& cluster) {
     }
     cta->warps.push_back(std::move(warp));
   }
-  start_races(*cta);
+  start_races(*cta, rank, launch->cluster);
   for (auto& fiber : cta->fibers) make_ready(*fiber);
   launch->resident.push_back(std::move(cta));
 }
@@ -292,10 +298,6 @@ void retire_finished() {
     if (live > 0) {
       ++i;
       continue;
-    }
-    if (resident[i]->copies > 0) {
-      throw std::runtime_error(format("CTA %d ends while %d asynchronous copies use its shared memory",
-                                      resident[i]->index, resident[i]->copies));
     }
     free_windows.push_back(resident[i]->shared);
     resident[i] = std::move(resident.back());
