@@ -58,6 +58,7 @@ class Sm90ForwardConfig(TileConfig):
     epilogue: str = field(default="staged", metadata={"short": "e"})  # one of EPILOGUES
     tensor_sums: bool = field(default=False, metadata={"short": "t"})  # rows summed up by products, if no lse is wanted
     alternate: bool = field(default=False, metadata={"short": "a"})  # warpgroups take rows in turn from both ends
+    cluster: int = field(default=1, metadata={"short": "x"})  # 2: pairs of CTAs share a tile, and load keys for each other
 
     @property
     def warpgroups(self) -> int:
@@ -189,6 +190,7 @@ class Sm90ForwardSpace:
             "epilogue": EPILOGUES,
             "tensor_sums": (False, True) if _tensor_sums_rejection(spec) is None else (False,),
             "alternate": (False, True) if spec.causal else (False,),
+            "cluster": (1,) if by_rows(spec) else (1, 2),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
@@ -213,6 +215,12 @@ class Sm90ForwardSpace:
             return "alternate: all rows of a tile see as many keys, but with a causal mask"
         if config.alternate and config.warpgroups == 1:
             return "alternate: one math warpgroup takes all rows of a tile"
+        if config.cluster not in (1, 2):
+            return f"cluster must be 1 or 2 CTAs, got {config.cluster}"
+        if config.cluster > 1 and by_rows(spec):
+            return "cluster: rows that TMA cannot address are copied by the CTA that needs them"
+        if config.cluster > 1 and config.warpgroups == 1:
+            return "cluster: pairs are of CTAs with several math warpgroups"
         smem = smem_layout(spec, config).total
         room = smem_room(config.ctas_per_sm)
         if smem > room:
@@ -257,6 +265,7 @@ class Sm90ForwardSpace:
             "consumer_registers": consumer,
             "smem": smem_layout(spec, config),
             "split": False,
+            "pair": config.cluster > 1,
             "by_rows": by_rows(spec),
             "sums_apart": sums_apart(spec, config),
         }
@@ -274,6 +283,7 @@ class Sm90ForwardSpace:
             "by_rows": int(by_rows(spec)),
             "out_rows": int(config.epilogue != "staged"),
             "lse_entry": int(config.tensor_sums),
+            "cluster": config.cluster,
         }
 
     def compile_flags(self, spec: KernelSpec, config: TileConfig) -> tuple[str, ...]:

@@ -56,6 +56,7 @@ class CudaForwardKernel:
         self._block_m, self._block_n = launch["block_m"], launch["block_n"]
         self._threads, self._smem = launch["num_threads"], launch["smem_bytes"]
         self._causal = launch["causal"]
+        self._cluster = launch.get("cluster", 1)  # CTAs that share a tile, and the loads of its keys
         self._by_rows = launch.get("by_rows", 0)  # rows are copied without tensor maps
         self._out_rows = launch.get("out_rows", 0)  # out is stored from registers
         self._partial_bytes = launch.get("partial_bytes", 0)  # the result of one piece of keys, where keys are split
@@ -190,7 +191,8 @@ class CudaForwardKernel:
         if self._partial_bytes:
             params.SPLIT_SCALARS.pack_into(block, params.SPLIT_OFFSET, packs.heads, packs.extra_items, packs.results, 0)
         movable = bool(self._by_rows) or tensor_map.address_comes_first()
-        grid, list_key = min(self._slots, tiles), (*list_key, bottom_right)
+        grid = min(self._slots // self._cluster, tiles) * self._cluster
+        list_key = (*list_key, bottom_right)
         plan = _Plan(bytes(block), movable, grid, max_items, packs.extra_items, packs.results, list_key)
         return self._plans.remember(call, plan)
 
@@ -200,9 +202,10 @@ class CudaForwardKernel:
             packs = packed(heads, heads_kv, self._block_m // ROWS, self._slots)
         else:
             packs = unpacked(heads, heads_kv)
-        block = packs.tokens * (self._block_m // ROWS)
+        block = packs.tokens * (self._block_m // ROWS) * self._cluster
         split = (packs.extra_items, packs.results) if self._partial_bytes else ()
-        rows = (packs.tokens, self._block_n, self._block_n, packs.tokens)
+        loaded = self._block_n // self._cluster
+        rows = (packs.tokens, loaded, loaded, packs.tokens)
         maps = tensor_map.MapCache(self._dtype, rows, (packs.heads, 1, 1, packs.heads))
         list_key = (block, self._block_n, self._causal, *split)
         tiling = _Tiling(packs, packs.total, packs.per_kv_head, block, list_key, maps)
