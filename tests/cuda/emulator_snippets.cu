@@ -1,4 +1,5 @@
 // Kernels of a few lines for test_emulator.py: one instruction, or one mistake, each.
+#include "cuda/include/pair_claims.cuh"
 #include "cuda/include/params.cuh"
 #include "cuda/include/pipeline.cuh"
 #include "cuda/include/ptx.cuh"
@@ -323,18 +324,18 @@ extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(32) too_soon(fl
 
 // Two CTAs load each half of a box of 16 rows for both, time and again to the same place, and put out what has come. The second
 // is told by the first which rounds there are. mistake 1: a reader says so twice to its own CTA, never to the other; 2: a CTA may
-// end before arrivals; 3: it may not have begun; 4: only half of the bytes are expected; 5: nobody says that a round was told.
+// end before arrivals; 3: it may not have begun; 4: only half of the bytes are expected; 5: nobody waits until a round was heard.
 extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(96)
     pair_of_loaders(const __grid_constant__ TensorMap map, unsigned short* out, int rounds, int mistake) {
   constexpr uint32_t kHalfBytes = 8 * 128;
   extern __shared__ __align__(1024) unsigned char shared[];
-  __shared__ RingBarriers<1> box, told;
-  __shared__ int round_told;
+  __shared__ RingBarriers<1> box;
+  __shared__ PairClaims<1> told;
   const int warp = threadIdx.x / 32, rank = cluster_rank(), other = 1 - rank;
   const uint32_t tile = smem_address(shared);
   if (threadIdx.x == 0) {
     box.init(1, 2);
-    told.init(1, 1);
+    told.init();
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -365,20 +366,21 @@ extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(96)
         if (mistake == 1) {
           box.arrive_empty(at);
         } else {
-          mbarrier_arrive_cluster(address_of(smem_address(&box.empty[0]), other));
+          box.arrive_empty_of(at, other);
         }
       }
     }
   } else if (warp == 2 && elect_one()) {
     for (int round = 0; round < rounds; ++round, at.advance()) {
       if (rank == 0) {
-        if (mistake != 5) mbarrier_wait_cluster(smem_address(&told.empty[0]), at.parity ^ 1);
-        *variable_of(&round_told, other) = round;
-        mbarrier_arrive_cluster(address_of(smem_address(&told.full[0]), other));
+        if (mistake != 5) {
+          told.tell(at, round);
+        } else {
+          *variable_of(&told.tiles[0], 1) = round;
+          mbarrier_release_cluster(address_of(smem_address(&told.told[0]), 1));
+        }
       } else {
-        mbarrier_wait_cluster(smem_address(&told.full[0]), at.parity);
-        out[1024 * 2 * rounds + round] = round_told;
-        if (mistake != 5) mbarrier_arrive_cluster(address_of(smem_address(&told.empty[0]), other));
+        out[1024 * 2 * rounds + round] = told.hear(at);
       }
     }
   }

@@ -56,16 +56,7 @@ struct RingBarriers {
   __device__ __forceinline__ void arrive_full(const RingPosition<kSlots>& at) { mbarrier_arrive(smem_address(&full[at.slot])); }
   __device__ __forceinline__ void arrive_empty(const RingPosition<kSlots>& at) { mbarrier_arrive(smem_address(&empty[at.slot])); }
 
-  // The same between CTAs of a cluster, each with its own ring: waits here, arrivals in any.
-  __device__ __forceinline__ void wait_full_cluster(const RingPosition<kSlots>& at) {
-    mbarrier_wait_cluster(smem_address(&full[at.slot]), at.parity);
-  }
-  __device__ __forceinline__ void wait_empty_cluster(const RingPosition<kSlots>& at) {
-    mbarrier_wait_cluster(smem_address(&empty[at.slot]), at.parity ^ 1);
-  }
-  __device__ __forceinline__ void arrive_full_of(const RingPosition<kSlots>& at, int cta) {
-    mbarrier_arrive_cluster(address_of(smem_address(&full[at.slot]), cta));
-  }
+  // In the ring of a CTA of the cluster.
   __device__ __forceinline__ void arrive_empty_of(const RingPosition<kSlots>& at, int cta) {
     mbarrier_arrive_cluster(address_of(smem_address(&empty[at.slot]), cta));
   }

@@ -92,8 +92,13 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// At a barrier of any CTA of the cluster, by address_of. What was written before is seen behind mbarrier_wait_cluster.
+// At a barrier of any CTA of the cluster, by address_of; after what only tensor cores and the copy engine did. No fence.
 __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// The same, with a fence of the whole device: what was written before is seen behind mbarrier_wait_cluster.
+__device__ __forceinline__ void mbarrier_release_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
@@ -115,7 +120,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       : "memory");
 }
 
-// For arrivals from other CTAs of the cluster, too.
+// For what mbarrier_release_cluster publishes.
 __device__ __forceinline__ void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
