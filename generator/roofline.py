@@ -105,7 +105,7 @@ def _hopper_forward(variant: Variant, config: Sm90ForwardConfig, workload: Workl
     spec = variant.spec
     split = isinstance(config, Sm90SplitConfig)
     together = packed_heads(workload.num_heads // workload.num_heads_kv) if split else 1
-    tiles = _tiles(workload, 64 // together * config.warpgroups)
+    tiles = _tiles(workload, 64 // together * config.warpgroups * config.cluster)
     count = sum(tiles.values()) // together
     ctas = min(config.ctas_per_sm, max(1, -(-count // device.units)))  # that have something to do
     units = _step_clocks(config, spec.head_dim, spec.head_dim_v)
@@ -119,7 +119,7 @@ def _hopper_forward(variant: Variant, config: Sm90ForwardConfig, workload: Workl
     fill = _FILL_CLOCKS * (_HIDDEN_FILL if hides else 1.0) / (config.num_stages - 1)
     end = ends * (0.5 if hides else 1.0) + fill
 
-    slots = device.units * ctas
+    slots = device.units * ctas // config.cluster
     items = [(-(-keys // config.block_n) * step + end, few, n // together) for (keys, few), n in tiles.items()]
     share = sum(own * n for own, _, n in items) / slots
     longest = max((own for own, _, _ in items), default=0.0)

@@ -49,13 +49,16 @@ class Sm90SplitSpace(Sm90ForwardSpace):
             "block_n": (128, 64, 96, 32, 80, 112, 48, 160, 192),
             "num_stages": (3, 2, 4, 6),
             "epilogue": ("staged",),
+            "cluster": (1,),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
         """As the persistent forward's; the sum of the pieces of a tile's keys leaves through the Q buffer."""
-        epilogue = cast(Sm90SplitConfig, config).epilogue
-        if epilogue != "staged":
-            return f"epilogue must be staged where keys are split, got {epilogue!r}"
+        config = cast(Sm90SplitConfig, config)
+        if config.epilogue != "staged":
+            return f"epilogue must be staged where keys are split, got {config.epilogue!r}"
+        if config.cluster != 1:
+            return f"cluster must be 1 where keys are split, got {config.cluster}"
         return super().rejection(spec, config)
 
     def default(self, spec: KernelSpec) -> TileConfig:

@@ -37,6 +37,12 @@ CASES: tuple[tuple[str, dict[str, int | str]], ...] = (
     ("fwd_bf16_d128_causal", {"block_m": 192, "block_n": 16, "q_stages": 1, "alternate": True}),
     ("fwd_bf16_d64_causal", {"block_m": 256, "block_n": 32, "q_stages": 2, "alternate": True}),
     ("fwd_fp16_d33_causal", {"block_n": 32, "q_stages": 1, "alternate": True}),
+    # Pairs of CTAs, each of which loads half of the keys: with a mask, where none of them sees keys, with every other knob.
+    ("fwd_bf16_d128_causal", {"block_m": 128, "block_n": 64, "num_stages": 2, "q_stages": 1, "cluster": 2}),
+    ("fwd_bf16_d128", {"block_m": 192, "block_n": 48, "num_stages": 3, "q_stages": 1, "cluster": 2}),
+    ("fwd_bf16_d64_causal", {"block_m": 128, "block_n": 32, "q_stages": 2, "alternate": True, "cluster": 2}),
+    ("fwd_fp16_d72_causal", {"block_m": 128, "block_n": 16, "q_stages": 1, "epilogue": "direct", "cluster": 2}),
+    ("fwd_bf16_d64", {"block_m": 128, "block_n": 80, "tensor_sums": True, "cluster": 2}),
     # Rows summed up by products: in the same instructions as O, in others for the sake of V's columns or of registers.
     ("fwd_bf16_d64", {"tensor_sums": True}),
     ("fwd_fp16_d64_causal", {"block_m": 128, "block_n": 48, "tensor_sums": True, "epilogue": "direct"}),
@@ -73,7 +79,7 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The outputs of the last of some launches, of which the first builds the work list and each rewinds it."""
     bottom_right = w.causal_alignment == "bottom_right"
-    with emulated(processors=2, seed=1000 * next(_seeds)):
+    with emulated(processors=2 * artifact.meta.launch["cluster"], seed=1000 * next(_seeds)):
         kernel = cuda.load(artifact, torch.device("cuda", 0))
         for _ in range(launches):
             out = in_nan(torch.full((w.total_q, w.num_heads, w.head_dim_v), float("nan"), dtype=b.q.dtype))

@@ -116,6 +116,34 @@ ROWS_MISTAKES: dict[str, tuple[str, str, str | None]] = {
     "O's rows are not clipped": ("    if (8 * h >= rows) break;\n", "", "race on global|which is in no tensor|^wrong$"),
 }
 
+# Of pairs of CTAs that load keys for each other.
+PAIR_VARIANT = replace(VARIANT, config=replace(VARIANT.config, cluster=2))
+PAIR_MISTAKES: dict[str, tuple[str, str, str | None]] = {
+    "K is loaded for both when one of them has handed it back": (
+        "control.k.init(1, 2 * kWarpgroups);",
+        "control.k.init(1, kWarpgroups);",
+        "not ordered after|arrivals more than",
+    ),
+    "each loads for itself": ("kBothCtas = 0b11", "kBothCtas = 0b01", "deadlock|not ordered after|arrivals more than"),
+    "both load the same half": ("cluster_rank() * kPairRows", "0", "not ordered after|^wrong$"),
+    "a CTA may not have begun": (
+        "  cluster_arrive();\n  cluster_wait();\n\n  if (warp < 4)",
+        "  __syncthreads();\n\n  if (warp < 4)",
+        "may not have begun",
+    ),
+    "a CTA may end before the last arrivals": (
+        "  cluster_arrive();\n  cluster_wait();\n}",
+        "}",
+        "which has ended|the end of the CTA .* is not ordered after|deadlock",
+    ),
+    "a claim is told before the last one was heard": (
+        "    mbarrier_wait_cluster(smem_address(&heard[at.slot]), at.parity ^ 1);\n",
+        "",
+        "race on shared address|arrivals more than|deadlock",
+    ),
+    "both take the same half of the rows": ("(rank ^ at.slot) * 64", "at.slot * 64", "race on global|^wrong$"),
+}
+
 # Of a kernel whose O leaves from registers.
 DIRECT_VARIANT = replace(VARIANT, config=replace(VARIANT.config, epilogue="direct"))
 DIRECT_MISTAKES: dict[str, tuple[str, str, str | None]] = {
@@ -146,7 +174,7 @@ def outcome(mistake: tuple[str, str] | None, seed: int, variant: Variant = VARIA
     return None if errors(out, expected).rel <= tolerance(torch.bfloat16) else "wrong"
 
 
-@pytest.mark.parametrize("variant", [VARIANT, ROWS_VARIANT, DIRECT_VARIANT], ids=lambda variant: variant.name)
+@pytest.mark.parametrize("variant", [VARIANT, ROWS_VARIANT, DIRECT_VARIANT, PAIR_VARIANT], ids=lambda variant: variant.name)
 @pytest.mark.parametrize("seed", range(4))
 def test_nothing_is_found_in_the_kernel_as_it_is(seed: int, variant: Variant) -> None:
     assert outcome(None, seed, variant) is None
@@ -172,5 +200,13 @@ def test_it_is_found_where_warps_copy_rows(mistake: str) -> None:
 def test_it_is_found_where_o_leaves_from_registers(mistake: str) -> None:
     old, new, report = DIRECT_MISTAKES[mistake]
     found = outcome((old, new), 0, DIRECT_VARIANT)
+    assert found is not None
+    assert re.search(report or "^wrong$", found, re.DOTALL), found
+
+
+@pytest.mark.parametrize("mistake", PAIR_MISTAKES)
+def test_it_is_found_where_pairs_load_for_each_other(mistake: str) -> None:
+    old, new, report = PAIR_MISTAKES[mistake]
+    found = outcome((old, new), 0, PAIR_VARIANT)
     assert found is not None
     assert re.search(report or "^wrong$", found, re.DOTALL), found

@@ -66,6 +66,8 @@ def test_every_spec_has_a_legal_default(spec: KernelSpec) -> None:
         ({"epilogue": "late"}, "epilogue must be one of"),
         ({"tensor_sums": True}, "tensor_sums: head_dim_v 128 > 64"),
         ({"alternate": True}, "alternate: all rows of a tile see as many keys"),
+        ({"cluster": 4}, "cluster must be 1 or 2"),
+        ({"cluster": 2, "block_m": 64, "block_n": 64}, "cluster: pairs are of CTAs with several math warpgroups"),
     ],
 )
 def test_an_illegal_tile_is_refused_with_its_arithmetic(change: dict[str, int | str], reason: str) -> None:
@@ -142,7 +144,7 @@ def test_an_epilogue_that_is_not_named_is_the_first_there_was() -> None:
     direct = replace(BASE, epilogue="direct")
     assert parse_config("sm_90a", "persistent_m128_n128_s2_q1_c1_edirect") == direct
     assert config_from_dict("sm_90a", {**BASE.to_dict(), "epilogue": "direct"}) == direct
-    for name in ("persistent_m128_n128_s2_q1", "persistent_m128_n128_s2_q1_c1_x1", "persistent_m128_edirect"):
+    for name in ("persistent_m128_n128_s2_q1", "persistent_m128_n128_s2_q1_c1_y1", "persistent_m128_edirect"):
         with pytest.raises(ValueError, match=r"not of the form persistent_.*_c<ctas_per_sm>_\[e<epilogue>\]"):
             parse_config("sm_90a", name)
 
@@ -200,6 +202,17 @@ def test_warpgroups_of_causal_tiles_alternate() -> None:
     assert [SPACE.knobs(spec)["alternate"] for spec in (causal, D128)] == [(False, True), (False,)]
 
 
+def test_pairs_of_ctas_load_by_tma() -> None:
+    config = replace(BASE, cluster=2)
+    assert config.name == f"{BASE.name}_x2"
+    assert parse_config("sm_90a", config.name) == config
+    assert SPACE.rejection(D128, config) is None
+    assert SPACE.launch(D128, config)["cluster"] == 2
+    rows = KernelSpec.parse("fwd_bf16_d33")
+    assert "TMA cannot address" in str(SPACE.rejection(rows, replace(config, block_n=64)))
+    assert [SPACE.knobs(spec)["cluster"] for spec in (D128, rows)] == [(1, 2), (1,)]
+
+
 def test_rows_that_are_stored_from_registers_anyway_have_one_epilogue() -> None:
     assert "as it is" in str(SPACE.rejection(KernelSpec.parse("fwd_bf16_d33"), replace(BASE, epilogue="direct")))
 
@@ -214,9 +227,16 @@ def test_rendering_is_reproducible_and_as_reviewed(name: str) -> None:
     assert text == golden.read_text(), f"the rendered source changed: review it, then write it to {golden}"
 
 
-@pytest.mark.parametrize(("name", "knob"), [("fwd_bf16_d64", "tensor_sums"), ("fwd_bf16_d128_causal", "alternate")])
-def test_what_a_knob_changes_is_rendered_as_reviewed(name: str, knob: str) -> None:
-    config = replace(BASE, **{knob: True})  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("name", "knob", "value"),
+    [
+        ("fwd_bf16_d64", "tensor_sums", True),
+        ("fwd_bf16_d128_causal", "alternate", True),
+        ("fwd_bf16_d128_causal", "cluster", 2),
+    ],
+)
+def test_what_a_knob_changes_is_rendered_as_reviewed(name: str, knob: str, value: bool | int) -> None:
+    config = replace(BASE, **{knob: value})  # type: ignore[arg-type]
     text = render(Variant("sm_90a", KernelSpec.parse(name), config)).text
     golden = Path(__file__).parent / "golden" / f"{name}_{knob}.cu"
     assert text == golden.read_text(), f"the rendered source changed: review it, then write it to {golden}"
