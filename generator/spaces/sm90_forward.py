@@ -58,7 +58,7 @@ class Sm90ForwardConfig(TileConfig):
     epilogue: str = field(default="staged", metadata={"short": "e"})  # one of EPILOGUES
     tensor_sums: bool = field(default=False, metadata={"short": "t"})  # rows summed up by products, if no lse is wanted
     alternate: bool = field(default=False, metadata={"short": "a"})  # warpgroups take rows in turn from both ends
-    cluster: int = field(default=1, metadata={"short": "x"})  # 2: pairs of CTAs share a tile, and load keys for each other
+    cluster: int = field(default=1, metadata={"short": "x"})  # 2: pairs of CTAs share tiles and the loads of keys
 
     @property
     def warpgroups(self) -> int:

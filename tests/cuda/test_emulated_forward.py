@@ -37,7 +37,7 @@ CASES: tuple[tuple[str, dict[str, int | str]], ...] = (
     ("fwd_bf16_d128_causal", {"block_m": 192, "block_n": 16, "q_stages": 1, "alternate": True}),
     ("fwd_bf16_d64_causal", {"block_m": 256, "block_n": 32, "q_stages": 2, "alternate": True}),
     ("fwd_fp16_d33_causal", {"block_n": 32, "q_stages": 1, "alternate": True}),
-    # Pairs of CTAs, each of which loads half of the keys: with a mask, where none of them sees keys, with every other knob.
+    # Pairs of CTAs, each of which loads half of the keys for both: with every other knob.
     ("fwd_bf16_d128_causal", {"block_m": 128, "block_n": 64, "num_stages": 2, "q_stages": 1, "cluster": 2}),
     ("fwd_bf16_d128", {"block_m": 192, "block_n": 48, "num_stages": 3, "q_stages": 1, "cluster": 2}),
     ("fwd_bf16_d64_causal", {"block_m": 128, "block_n": 32, "q_stages": 2, "alternate": True, "cluster": 2}),

@@ -201,8 +201,8 @@ def test_a_pair_of_ctas_loads_halves_for_both(seed: int) -> None:
     encoded = encode_map(BF16, 2, rows.data_ptr(), (64, 16 * rounds), (128,), (64, 8), 0)
     out = torch.zeros(2 * 1024 * rounds + rounds, dtype=torch.int16)
     snippets()("pair_of_loaders", 2, 96, encoded, out, rounds, 0, smem=2048, machine=Machine(seed=seed))
-    assert torch.equal(out[: -rounds].view(rounds, 2, 16, 64)[:, 0], rows.view(rounds, 16, 64))
-    assert torch.equal(out[: -rounds].view(rounds, 2, 16, 64)[:, 1], rows.view(rounds, 16, 64))
+    assert torch.equal(out[:-rounds].view(rounds, 2, 16, 64)[:, 0], rows.view(rounds, 16, 64))
+    assert torch.equal(out[:-rounds].view(rounds, 2, 16, 64)[:, 1], rows.view(rounds, 16, 64))
     assert out[-rounds:].tolist() == list(range(rounds))
 
 

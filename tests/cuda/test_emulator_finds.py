@@ -174,7 +174,9 @@ def outcome(mistake: tuple[str, str] | None, seed: int, variant: Variant = VARIA
     return None if errors(out, expected).rel <= tolerance(torch.bfloat16) else "wrong"
 
 
-@pytest.mark.parametrize("variant", [VARIANT, ROWS_VARIANT, DIRECT_VARIANT, PAIR_VARIANT], ids=lambda variant: variant.name)
+@pytest.mark.parametrize(
+    "variant", [VARIANT, ROWS_VARIANT, DIRECT_VARIANT, PAIR_VARIANT], ids=lambda variant: variant.name
+)
 @pytest.mark.parametrize("seed", range(4))
 def test_nothing_is_found_in_the_kernel_as_it_is(seed: int, variant: Variant) -> None:
     assert outcome(None, seed, variant) is None

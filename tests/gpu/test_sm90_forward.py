@@ -66,6 +66,8 @@ MECHANISMS = {
     "O from registers, three math warpgroups": {"block_m": 192, "block_n": 48, "q_stages": 1, "epilogue": "direct"},
     "warpgroups alternate": {"block_m": 192, "block_n": 48, "alternate": True},
     "warpgroups alternate, a spare Q buffer": {"block_n": 32, "q_stages": 1, "alternate": True},
+    "pairs of CTAs": {"block_m": 128, "block_n": 64, "num_stages": 2, "q_stages": 1, "cluster": 2},
+    "pairs of CTAs of three warpgroups": {"block_m": 192, "block_n": 48, "num_stages": 3, "q_stages": 1, "cluster": 2},
     SUMS: {"tensor_sums": True},
     f"{SUMS}, four math warpgroups": {"block_m": 256, "block_n": 32, "tensor_sums": True},
     f"{SUMS}, four CTAs an SM": {"block_m": 64, "block_n": 32, "num_stages": 2, "ctas_per_sm": 4, "tensor_sums": True},
