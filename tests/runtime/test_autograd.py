@@ -181,6 +181,26 @@ def test_packed_operands_that_were_changed_meanwhile_are_an_error():
         out.sum().backward()
 
 
+@pytest.mark.parametrize("changed", ["query", "key", "value", "output"])
+def test_nested_tensors_that_were_changed_meanwhile_are_an_error(changed):
+    tensors = {name: x.detach().requires_grad_() * 1 for name, x in qkv((3, 4), (2, 5)).items()}
+    tensors["output"] = jagtile.sdpa(**tensors)
+    with torch.no_grad():
+        tensors[changed].mul_(2)
+    total = tensors["output"].values().sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_nested_operands_that_autocast_copied_may_change():
+    tensors = {name: x.detach().requires_grad_() * 1 for name, x in qkv().items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        total = jagtile.sdpa(**tensors).values().sum()
+    with torch.no_grad():
+        tensors["query"].mul_(2)
+    total.backward()
+
+
 def test_modes_see_operators():
     """A counter of FLOPs is a mode: it sees the forward's two products and the backward's five."""
     call = leaves(lengths=(3, 5))
