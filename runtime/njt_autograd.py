@@ -69,7 +69,7 @@ def _versions(
         return [
             (weakref.ref(x), x._version)
             for x, saved in zip(nested, packed, strict=True)
-            if x._values.data_ptr() == saved.data_ptr()
+            if x._values.data_ptr() == saved.data_ptr() and not x.is_inference()  # which has no version
         ]
 
 

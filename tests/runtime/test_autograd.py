@@ -201,6 +201,18 @@ def test_nested_operands_that_autocast_copied_may_change():
     total.backward()
 
 
+def test_inference_tensors_are_torchs_to_refuse_but_not_normal_values_in_them():
+    query = njt().detach().requires_grad_()
+    values, offsets = query.detach()._values, query.offsets()
+    with torch.inference_mode():
+        normal = NestedTensor(values, offsets, _ragged_idx=2)
+        inference = NestedTensor(values.clone(), offsets, _ragged_idx=2)
+    jagtile.sdpa(query, normal, normal).values().sum().backward()
+    assert query.grad is not None
+    with pytest.raises(RuntimeError, match="cannot be saved for backward"):
+        jagtile.sdpa(query, inference, inference)
+
+
 def test_modes_see_operators():
     """A counter of FLOPs is a mode: it sees the forward's two products and the backward's five."""
     call = leaves(lengths=(3, 5))
