@@ -7,7 +7,7 @@
 #   bench     every named workload against the peers that are importable, and the report of it and of what is on record
 #   host      host time of a call, device time of building work lists, seconds of building a first call's kernel
 #   random    random batches against the peers; borders of the regimes
-#   tuner     the tuner's choices against exhaustive sweeps, for twelve pairs of spec and regime
+#   tuner     the tuner's choices against exhaustive sweeps, for thirteen pairs of spec and regime
 #   models    whole models, trained and used
 # Needs what `jagtile[test]` brings, and nvcc. A stage that fails does not stop the others; the exit status tells.
 set -euo pipefail

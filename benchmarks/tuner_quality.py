@@ -33,7 +33,7 @@ from jagtile.generator.tile import TileConfig
 from jagtile.generator.trial import Caller, Job, TrialRunner
 from jagtile.generator.tune import Budget, TuneResult, facts_of, tune, worker_for
 from jagtile.generator.workloads import representative
-from jagtile.runtime.problem import REGIMES
+from jagtile.runtime.problem import REGIMES, regimes_for
 from jagtile.tuning_db.store import Database
 
 SEEDS = (0, 1)
@@ -166,11 +166,14 @@ def examine_all(
     make_worker: Callable[[], AbstractContextManager[Caller]] | None = None,
     **options: object,
 ) -> list[Quality]:
-    """Examine, print a line a regime, and write what was found as it comes."""
+    """Examine each spec in those of the regimes that it has, print a line a regime, and write what was found as it
+    comes.
+    """
     found: list[Quality] = []
     with (make_worker or worker_for(device, 0))() as worker:
         for spec in specs:
-            made, qualities = Examiner(device, folder, worker, **options).examine(spec, regimes)
+            own = [regime for regime in regimes if regime in regimes_for(spec.direction, device.type)]
+            made, qualities = Examiner(device, folder, worker, **options).examine(spec, own)
             (folder / "sweeps").mkdir(parents=True, exist_ok=True)
             for sweep in made:
                 write_sweep(sweep, folder / "sweeps")

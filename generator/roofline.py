@@ -55,9 +55,9 @@ _SIMULATED = 4  # tiles a CTA in the mean, up to which who takes which tile is p
 # Where the split forward cuts keys (templates/cuda/include/split_work_list.cuh): tiles of few rows, a part of all;
 # others that are dearer than so many of a CTA's shares of the work and so many keys.
 _FEW_ROWS, _UNCUT_SHARES, _UNCUT_KEYS = 4, 2, 1024
-# What knobs leave of a tile's time beyond what units count, as measured (docs/performance-log.md, section 27): row sums
-# by products beside a whole panel of V, and warpgroups that take a causal tile's rows in turn.
-_TENSOR_SUMS, _ALTERNATE = 0.98, 0.995
+# What row sums by products beside a whole panel of V leave of a tile's time, as measured (docs/performance-log.md,
+# section 27): they save more than the units' counts tell.
+_TENSOR_SUMS = 0.98
 # Of wide heads: bytes a clock of additions from registers, which nothing hides, and clocks to hand over a panel of dQ.
 _WIDE_REDUCTION_BYTES = 21
 _WIDE_HANDOVER = 90.0
@@ -132,8 +132,6 @@ def _hopper_forward(variant: Variant, config: Sm90ForwardConfig, workload: Workl
         clocks = _busiest([(own, n) for own, _, n in items], slots)
     if config.tensor_sums and spec.head_dim_v % 64 == 0:
         clocks *= _TENSOR_SUMS
-    if config.alternate:
-        clocks *= _ALTERNATE
     compute_us = clocks / CLOCK_GHZ / 1e3
     return _with_memory(compute_us, "latency" if alone > busy else bound, variant, workload, device)
 

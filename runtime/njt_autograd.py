@@ -6,6 +6,7 @@ several times in the forward and in the backward pass; here there is one node wh
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, cast
 
 import torch
@@ -36,6 +37,7 @@ class NestedAttention(torch.autograd.Function):
         out, lse = cast(Any, forward)(*operands, *options[:5], True, options[5], dropout_state)
         keep_for_backward(ctx, operands, options, dropout_state, out, lse)
         nested = form_of(query).nest(out)
+        ctx.versions = _versions((query, key, value, nested), (*operands[:3], out))
         # Gradients are as contiguous as the output, wherever operands lie, and mostly as wide.
         ctx.forms = [(form_of(x, like=nested), x._values.dtype) for x in (query, key, value)]
         return nested
@@ -57,7 +59,34 @@ class NestedAttention(torch.autograd.Function):
 nested_attention: Any = super(torch.autograd.Function, NestedAttention).apply
 
 
+def _versions(
+    nested: tuple[NestedTensor, ...], packed: tuple[torch.Tensor, ...]
+) -> list[tuple[weakref.ref[NestedTensor], int]]:
+    """Versions of the nested tensors whose values were saved, uncopied: changing one in place does not count up that of
+    its values. Weak references: the output leads here, and what is saved is freed by a backward.
+    """
+    with torch._C.DisableTorchFunctionSubclass():  # else each look costs a Python dispatch
+        return [
+            (weakref.ref(x), x._version)
+            for x, saved in zip(nested, packed, strict=True)
+            if x._values.data_ptr() == saved.data_ptr() and not x.is_inference()  # which has no version
+        ]
+
+
+def _check_versions(versions: list[tuple[weakref.ref[NestedTensor], int]]) -> None:
+    """RuntimeError, as torch's, for what was changed in place since."""
+    with torch._C.DisableTorchFunctionSubclass():
+        for reference, version in versions:
+            x = reference()
+            if x is not None and x._version != version:
+                raise RuntimeError(
+                    f"one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"a nested operand or output of jagtile's attention is at version {x._version}; expected {version}"
+                )
+
+
 def _gradients(ctx: Any, dout: NestedTensor) -> list[NestedTensor | None]:
+    _check_versions(ctx.versions)
     packed = dout._values.transpose(0, 1) if dout._ragged_idx == 2 else dout._values.unsqueeze(1)
     return [
         form.nest(grad if grad.dtype == dtype else grad.to(dtype)) if needed else None

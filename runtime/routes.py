@@ -69,14 +69,15 @@ def decide(spec: KernelSpec, look_up: LookUp, device: torch.device) -> Decision:
 
 
 def prepare(spec: KernelSpec, regimes: Sequence[str], device: torch.device) -> tuple[Variant, ...]:
-    """Build and load the kernels of several regimes (those that the spec has on the device) and remember their routes.
-    Returns the distinct variants.
+    """Build and load the kernels of several regimes and remember their routes. Batches of a regime that the spec has
+    not on the device are of its neighbours there. Returns the distinct variants.
     """
     from jagtile.runtime import packs
 
     packs.forget()
-    wanted = set(regimes).intersection(regimes_for(spec.direction, device.type))
-    decisions = {at: decide(spec, look_up, device) for at, look_up in enumerate(LOOK_UPS) if look_up[0] in wanted}
+    has = regimes_for(spec.direction, device.type)
+    wanted = {look_up if look_up[0] in has else look_up[1:] for look_up in LOOK_UPS if look_up[0] in regimes}
+    decisions = {at: decide(spec, look_up, device) for at, look_up in enumerate(LOOK_UPS) if look_up in wanted}
     variants = tuple(dict.fromkeys(decision.variant for decision in decisions.values()))
     kernel_table().build_missing(variants, device)
     dtype = next(torch_dtype for torch_dtype, name in DTYPE_NAMES.items() if name == spec.dtype)

@@ -221,7 +221,7 @@ class CudaBackwardKernel:
             list_ints=offsets + 2 * bit_words,
             list_key=(
                 *("bwd", self._block_m, self._block_n, self._causal, bottom_right),
-                *(heads, heads_kv, deterministic, total_q),
+                *(heads, heads_kv, deterministic, total_q, max_items),
             ),
             scratch_floats=backward_params.scratch_bytes(total_q, heads, head_dim, turn_count) // 4,
             delta=delta,

@@ -30,7 +30,7 @@ class _Tiling(NamedTuple):
     total_packs: int
     packs_per_kv_head: int
     block: int  # queries of a tile
-    list_key: tuple[int, ...]  # what a work list depends on, beside the call's alignment and stream
+    list_key: tuple[int, ...]  # what a work list depends on, beside the call's alignment and tokens and the stream
     maps: tensor_map.MapCache
 
 
@@ -192,7 +192,7 @@ class CudaForwardKernel:
             params.SPLIT_SCALARS.pack_into(block, params.SPLIT_OFFSET, packs.heads, packs.extra_items, packs.results, 0)
         movable = bool(self._by_rows) or tensor_map.address_comes_first()
         grid = min(self._slots // self._cluster, tiles) * self._cluster
-        list_key = (*list_key, bottom_right)
+        list_key = (*list_key, bottom_right, max_items)
         plan = _Plan(bytes(block), movable, grid, max_items, packs.extra_items, packs.results, list_key)
         return self._plans.remember(call, plan)
 

@@ -1,11 +1,11 @@
 """Work lists: built on the device from cu_seqlens, once a batch, and reused by every layer that shares the offsets.
 
-A list depends only on the two offset tensors, the tile sizes and the mask; a backward's on the heads and the number of
-queries too. It is kept for as long as both tensors live,
-under their versions: an in-place change through torch makes a new list. Writing to the offsets behind torch's back (a
-raw pointer, a replayed graph) is not seen. Each stream has its own list, since a list also holds the tile counter of
-the launch in flight. While a graph is being captured nothing is reused: the build is captured with the attention and
-runs again at each replay, so offsets may change between replays.
+A list depends only on the two offset tensors, the tile sizes, the mask and how many items it has room for, by which it
+is laid out; a backward's on the heads and the number of queries too. It is kept for as long as both tensors live, under
+their versions: an in-place change through torch makes a new list. Writing to the offsets behind torch's back (a raw
+pointer, a replayed graph) is not seen. Each stream has its own list, since a list also holds the tile counter of the
+launch in flight. While a graph is being captured nothing is reused: the build is captured with the attention and runs
+again at each replay, so offsets may change between replays.
 """
 
 from __future__ import annotations

@@ -284,17 +284,20 @@ def test_tokens_of_no_sequence_have_no_gradient_by_queries_and_touch_nobody() ->
 
 
 def test_the_same_offsets_of_more_tokens() -> None:
-    """The list has room for some bits of each token."""
+    """The list has room for some bits of each query and an item for each block of keys."""
     b = SMALL.make("cpu", "bf16", 6)
     assert b.q.shape[0] == 23
-    shapes = (b.q.shape[0], 300)
     with emulated(processors=2, seed=6):
         kernel = cuda.load(built(*CASES[0]), torch.device("cuda", 0))
         assert isinstance(kernel, cuda.CudaBackwardKernel)
-        for tokens in shapes:
-            q, k, v = (torch.cat([x, x.new_full((tokens - 23, *x.shape[1:]), float("nan"))]) for x in b[:3])
+        for queries, keys in ((23, 23), (300, 300), (300, 3000)):
+            totals = (queries, keys, keys)
+            q, k, v = (
+                torch.cat([x, x.new_full((tokens - 23, *x.shape[1:]), float("nan"))])
+                for x, tokens in zip(b[:3], totals, strict=True)
+            )
             out, lse = reference(q, k, v, *b[3:5])
-            dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(tokens)).to(q.dtype)
+            dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(queries)).to(q.dtype)
             grads = Gradients(*(torch.full_like(x, float("nan")) for x in (q, k, v)))
             kernel.backward(
                 *(q, k, v, *b[3:5], out.to(q.dtype), lse.float(), dout, None, *grads), SMALL.head_dim**-0.5, False

@@ -165,6 +165,20 @@ def test_scores_that_grow_from_block_to_block(growth: float, change: tuple[str, 
     assert_right(built("fwd_bf16_d64", (change,)), w, b, scale=0.5)
 
 
+def test_the_same_offsets_of_more_tokens() -> None:
+    """The list has room for an item for each block of queries, in either of two orders."""
+    w = Workload("padded", (400, 390), (30, 70), 4, 4, 64, 64)
+    b = w.make("cpu", "bf16", 5)
+    expected, _ = reference(*b[:5])
+    with emulated(processors=2, seed=1000 * next(_seeds)):
+        kernel = cuda.load(built("fwd_bf16_d64", ()), torch.device("cuda", 0))
+        for more in (0, 3000):
+            q = torch.cat([b.q, b.q.new_full((more, *b.q.shape[1:]), float("nan"))])
+            out = torch.full_like(q, float("nan"))
+            kernel.forward(q, b.k, b.v, b.cu_seqlens_q, b.cu_seqlens_k, out, None, w.head_dim**-0.5, False)
+            assert errors(out[: w.total_q], expected).rel <= tolerance(out.dtype)
+
+
 def test_offsets_of_either_width() -> None:
     w = Workload("edges", LENGTHS, LENGTHS[::-1], 1, 1, 64, 64)
     b = w.make("cpu", "bf16", 7)

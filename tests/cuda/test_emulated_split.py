@@ -29,6 +29,7 @@ ONE_GROUP = "fwd_bf16_d64_causal/split_m64_n32_s2_q1_c1"
 TWO_GROUPS = "fwd_bf16_d64/split_m128_n64_s2_q2_c1"
 THREE_GROUPS = "fwd_fp16_d72_dv40_causal/split_m192_n48_s3_q2_c1"
 VARIANTS = [ONE_GROUP, TWO_GROUPS, THREE_GROUPS]
+ALTERNATING = "fwd_bf16_d64_causal/split_m128_n32_s2_q1_c1_a1"
 WIDE = "fwd_bf16_d256/split_m64_n64_s2_q2_c1"
 LARGE_TILES = "fwd_bf16_d64_causal/split_m192_n64_s3_q2_c1"
 # Few queries and long keys, skewed; sequences without queries, without keys, without either.
@@ -120,6 +121,13 @@ def test_whole_tiles_of_rows_are_added_up_from_many_pieces(name: str, ratio: int
     w = workload(name, (70, 64), (2700 if ratio == 1 else 6000, 600), ratio=ratio, causal_alignment="bottom_right")
     assert_right(name, w, w.make("cpu", "bf16", 9), processors=16, launches=2)
     assert max(item.pieces for item in build_list(name, w, 16).by_cost) >= (6 if ratio == 1 else 4)
+
+
+def test_pieces_of_the_same_rows_are_added_up_whichever_warpgroups_took_them() -> None:
+    queries, keys = (5, 200, 1, 0, 129, 300), (900, 700, 40, 10, 129, 0)
+    w = workload(ALTERNATING, queries, keys, causal_alignment="bottom_right")
+    assert any(item.pieces > 1 for item in build_list(ALTERNATING, w, 3).by_cost)
+    assert_right(ALTERNATING, w, w.make("cpu", "bf16", 12), launches=2)
 
 
 def test_heads_side_by_side_sequence_by_sequence() -> None:

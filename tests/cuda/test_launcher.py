@@ -344,6 +344,16 @@ def test_a_list_is_built_once_for_all_layers(driver, kernel):
     assert driver.names == ["jagtile_build_work_list", *["attention"] * 3]
 
 
+@pytest.mark.parametrize("facts", [{}, {"partial_bytes": PARTIAL_BYTES}])
+def test_a_list_is_read_as_it_was_laid_out(driver, load, facts):
+    kernel, cu = load(**facts), offsets(0, 100, 500)
+    for total in (500, 2000, 500):  # tokens of no sequence at the end
+        launch(kernel, cu, cu, tensors(total))
+        block = driver.launches[-1][2]
+        (built,) = (e.built for e in work_list._ENTRIES.values() if e.built.address == block["work_list"])
+        assert block["max_items"] == built.max_items
+
+
 @pytest.mark.parametrize(
     ("sequences", "more_blocks", "threads"),
     [(40, 10, 128), (300, 0, 256), (1024, 1024, 512), (1024, 1025, 256), (1025, 0, 256), (1100, 8000, 1024)],

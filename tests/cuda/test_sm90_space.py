@@ -253,7 +253,7 @@ def test_rendered_lines_are_tidy(spec: KernelSpec, change: dict[str, int]) -> No
 
 
 def _matrix() -> list[Variant]:
-    """Defaults, and tiles nearest to a limit: where a rule that is too generous would show. Both kinds of sums."""
+    """Defaults, and tiles nearest to a limit: where a rule that is too generous would show. With all that may be on."""
     rng = random.Random(7)
     variants = [Variant("sm_90a", spec, SPACE.default(spec)) for spec in SPECS[2::4]]
     for spec in (*SPECS[1:8:2], *SPECS[4::4], *SPECS[9::2], *SPECS[1:3]):
@@ -264,8 +264,10 @@ def _matrix() -> list[Variant]:
             if shape not in by_shape or config.block_n > by_shape[shape].block_n:
                 by_shape[shape] = config
         config = rng.choice(sorted(by_shape.values()))
-        twin = replace(config, tensor_sums=True)
-        variants.append(Variant("sm_90a", spec, config if SPACE.rejection(spec, twin) else twin))
+        for knob in ("tensor_sums", "alternate"):
+            twin = replace(config, **{knob: True})
+            config = config if SPACE.rejection(spec, twin) else twin
+        variants.append(Variant("sm_90a", spec, config))
     return variants
 
 

@@ -181,6 +181,38 @@ def test_packed_operands_that_were_changed_meanwhile_are_an_error():
         out.sum().backward()
 
 
+@pytest.mark.parametrize("changed", ["query", "key", "value", "output"])
+def test_nested_tensors_that_were_changed_meanwhile_are_an_error(changed):
+    tensors = {name: x.detach().requires_grad_() * 1 for name, x in qkv((3, 4), (2, 5)).items()}
+    tensors["output"] = jagtile.sdpa(**tensors)
+    with torch.no_grad():
+        tensors[changed].mul_(2)
+    total = tensors["output"].values().sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_nested_operands_that_autocast_copied_may_change():
+    tensors = {name: x.detach().requires_grad_() * 1 for name, x in qkv().items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        total = jagtile.sdpa(**tensors).values().sum()
+    with torch.no_grad():
+        tensors["query"].mul_(2)
+    total.backward()
+
+
+def test_inference_tensors_are_torchs_to_refuse_but_not_normal_values_in_them():
+    query = njt().detach().requires_grad_()
+    values, offsets = query.detach()._values, query.offsets()
+    with torch.inference_mode():
+        normal = NestedTensor(values, offsets, _ragged_idx=2)
+        inference = NestedTensor(values.clone(), offsets, _ragged_idx=2)
+    jagtile.sdpa(query, normal, normal).values().sum().backward()
+    assert query.grad is not None
+    with pytest.raises(RuntimeError, match="cannot be saved for backward"):
+        jagtile.sdpa(query, inference, inference)
+
+
 def test_modes_see_operators():
     """A counter of FLOPs is a mode: it sees the forward's two products and the backward's five."""
     call = leaves(lengths=(3, 5))

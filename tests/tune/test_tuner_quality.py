@@ -42,6 +42,13 @@ def test_each_regime_is_swept_and_tuned_twice_and_what_is_on_record_is_not_measu
     assert len(workers[1].timed) < len(workers[0].timed) / 2
 
 
+def test_a_spec_is_examined_in_the_regimes_that_it_has(tmp_path):
+    found = examine_all(
+        [SPEC], ("few", "medium"), torch.device("cuda"), tmp_path, lambda: FakeWorker(noise=0.0005), build=FakeBuilder()
+    )
+    assert [each.regime for each in found] == ["medium"]  # no backward is few
+
+
 def test_regrets_refer_to_the_best_and_the_distance_to_the_faster_choice():
     one, two, three = LEGAL[:3]
     judged = verdict(SPEC, "long", 18, 4, [two, three], {one: 1.0, two: 1.01, three: 1.03})
