@@ -25,8 +25,8 @@ from jagtile.generator.spaces.sm90_split import Sm90SplitConfig
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import TileConfig, Variant
 from jagtile.generator.workloads import Workload
-from jagtile.runtime.cuda.head_packs import packed_heads
 from jagtile.runtime.device import Facts
+from jagtile.runtime.head_packs import packed_heads
 
 # Hopper. The clock is what an H200 sustains under its power limit with random data (cuBLAS: 788 TFLOP/s, bf16).
 CLOCK_GHZ = 1.5

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
+import jagtile.generator.spaces  # noqa: F401 - every first call needs them: not in its time
 from jagtile.generator.spec import DType, KernelSpec
 from jagtile.generator.tile import Variant, config_from_dict, direction_of, refusal, regimes_of, spaces, spaces_of
 from jagtile.runtime.device import DeviceId, relatives

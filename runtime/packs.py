@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +22,9 @@ from jagtile.runtime.device import DeviceId, device_id, relatives
 from jagtile.runtime.errors import JagtileWarning, PackError, UnsupportedError
 from jagtile.runtime.pack import MANIFEST, Pack
 from jagtile.runtime.settings import settings, user_packs
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 ENTRY_POINTS = "jagtile.packs"
 
@@ -110,9 +114,17 @@ def _in_folder(folder: Path) -> Iterator[Found]:
 
 
 def _installed() -> Iterator[Found]:
-    from importlib.metadata import entry_points
+    """The packs that wheels brought. Only files that name the group are parsed: with hundreds of distributions the
+    standard library's ``entry_points`` takes a fifth of a first call.
+    """
+    from importlib.metadata import distributions
 
-    for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
+    points: dict[tuple[str, str], EntryPoint] = {}
+    for dist in distributions():
+        if f"[{ENTRY_POINTS}]" in (dist.read_text("entry_points.txt") or ""):
+            for point in dist.entry_points.select(group=ENTRY_POINTS):
+                points.setdefault((point.name, dist.name), point)  # as in imports, the path's first hides the others
+    for _, point in sorted(points.items()):
         if point.dist is not None:  # never imported: the folder holds no code
             yield _opened(Path(str(point.dist.locate_file(point.value))), "wheel")
 

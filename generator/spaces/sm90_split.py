@@ -10,7 +10,7 @@ from jagtile.generator.spaces.sm90 import tma_rejection
 from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig, Sm90ForwardSpace
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Knob, TileConfig
-from jagtile.runtime.cuda.head_packs import ROWS, packed_heads
+from jagtile.runtime.head_packs import ROWS, packed_heads
 
 # (block_m, block_n, num_stages): bytes on their way from memory are what counts, so deep rings first; the last is legal
 # for every head dim.

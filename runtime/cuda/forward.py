@@ -10,12 +10,12 @@ import torch
 from jagtile.runtime.artifact import Artifact, ArtifactMeta
 from jagtile.runtime.cuda import driver, params, tensor_map, work_list
 from jagtile.runtime.cuda.block import ParameterBlock, fill, map_addresses
-from jagtile.runtime.cuda.head_packs import ROWS, HeadPacks, packed, unpacked
 from jagtile.runtime.cuda.list_builder import ListBuilder
 from jagtile.runtime.cuda.operands import find_maps, forward_copies, rows_of
 from jagtile.runtime.cuda.plans import Plans
 from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
+from jagtile.runtime.head_packs import ROWS, HeadPacks, packed, unpacked
 
 _LOG2_E = 1.4426950408889634
 _BUILDER = "jagtile_build_work_list"

@@ -93,7 +93,7 @@ def check_tokens(total_q: int, total_k: int) -> None:
 
 def allocate(cu_seqlens_q: torch.Tensor, max_items: int, extra_ints: int) -> WorkList:
     """An unbuilt list of the offsets with room for so many items, and for ints behind: tickets where keys are split
-    (head_packs.py); the builder's scratch and two bits a query in a backward.
+    (runtime/head_packs.py); the builder's scratch and two bits a query in a backward.
     """
     buffer = torch.empty(work_list_bytes(max_items, extra_ints), dtype=torch.uint8, device=cu_seqlens_q.device)
     return WorkList(buffer, buffer.data_ptr(), max_items)

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from jagtile.runtime import UnsupportedError
-from jagtile.runtime.cuda import forward, head_packs, list_builder, params, plans, tensor_map, work_list
+from jagtile.runtime import UnsupportedError, head_packs
+from jagtile.runtime.cuda import forward, list_builder, params, plans, tensor_map, work_list
 
 HEADS, DIM, BLOCK_M, BLOCK_N, SLOTS = 4, 64, 128, 96, 132
 PARTIAL_BYTES = 64 * (DIM + 2) * 4

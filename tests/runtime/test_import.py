@@ -60,7 +60,6 @@ def test_it_imports_no_part_that_renders_builds_tunes_or_launches(imported):
     parts = {".".join(name.split(".")[:3]) for name in imported["modules"]}
     assert not parts & {
         "jagtile.generator.render",
-        "jagtile.generator.spaces",
         "jagtile.generator.build",
         "jagtile.generator.tune",
         "jagtile.runtime.cuda",
