@@ -366,7 +366,7 @@ extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(96)
         if (mistake == 1) {
           box.arrive_empty(at);
         } else {
-          box.arrive_empty_of(at, other);
+          arrive_empty_of(box, at, other);
         }
       }
     }
@@ -376,7 +376,7 @@ extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(96)
         if (mistake != 5) {
           told.tell(at, round);
         } else {
-          *variable_of(&told.tiles[0], 1) = round;
+          *const_cast<int*>(variable_of(&told.tiles[0], 1)) = round;
           mbarrier_release_cluster(address_of(smem_address(&told.told[0]), 1));
         }
       } else {

@@ -1,8 +1,16 @@
-// How the first CTA of a pair (a cluster of two) tells the second which tiles it has claimed for both.
+// Pairs of CTAs (clusters of two) that share tiles: how the first tells the second which it has claimed for both.
 #pragma once
 #include <cstdint>
 
-#include "cuda/include/pipeline.cuh"
+#include "cuda/include/cluster.cuh"
+#include "cuda/include/work_list.cuh"
+
+// As balancing_heads, where pairs take tiles: there are half as many of them as there are CTAs.
+template <typename P>
+__device__ __forceinline__ int balancing_heads_of_pairs(WorkListHeader list, const P& p) {
+  list.total *= 2.0f;
+  return balancing_heads(list, p);
+}
 
 template <int kSlots>
 struct PairClaims {
@@ -19,7 +27,7 @@ struct PairClaims {
   // By one thread of the first CTA.
   __device__ __forceinline__ void tell(const RingPosition<kSlots>& at, int tile) {
     mbarrier_wait_cluster(smem_address(&heard[at.slot]), at.parity ^ 1);
-    *variable_of(&tiles[computed_here(at.slot)], 1) = tile;
+    *const_cast<int*>(variable_of(&tiles[computed_here(at.slot)], 1)) = tile;
     mbarrier_release_cluster(address_of(smem_address(&told[at.slot]), 1));
   }
   // By one thread of the second.

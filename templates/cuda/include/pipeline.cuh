@@ -55,9 +55,4 @@ struct RingBarriers {
   }
   __device__ __forceinline__ void arrive_full(const RingPosition<kSlots>& at) { mbarrier_arrive(smem_address(&full[at.slot])); }
   __device__ __forceinline__ void arrive_empty(const RingPosition<kSlots>& at) { mbarrier_arrive(smem_address(&empty[at.slot])); }
-
-  // In the ring of a CTA of the cluster.
-  __device__ __forceinline__ void arrive_empty_of(const RingPosition<kSlots>& at, int cta) {
-    mbarrier_arrive_cluster(address_of(smem_address(&empty[at.slot]), cta));
-  }
 };

@@ -53,11 +53,10 @@ __device__ __forceinline__ WorkItem* work_items(void* work_list) {
 // Heads that go together, dearest items first: the last ones, enough that every CTA has the longest tile's work before it, and
 // no more, since their keys are in flight all at once. 0: all go together, sequence by sequence, which the longest tile, at
 // most 1/8 of a CTA's work, can't hold up much. `P` has the heads, how many of them share what they visit (gqa_ratio), and
-// the list's capacity (max_items); `workers`: CTAs, or pairs of
-// them that share tiles.
+// the list's capacity (max_items).
 template <typename P>
-__device__ __forceinline__ int balancing_heads(const WorkListHeader& list, const P& p, int workers = gridDim.x) {
-  const float needed = static_cast<float>(list.longest) * workers / fmaxf(list.total, 1.0f);
+__device__ __forceinline__ int balancing_heads(const WorkListHeader& list, const P& p) {
+  const float needed = static_cast<float>(list.longest) * gridDim.x / fmaxf(list.total, 1.0f);
   if (list.heads_together != kNotTogether) {
     return list.heads_together == kBySequence && 8.0f * needed <= p.heads ? 0 : p.heads;
   }

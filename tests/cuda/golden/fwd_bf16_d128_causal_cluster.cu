@@ -216,7 +216,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
     } else if (warp == 1 && elect_one()) {
       // The first tile goes by the pair's number, the rest by a shared counter: the first CTA claims and tells the second.
       WorkListHeader* list = static_cast<WorkListHeader*>(p.work_list);
-      const int balancing = balancing_heads(*list, p, gridDim.x / 2);
+      const int balancing = balancing_heads_of_pairs(*list, p);
       const int rank = cluster_rank();
       RingPosition<kTileSlots> at;
       for (int tile = blockIdx.x / 2;; at.advance()) {
@@ -311,7 +311,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
         free_stored_q();
         wgmma_wait<0>();
         pin_registers(scores);
-        if (frees) control.k.arrive_empty_of(k_at, lane);
+        if (frees) arrive_empty_of(control.k, k_at, lane);
         k_at.advance();
         if (block >= whole_blocks) mask(block);
         float rescale[2];
@@ -337,7 +337,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
           wgmma_wait<0>();
           pin_registers(output);
           pin_registers(probabilities);
-          if (frees) control.v.arrive_empty_of(v_at, lane);
+          if (frees) arrive_empty_of(control.v, v_at, lane);
           v_at.advance();
           exponentials<kHalf, kBlockN / 2>(scores, offset, sum, scale_log2);
           pack_fragments<pack_bf16>(probabilities, scores);
@@ -345,7 +345,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
           if (any_of_warpgroup(1 + warpgroup, outgrown_bf16(probabilities))) break;
           rows.sum[0] += sum[0];
           rows.sum[1] += sum[1];
-          if (frees) control.k.arrive_empty_of(k_at, lane);
+          if (frees) arrive_empty_of(control.k, k_at, lane);
           k_at.advance();
         }
         if (block == blocks) break;
@@ -355,7 +355,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
       finish_rows();
       wgmma_wait<0>();
       pin_registers(output);
-      if (frees) control.v.arrive_empty_of(v_at, lane);
+      if (frees) arrive_empty_of(control.v, v_at, lane);
       v_at.advance();
     } else {
       free_stored_q();
@@ -367,9 +367,9 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
       for (int unread = item.kv_blocks - blocks; unread > 0; --unread) {
         if (warp % 4 == 0) {
           control.k.wait_full(k_at);
-          if (frees) control.k.arrive_empty_of(k_at, lane);
+          if (frees) arrive_empty_of(control.k, k_at, lane);
           control.v.wait_full(v_at);
-          if (frees) control.v.arrive_empty_of(v_at, lane);
+          if (frees) arrive_empty_of(control.v, v_at, lane);
         }
         k_at.advance();
         v_at.advance();
