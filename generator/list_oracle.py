@@ -22,6 +22,7 @@ class Blocking(NamedTuple):
     block_n: int
     causal: bool = False
     bottom_right: bool = False
+    warpgroup_rows: int = 64  # of block_m; causal blocks of queries end where the last such rows do
 
 
 class BuiltList(NamedTuple):
@@ -58,6 +59,8 @@ def _query_tiles(offsets_q: Ints, offsets_k: Ints, how: Blocking, most: int) -> 
     counts = -(-lengths_q // how.block_m)
     owner = np.repeat(np.arange(len(counts)), counts)[:most]
     row = (np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]) * how.block_m
+    if how.causal:
+        row -= (counts * how.block_m + -lengths_q // how.warpgroup_rows * how.warpgroup_rows)[owner]
     q_length, visible = lengths_q[owner], lengths_k[owner]
     if how.causal:
         shift = visible - q_length if how.bottom_right else 0
@@ -97,7 +100,7 @@ def assert_right_queries(
     tiles = _query_tiles(offsets_q, offsets_k, how, built.max_items - (extra_items or 0))
     items = _pieces(tiles, how, extra_items) if extra_items else tiles
     assert (built.heads_together > 0) == (len(tiles) <= 2 * (len(offsets_q) - 1)), "whether heads go together"
-    first = np.flatnonzero(np.diff(tiles[:, 4], prepend=0) <= 0) if len(tiles) else np.zeros(0, np.int64)
+    first = np.flatnonzero(tiles[:, 4] <= 0)
     lengths = np.diff(first, append=len(tiles))
     within = np.arange(len(tiles)) - np.repeat(first, lengths)
     backwards = np.repeat(first + lengths - 1, lengths) - within

@@ -105,7 +105,7 @@ def _hopper_forward(variant: Variant, config: Sm90ForwardConfig, workload: Workl
     spec = variant.spec
     split = isinstance(config, Sm90SplitConfig)
     together = packed_heads(workload.num_heads // workload.num_heads_kv) if split else 1
-    tiles = _tiles(workload, 64 // together * config.warpgroups * config.cluster)
+    tiles = _tiles(workload, 64 // together, config.warpgroups * config.cluster)
     count = sum(tiles.values()) // together
     ctas = min(config.ctas_per_sm, max(1, -(-count // device.units)))  # that have something to do
     units = _step_clocks(config, spec.head_dim, spec.head_dim_v)
@@ -298,12 +298,14 @@ def _step_clocks(config: Sm90ForwardConfig, dim: int, dim_v: int) -> Mapping[str
 
 
 @lru_cache(maxsize=64)
-def _tiles(workload: Workload, block_m: int) -> Counter[tuple[int, bool]]:
-    """How many tiles of query rows see how many keys, and are of few rows, over all heads."""
+def _tiles(workload: Workload, rows: int, warpgroups: int) -> Counter[tuple[int, bool]]:
+    """How many tiles of ``rows`` queries a warpgroup see how many keys, and are of few rows, over all heads."""
+    block_m = rows * warpgroups
     found: Counter[tuple[int, bool]] = Counter()
     for len_q, len_k in zip(workload.seqlens_q, workload.seqlens_k, strict=True):
         diagonal = len_k - len_q if workload.causal_alignment == "bottom_right" else 0
-        for first in range(0, len_q, block_m):
+        lead = -(-len_q // rows) * -rows % block_m if workload.is_causal else 0  # rows before the first tile's
+        for first in range(-lead, len_q, block_m):
             seen = min(len_k, max(0, min(len_q, first + block_m) + diagonal)) if workload.is_causal else len_k
             found[seen, _FEW_ROWS * len_q <= block_m] += workload.num_heads
     return found

@@ -185,7 +185,7 @@ class CudaForwardKernel:
             bottom_right,
             tile_queries,
             self._block_n,
-            self._causal,
+            packs.tokens * self._causal,
             max(scale, _SMALLEST_SCALE) * _LOG2_E,
         )
         if self._partial_bytes:
@@ -207,7 +207,7 @@ class CudaForwardKernel:
         loaded = self._block_n // self._cluster
         rows = (packs.tokens, loaded, loaded, packs.tokens)
         maps = tensor_map.MapCache(self._dtype, rows, (packs.heads, 1, 1, packs.heads))
-        list_key = (block, self._block_n, self._causal, *split)
+        list_key = (block, self._block_n, packs.tokens * self._causal, *split)
         tiling = _Tiling(packs, packs.total, packs.per_kv_head, block, list_key, maps)
         self._tilings[heads, heads_kv] = tiling
         return tiling

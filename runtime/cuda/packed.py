@@ -134,7 +134,7 @@ class CudaPackedKernel:
             bottom_right,
             self._block_m,
             self._block_n,
-            self._causal,
+            self._block_m * self._causal,
             max(scale, _SMALLEST_SCALE) * _LOG2_E,
         )
         plan = _Plan(bytes(block), address_comes_first(), min(self._slots, pairs))

@@ -18,7 +18,7 @@ INTEGERS = (
     "bottom_right",
     "block_m",
     "block_n",
-    "causal",
+    "causal_rows",
 )
 SCALARS = struct.Struct(f"<{len(POINTERS)}Q{len(INTEGERS)}if")
 SCALARS_OFFSET = len(MAPS) * MAP_BYTES

@@ -56,7 +56,8 @@ def assert_right(
         scalars = params.SCALARS.unpack_from(kernel._block.data, params.SCALARS_OFFSET)
         split = params.SPLIT_SCALARS.unpack_from(kernel._block.data, params.SPLIT_OFFSET)
     block = dict(zip([*params.POINTERS, *params.INTEGERS], scalars, strict=False))
-    how = list_oracle.Blocking(block["block_m"], block["block_n"], bool(block["causal"]), bottom_right)
+    rows = block["causal_rows"]
+    how = list_oracle.Blocking(block["block_m"], block["block_n"], rows > 0, bottom_right, rows or 64)
     list_oracle.assert_right_queries(
         list_oracle.read(bytes(entry.built.buffer.numpy()), block["max_items"]),
         *(cu.numpy().astype(np.int64) for cu in (cu_q, cu_k)),

@@ -29,7 +29,7 @@ struct alignas(64) Params {
   int bottom_right;          // causal alignment of unequal lengths
   int block_m;               // for the work list builder only; constants in the attention kernels
   int block_n;
-  int causal;
+  int causal_rows;           // of one warpgroup where masks are causal, else 0
   float scale_log2;          // softmax scale times log2(e), positive
   // Of kernels that split keys (algorithm split), for which `heads` and `gqa_ratio` count packs of heads:
   int packed_heads;          // query heads of one kv head that share a tile

@@ -7,16 +7,20 @@
 struct QueryBlocks {
   static constexpr bool kOfKeys = false;
   const Params& p;
-  Divisor keys;  // of a block
+  Divisor keys, queries, queries_of_warpgroup;  // of a block
 
-  __device__ __forceinline__ explicit QueryBlocks(const Params& p) : p(p), keys(p.block_n) {}
+  __device__ __forceinline__ explicit QueryBlocks(const Params& p)
+      : p(p), keys(p.block_n), queries(p.block_m), queries_of_warpgroup(max(p.causal_rows, 1)) {}
 
   __device__ __forceinline__ int size() const { return p.block_m; }
 
+  // Causal blocks end where the sequence's last warpgroup of rows ends. Rows that are left over are those before the sequence's
+  // first, in the block that visits the fewest keys; behind its last they would be in the one that visits the most.
   __device__ __forceinline__ WorkItem item(const Sequence& sequence, int block) const {
     WorkItem item = {sequence.q_begin, sequence.q_length, sequence.k_begin, sequence.k_length, block * p.block_m};
     int visible = item.k_length;
-    if (p.causal) {
+    if (p.causal_rows > 0) {
+      item.row -= queries.blocks(item.q_length) * p.block_m - queries_of_warpgroup.blocks(item.q_length) * p.causal_rows;
       const int last_row = min(item.row + p.block_m, item.q_length) - 1;
       const int shift = p.bottom_right ? item.k_length - item.q_length : 0;
       visible = min(visible, max(last_row + shift + 1, 0));

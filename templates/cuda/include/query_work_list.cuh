@@ -18,7 +18,7 @@ __device__ __forceinline__ void build_query_list(const Params& p) {
   const Totals all = count_query_blocks(builder, p.max_items, before, own_most, first,
                                         [](const WorkItem& item) { return work_bucket(item.kv_blocks); },
                                         [](const WorkItem&) { return false; });
-  const int together = go_heads_together(all.items, p.batch, p.causal);
+  const int together = go_heads_together(all.items, p.batch, p.causal_rows > 0);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     *static_cast<WorkListHeader*>(p.work_list) = {all.items, all.longest, static_cast<float>(all.cost()), together};
   }

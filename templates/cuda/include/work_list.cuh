@@ -14,7 +14,7 @@ struct alignas(16) WorkItem {  // 32 bytes, read as two int4
   int q_length;
   int k_begin;
   int k_length;
-  int row;         // first row of the block, within the sequence
+  int row;         // first row of the block, within the sequence; of causal queries it may come before the sequence's first
   union {
     int kv_blocks;  // of queries: key blocks that the block visits (0: no visible key)
     int q_blocks;   // of keys: query blocks in which some row sees one of them
