@@ -14,7 +14,7 @@ import torch
 
 from jagtile.generator.oracle import CausalAlignment, torch_dtype
 from jagtile.generator.spec import Direction, DType, KernelSpec
-from jagtile.runtime.problem import FEW, Problem, regimes_for
+from jagtile.runtime.problem import FEW, HUGE, Problem, regimes_for
 
 _NAMED = Path(__file__).with_name("workloads.json")
 
@@ -289,6 +289,7 @@ _FEW = tuple(
         ("3x800-h16-gqa", (1300, 700, 500), 16, 2),
     )
 )
+_SKEWED = Workload("16k-6x256", (16384, *(256,) * 6), (16384, *(256,) * 6), 16, 16, 128, 128)
 # Sequences; a CPU has less to fill.
 _CPU_SIZES = {"tiny": 512, "short": 96, "medium": 32, "long": 2, "cross": 8, "decode": 16}
 
@@ -303,6 +304,8 @@ def representative(spec: KernelSpec, regime: str, target: str) -> tuple[Workload
         raise ValueError(f"no regime {regime!r} of {spec.name} on {target}; regimes: {', '.join(has)}")
     if regime == FEW:
         return tuple(_for_spec(replace(base, head_dim=spec.head_dim), spec, regime) for base in _FEW)
+    if regime == HUGE:
+        return tuple(_for_spec(base, spec, regime) for base in (named()["u4k-d128"], _SKEWED))
     bases = [named()[name] for name in _GPU_REPRESENTATIVES[regime]]
     if target == "cpu":
         bases = [_cut(named()["cpu-d64"] if regime == "medium" else bases[0], _CPU_SIZES[regime])]
@@ -312,6 +315,8 @@ def representative(spec: KernelSpec, regime: str, target: str) -> tuple[Workload
         bases = bases[1:]
     elif regime == "short":
         bases.append(replace(bases[0], name=f"{bases[0].name}-gqa", num_heads_kv=bases[0].num_heads // 4))
+    elif regime == "long" and HUGE in has:
+        bases = bases[1:]
     return tuple(_for_spec(base, spec, regime) for base in bases)
 
 

@@ -157,8 +157,8 @@ def warmup(
         head_dim_v: D_v; None is D.
         is_causal: as in the calls to come.
         device: where they will run; None is the current CUDA device, the CPU where there is none.
-        regimes: some of "tiny", "short", "medium", "long", "cross", "decode", "few"; None is all. A long or
-            medium batch of few tiles is of "few" (docs/dispatch.md).
+        regimes: some of "tiny", "short", "medium", "long", "cross", "decode", "few", "huge"; None is all. A long or
+            medium batch of few tiles is of "few", others of very long sequences are "huge" (docs/dispatch.md).
         training: whether gradients will be wanted: the backward kernels too, where there are any.
         dropout: whether there will be dropout: the kernels with it too.
 

@@ -16,7 +16,7 @@ from jagtile.runtime.errors import CompilerNotFoundError, UnsupportedError
 from jagtile.runtime.fallback import no_kernel
 from jagtile.runtime.loader import cached, kernel_table
 from jagtile.runtime.njt import pack
-from jagtile.runtime.problem import DTYPE_NAMES, FEW, FEW_TILES, Problem
+from jagtile.runtime.problem import DTYPE_NAMES, FEW, FEW_TILES, HUGE, HUGE_MEAN, MAX_SHARE, Problem
 from jagtile.runtime.settings import settings
 from jagtile.runtime.trainable import requires_grad
 
@@ -49,7 +49,7 @@ class Explanation:
             f"device    {device.slug} ({device.label}, {device.units} units{bandwidth}), target {device.target}",
             f"problem   {problem.batch} sequences, {problem.total_q} queries, {problem.total_k} keys, "
             f"{problem.heads} heads over {problem.heads_kv}{hints}",
-            f"regime    {self.decision.regime}{self._why_few()}",
+            f"regime    {self.decision.regime}{self._why()}",
             *(f"look-up   {step.place}: {step.answer}" for step in self.decision.steps),
             f"variant   {self.variant.name}",
             *([f"tiles     {remark}"] if remark else []),
@@ -58,12 +58,17 @@ class Explanation:
         ]
         return "\n".join(lines)
 
-    def _why_few(self) -> str:
+    def _why(self) -> str:
+        """Of the regimes that have a neighbour."""
         regime, *neighbours = self.decision.look_up
-        if regime != FEW:
+        whys = {
+            FEW: f"{self.problem.rows} query rows in all heads, less than {FEW_TILES} tiles of 128",
+            HUGE: f"{HUGE_MEAN} tokens or more in the mean, or {MAX_SHARE * HUGE_MEAN} in the longest sequence",
+        }
+        if regime not in whys:
             return ""
         served_as = f"; served as {neighbours[0]}, as nothing is chosen for it" if self.decision.is_borrowed else ""
-        return f": {self.problem.rows} query rows in all heads, less than {FEW_TILES} tiles of 128{served_as}"
+        return f": {whys[regime]}{served_as}"
 
 
 def explain(

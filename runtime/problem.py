@@ -8,16 +8,23 @@ import torch
 
 from jagtile.generator.spec import Direction, DType, KernelSpec
 
-REGIMES: tuple[str, ...] = ("tiny", "short", "medium", "long", "cross", "decode", "few")
-FEW = "few"
+REGIMES: tuple[str, ...] = ("tiny", "short", "medium", "long", "cross", "decode", "few", "huge")
+FEW, HUGE = "few", "huge"
 
 LookUp = tuple[str, ...]  # the regimes whose choices serve a call, in order: its own, then the neighbour's
 
-# What ``regime_index`` gives an index into. A batch of few tiles is medium or long all the same, and is served as such
-# where nothing is chosen for "few"; no other regime has a neighbour.
-LOOK_UPS: tuple[LookUp, ...] = (*((name,) for name in REGIMES if name != FEW), (FEW, "medium"), (FEW, "long"))
+# What ``regime_index`` gives an index into. A batch of few tiles is medium or long all the same and a huge one is long,
+# and each is served as such where nothing is chosen for it; no other regime has a neighbour.
+_OF_GPU_FORWARDS = (FEW, HUGE)
+LOOK_UPS: tuple[LookUp, ...] = (
+    *((name,) for name in REGIMES if name not in _OF_GPU_FORWARDS),
+    (FEW, "medium"),
+    (FEW, "long"),
+    (HUGE, "long"),
+)
 _MEDIUM, _LONG = (LOOK_UPS.index((name,)) for name in ("medium", "long"))
 _FEW_AND_MEDIUM, _FEW_AND_LONG = (LOOK_UPS.index((FEW, name)) for name in ("medium", "long"))
+_HUGE = LOOK_UPS.index((HUGE, "long"))
 
 DTYPE_NAMES: dict[torch.dtype, DType] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -28,6 +35,7 @@ SHORT_MEAN = 96
 GROUP = 4  # query heads a kv head from which on nothing is tiny: packed, few tokens fill a tile
 SHORT_MEAN_OF_GROUPS = 128
 LONG_MEAN = 1024
+HUGE_MEAN = 2048  # of forwards on a GPU
 MAX_SHARE = 8
 UNEQUAL_RATIO = 2  # total_k and total_q further apart than this make a cross (or decode) batch
 DECODE_MEAN = 16  # queries a sequence, at most
@@ -58,8 +66,10 @@ class Problem:
 
 
 def regimes_for(direction: Direction, device: str) -> tuple[str, ...]:
-    """The regimes of a direction's specs on a kind of device or target; "few" is of forwards on a GPU only."""
-    return REGIMES if direction == "fwd" and device != "cpu" else tuple(name for name in REGIMES if name != FEW)
+    """The regimes of a direction's specs on a kind of device or target; "few" and "huge" are of forwards on a GPU."""
+    if direction == "fwd" and device != "cpu":
+        return REGIMES
+    return tuple(name for name in REGIMES if name not in _OF_GPU_FORWARDS)
 
 
 def look_up_of(regime: str) -> LookUp:
@@ -69,7 +79,7 @@ def look_up_of(regime: str) -> LookUp:
 
 def look_up(problem: Problem, device: str = "cuda") -> LookUp:
     """The regimes that serve a problem on a kind of device or target."""
-    few_is_known = FEW in regimes_for(problem.spec.direction, device)
+    has_all = regimes_for(problem.spec.direction, device) == REGIMES
     return LOOK_UPS[
         regime_index(
             problem.batch,
@@ -78,7 +88,7 @@ def look_up(problem: Problem, device: str = "cuda") -> LookUp:
             problem.max_seqlen_q or 0,
             problem.max_seqlen_k or 0,
             problem.heads // problem.heads_kv,
-            problem.rows if few_is_known else 0,
+            problem.rows if has_all else 0,
         )
     ]
 
@@ -102,7 +112,8 @@ def regime_index(
     tiny: both mean lengths up to 18; short: up to 96. With a ``group`` of 4 or more query heads a kv head, which the
     short regime packs into tiles, all up to 128 is short. Then, where queries and keys differ by more than a factor of
     two, decode (up to 16 queries a sequence against more keys) or cross. Otherwise medium below a mean of 1024, long
-    from there on; of these, from a mean of 512 on, few with less than ``FEW_ROWS`` rows. ``rows`` 0: never few.
+    from there on, huge from 2048 on; of these, from a mean of 512 on, few with less than ``FEW_ROWS`` rows. ``rows`` 0:
+    never few or huge.
     """
     short_mean = SHORT_MEAN if group < GROUP else SHORT_MEAN_OF_GROUPS
     total = total_q if total_q > total_k else total_k
@@ -116,4 +127,6 @@ def regime_index(
     is_medium = total < LONG_MEAN * batch and longest < LONG_MEAN * MAX_SHARE
     if 0 < rows < FEW_ROWS and (total >= FEW_MEAN * batch or longest >= FEW_MEAN * MAX_SHARE):
         return _FEW_AND_MEDIUM if is_medium else _FEW_AND_LONG
-    return _MEDIUM if is_medium else _LONG
+    if is_medium:
+        return _MEDIUM
+    return _HUGE if rows > 0 and (total >= HUGE_MEAN * batch or longest >= HUGE_MEAN * MAX_SHARE) else _LONG

@@ -97,7 +97,7 @@ def test_a_damaged_line_is_a_warning_and_the_rest_is_shown(run, recorded):
     ("arguments", "message"),
     [
         (("show", "fwd"), "is not a name like"),
-        (("show", "--regime", "huge"), "no regime 'huge'; there are tiny, short"),
+        (("show", "--regime", "vast"), "no regime 'vast'; there are tiny, short"),
         (("show", "--device", "../.."), "device slug"),
         (("show", "fwd_fp32_d3"), "no records of spec fwd_fp32_d3"),
         (("burn",), "No such command"),

@@ -212,7 +212,7 @@ def test_a_dry_run_for_a_gpu_that_is_not_here_predicts_and_gives_the_reasons_of_
         ((SPEC, "--target", "sm_20", "--dry-run"), "no device of target 'sm_20'"),
         ((SPEC, "--target", "sm_90a", "--dry-run"), "dtype must be bf16 or fp16"),
         (("fwd_fp32",), "is not a name like"),
-        ((SPEC, "--regime", "huge"), "no regime huge; there are tiny, short"),
+        ((SPEC, "--regime", "vast"), "no regime vast; there are tiny, short"),
         ((SPEC, "--regime", "few", "--device", "cpu"), "on cpu has no regime few; it has tiny"),
         (("bwd_bf16_d128", "--regime", "few", "--target", "sm_90a", "--dry-run"), "on sm_90a has no regime few"),
         ((SPEC, "--budget", "soon"), "neither a number of trials"),

@@ -128,4 +128,4 @@ def test_what_stands_for_a_regime_belongs_to_it(target, causal, head_dims):
 
 def test_an_unknown_regime_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="short, medium, long, cross, decode"):
-        representative(KernelSpec.parse("fwd_bf16_d64"), "huge", "cpu")
+        representative(KernelSpec.parse("fwd_bf16_d64"), "vast", "cpu")

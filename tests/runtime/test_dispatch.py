@@ -144,7 +144,7 @@ def test_some_regimes_have_a_default_of_their_own(regime):
 
 def test_a_regime_has_its_own_config(plain_spaces):
     entry = ChoiceEntry(default=plain_spaces(64), regimes={"long": plain_spaces(128)})
-    decision = choose(problem(length=4096), H200, FakeDatabase(user__sm90_132sm=choices(entry)))
+    decision = choose(problem(length=2047), H200, FakeDatabase(user__sm90_132sm=choices(entry)))
     assert (decision.regime, decision.variant.config.block) == ("long", 128)
 
 

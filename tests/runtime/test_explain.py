@@ -57,11 +57,11 @@ def test_it_tells_spec_device_regime_variant_and_every_step():
 def test_its_text_is_for_people(monkeypatch):
     h200 = DeviceId("sm90-132sm", "sm_90a", "NVIDIA H200", 132, 4917, "9.0")
     monkeypatch.setattr(explain, "device_id", lambda device: h200)
-    problem = Problem(KernelSpec("fwd", "bf16", 128, 128, True), 8, 32768, 32768, 32, 8, max_seqlen_k=4096)
+    problem = Problem(KernelSpec("fwd", "bf16", 128, 128, True), 32, 32768, 32768, 32, 8, max_seqlen_k=4096)
     assert str(explain.explain_problem(problem, "cuda:0")).splitlines() == [
         "spec      fwd_bf16_d128_causal",
         "device    sm90-132sm (NVIDIA H200, 132 units, 4917 GB/s), target sm_90a",
-        "problem   8 sequences, 32768 queries, 32768 keys, 32 heads over 8, max_seqlen_k 4096",
+        "problem   32 sequences, 32768 queries, 32768 keys, 32 heads over 8, max_seqlen_k 4096",
         "regime    long",
         "look-up   user choices for sm90-132sm: nothing recorded",
         "look-up   shipped choices for sm90-132sm: nothing recorded",
@@ -70,6 +70,15 @@ def test_its_text_is_for_people(monkeypatch):
         "source    default",
         "artifact  would build",
     ]
+
+
+def test_why_a_batch_is_huge_is_told(monkeypatch):
+    h200 = DeviceId("sm90-132sm", "sm_90a", "NVIDIA H200", 132, 4917, "9.0")
+    monkeypatch.setattr(explain, "device_id", lambda device: h200)
+    problem = Problem(KernelSpec("fwd", "bf16", 128, 128, True), 8, 32768, 32768, 32, 8)
+    why = "2048 tokens or more in the mean, or 16384 in the longest sequence"
+    lines = str(explain.explain_problem(problem, "cuda:0")).splitlines()
+    assert f"regime    huge: {why}; served as long, as nothing is chosen for it" in lines
 
 
 def test_why_a_batch_is_few_is_told_and_as_what_it_is_served(monkeypatch):

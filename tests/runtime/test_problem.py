@@ -13,6 +13,7 @@ from jagtile.generator.workloads import named, representative
 from jagtile.runtime.problem import (
     FEW_MEAN,
     FEW_ROWS,
+    HUGE_MEAN,
     LOOK_UPS,
     REGIMES,
     SHORT_MEAN,
@@ -55,8 +56,8 @@ def of(workload, hints: bool, device: str = "cuda") -> str:
         ("vit-d64", "medium"),
         ("sft-d128-gqa-causal", "medium"),
         ("u1k-d128", "long"),
-        ("u4k-d128", "long"),
-        ("u16k-d128", "long"),
+        ("u4k-d128", "huge"),
+        ("u16k-d128", "huge"),
         ("cross-d64", "cross"),
         ("mixed-d128-gqa-causal", "cross"),
         ("decode-d128-gqa", "decode"),
@@ -88,7 +89,7 @@ def test_what_was_measured_at_lengths_near_the_borders_is_heeded():
 def test_a_few_very_long_sequences_are_seen_through_max_seqlen():
     skewed = named()["skew-d128"]
     assert of(skewed, hints=False) == "medium"
-    assert of(skewed, hints=True) == "long"
+    assert of(skewed, hints=True) == "huge"
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,12 @@ def few_rows(lengths: tuple[int, ...], heads: int, keys: int | None = None, **mo
         (few_rows((8192,), 4), ("few", "long")),
         (few_rows((600,) * 10, 7), ("few", "medium")),
         (few_rows((600,) * 11, 7), ("medium",)),  # 361 tiles of 128 rows
-        (few_rows((8192,), 8), ("long",)),
+        (few_rows((8192,), 8), ("huge", "long")),
+        (few_rows((2048,), 24), ("huge", "long")),
+        (few_rows((2047,), 24), ("long",)),
+        (few_rows((1024,), 42), ("long",)),
+        (few_rows((16384, *(50,) * 50), 9, max_seqlen_q=16384), ("huge", "long")),
+        (few_rows((16384, *(50,) * 50), 9, max_seqlen_q=16383), ("long",)),
         (few_rows((500,) * 3, 2), ("medium",)),
         (few_rows((16384, *(50,) * 50), 1), ("medium",)),
         (few_rows((16384, *(50,) * 50), 1, max_seqlen_q=16384), ("few", "long")),
@@ -141,34 +147,37 @@ def few_rows(lengths: tuple[int, ...], heads: int, keys: int | None = None, **mo
         (few_rows((60,) * 4, 4), ("short",)),
     ],
 )
-def test_long_batches_of_few_tiles_are_few_and_what_they_were_before(problem, expected):
+def test_long_batches_of_few_tiles_and_huge_ones_are_what_they_were_before_too(problem, expected):
     assert look_up(problem) == look_up(problem, "sm_90a") == expected
     assert regime(problem) == expected[0]
 
 
-def test_no_backward_and_nothing_on_a_cpu_is_few():
+def test_no_backward_and_nothing_on_a_cpu_is_few_or_huge():
     problem = few_rows((4000, 4358, 5031), 2)
     assert look_up(problem, "cpu") == ("long",)
     assert look_up(replace(problem, spec=replace(SPEC, direction="bwd"))) == ("long",)
-    assert "few" not in {*regimes_for("fwd", "cpu"), *regimes_for("bwd", "sm_90a"), *regimes_for("bwd", "cuda")}
+    for direction, device in (("fwd", "cpu"), ("bwd", "sm_90a"), ("bwd", "cuda")):
+        assert regimes_for(direction, device) == tuple(name for name in REGIMES if name not in ("few", "huge"))
     assert regimes_for("fwd", "sm_90a") == regimes_for("fwd", "cuda") == REGIMES
 
 
 @given(counts, counts, counts, counts, counts, st.integers(1, 64), counts)
-def test_few_says_nothing_but_that_tiles_are_few(batch, total_q, total_k, max_q, max_k, group, rows):
+def test_few_and_huge_say_nothing_but_that_batches_are(batch, total_q, total_k, max_q, max_k, group, rows):
     plain = regime_index(batch, total_q, total_k, max_q, max_k, group)
     found = LOOK_UPS[regime_index(batch, total_q, total_k, max_q, max_k, group, rows)]
     assert found[-1] == REGIMES[plain]
     if len(found) > 1:
-        assert found[0] == "few"
-        assert 0 < rows < FEW_ROWS
-        assert max(total_q, total_k) >= FEW_MEAN * batch or max(max_q, max_k) >= 8 * FEW_MEAN
+        mean = {"few": FEW_MEAN, "huge": HUGE_MEAN}[found[0]]
+        assert rows > 0
+        assert (rows < FEW_ROWS) == (found[0] == "few")
+        assert max(total_q, total_k) >= mean * batch or max(max_q, max_k) >= 8 * mean
 
 
 def test_a_regime_by_its_name_is_looked_up_as_a_batch_of_it_is():
     assert {look_up_of(name)[0] for name in REGIMES} == set(REGIMES)
     assert {look_up_of(name) for name in REGIMES} < set(LOOK_UPS)
     assert look_up_of("few") == ("few", "long")
+    assert look_up_of("huge") == ("huge", "long")
     assert look_up_of("") == ("",)
 
 
