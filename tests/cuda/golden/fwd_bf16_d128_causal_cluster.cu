@@ -205,9 +205,10 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
           const uint32_t buffer = q_tiles + at.slot * kQBytes;
           control.q.wait_empty(at);
           mbarrier_expect_bytes(full, kPanels * kQPanelBytes);
+          const int row = max(item.row + 64 * warpgroup, 0);  // never before the tensor's first
 #pragma unroll
           for (int panel = 0; panel < kPanels; ++panel) {
-            tma_load_ragged(buffer + panel * kQPanelBytes, &p.map_q, full, 64 * panel, item.row + 64 * warpgroup,
+            tma_load_ragged(buffer + panel * kQPanelBytes, &p.map_q, full, 64 * panel, row,
                             head, item.q_begin, item.q_length, kEvictFirst);
           }
           at.advance();
@@ -276,7 +277,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
     // The tile's first key blocks, of which this warpgroup's rows see some key, and those that all of them see whole.
     const int last_row = min(item.row + 64 * warpgroup + 63, item.q_length - 1);
     const int keys = max(min(item.k_length, last_row + shift + 1), 0);
-    const bool idle = item.row + 64 * warpgroup >= item.q_length;
+    const bool idle = static_cast<unsigned>(item.row + 64 * warpgroup) >= item.q_length;  // or come before the first
     const int blocks = idle ? 0 : (keys + kBlockN - 1) / kBlockN;
     const int whole_blocks = max(min(item.k_length, item.row + 64 * warpgroup + shift + 1), 0) / kBlockN;
     const int upper_limit = item.row + thread_row + shift + 1;  // keys that the thread's upper row sees
@@ -288,7 +289,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
         const float sum = sum_of_row(rows.sum[h]);
         inverse[h] = inverse_of_sum(sum);
         const int row = item.row + thread_row + 8 * h;
-        if (p.lse != nullptr && lane % 4 == 0 && row < item.q_length) {
+        if (p.lse != nullptr && lane % 4 == 0 && static_cast<unsigned>(row) < item.q_length) {
           p.lse[static_cast<long long>(head) * p.total_q + item.q_begin + row] =
               log_of_sum(probability_offset<kHeadroom>(rows.reference[h], scale_log2), sum);
         }
@@ -383,7 +384,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
     named_barrier_sync(1 + warpgroup, 128);  // O is staged
     if (leader) {
       const int row = item.row + 64 * warpgroup;
-      if (row < item.q_length) {
+      if (static_cast<unsigned>(row) < item.q_length) {
 #pragma unroll
         for (int panel = 0; panel < kPanelsV; ++panel) {
           tma_store_ragged(&p.map_out, q_tile + panel * kQPanelBytes, 64 * panel, row, head,

@@ -200,9 +200,10 @@ jagtile_fwd_bf16_d128_causal_split_m128_n128_s3_q1_c1(const __grid_constant__ Pa
           const uint32_t buffer = q_tiles + at.slot * kQBytes;
           control.q.wait_empty(at);
           mbarrier_expect_bytes(full, kPanels * tokens * p.packed_heads * 128);
+          const int row = max(item.row + tokens * warpgroup, 0);  // never before the tensor's first
 #pragma unroll
           for (int panel = 0; panel < kPanels; ++panel) {
-            tma_load_ragged(buffer + panel * kQPanelBytes, &p.map_q, full, 64 * panel, item.row + tokens * warpgroup,
+            tma_load_ragged(buffer + panel * kQPanelBytes, &p.map_q, full, 64 * panel, row,
                             head * p.packed_heads, item.q_begin, item.q_length, kEvictFirst);
           }
           at.advance();
@@ -252,7 +253,7 @@ jagtile_fwd_bf16_d128_causal_split_m128_n128_s3_q1_c1(const __grid_constant__ Pa
     // The piece's first key blocks, of which this warpgroup's rows see some key.
     const int last_row = min(first_token + tokens - 1, item.q_length - 1);
     const int keys = max(min(item.k_length, last_row + shift + 1), 0);
-    const bool idle = first_token >= item.q_length;
+    const bool idle = static_cast<unsigned>(first_token) >= item.q_length;  // or come before the first
     const int blocks = idle ? begin : max(min((keys + kBlockN - 1) / kBlockN, item.kv_blocks), begin);
     if (blocks > begin) {
       float scores[kBlockN / 2];
@@ -333,7 +334,7 @@ jagtile_fwd_bf16_d128_causal_split_m128_n128_s3_q1_c1(const __grid_constant__ Pa
       }
     }
 
-    const int valid_tokens = min(item.q_length - first_token, tokens);
+    const int valid_tokens = first_token < 0 ? 0 : min(item.q_length - first_token, tokens);
     auto store_lse = [&](const PackedRow& row, float offset, float sum) {
       if (p.lse != nullptr && row.token < valid_tokens) {
         const long long first = static_cast<long long>(head * p.packed_heads + row.head) * p.total_q;
@@ -371,7 +372,7 @@ jagtile_fwd_bf16_d128_causal_split_m128_n128_s3_q1_c1(const __grid_constant__ Pa
     named_barrier_sync(1 + warpgroup, 128);  // O is staged
     if (leader) {
       const int row = first_token;
-      if (complete && row < item.q_length) {
+      if (complete && static_cast<unsigned>(row) < item.q_length) {
 #pragma unroll
         for (int panel = 0; panel < kPanelsV; ++panel) {
           tma_store_ragged(&p.map_out, q_tile + panel * kQPanelBytes, 64 * panel, row, head * p.packed_heads,

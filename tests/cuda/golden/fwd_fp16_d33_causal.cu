@@ -179,7 +179,7 @@ jagtile_fwd_fp16_d33_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant_
       RingPosition<kQBuffers> at;
       for_each_tile(control, [&](const WorkItem& item, int head) {
         for (int warpgroup = 0; warpgroup < kWarpgroups; ++warpgroup) {
-          const int row = item.row + 64 * warpgroup;
+          const int row = max(item.row + 64 * warpgroup, 0);
           control.q.wait_empty(at);
           load_rows<64, kColumns, kQPanelBytes>(q_tiles + at.slot * kQBytes, p.q, item.q_begin + row, head,
                                                 item.q_length - row);
@@ -227,7 +227,7 @@ jagtile_fwd_fp16_d33_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant_
     // The tile's first key blocks, of which this warpgroup's rows see some key, and those that all of them see whole.
     const int last_row = min(item.row + 64 * warpgroup + 63, item.q_length - 1);
     const int keys = max(min(item.k_length, last_row + shift + 1), 0);
-    const bool idle = item.row + 64 * warpgroup >= item.q_length;
+    const bool idle = static_cast<unsigned>(item.row + 64 * warpgroup) >= item.q_length;  // or come before the first
     const int blocks = idle ? 0 : (keys + kBlockN - 1) / kBlockN;
     const int whole_blocks = max(min(item.k_length, item.row + 64 * warpgroup + shift + 1), 0) / kBlockN;
     const int upper_limit = item.row + thread_row + shift + 1;  // keys that the thread's upper row sees
@@ -239,7 +239,7 @@ jagtile_fwd_fp16_d33_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant_
         const float sum = sum_of_row(rows.sum[h]);
         inverse[h] = inverse_of_sum(sum);
         const int row = item.row + thread_row + 8 * h;
-        if (p.lse != nullptr && lane % 4 == 0 && row < item.q_length) {
+        if (p.lse != nullptr && lane % 4 == 0 && static_cast<unsigned>(row) < item.q_length) {
           p.lse[static_cast<long long>(head) * p.total_q + item.q_begin + row] =
               log_of_sum(probability_offset<kHeadroom>(rows.reference[h], scale_log2), sum);
         }
@@ -331,7 +331,8 @@ jagtile_fwd_fp16_d33_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant_
 
     scale_rows(output, inverse);
     const int first_row = item.row + thread_row;
-    store_rows<pack_fp16, kColumnsV>(output, p.out, item.q_begin + first_row, head, item.q_length - first_row, thread_column);
+    const int rows_left = first_row < 0 ? 0 : item.q_length - first_row;
+    store_rows<pack_fp16, kColumnsV>(output, p.out, item.q_begin + first_row, head, rows_left, thread_column);
     control.tile.arrive_empty(tile_at);
     q_at.advance_by(kWarpgroups);
   }
