@@ -24,7 +24,7 @@ from jagtile.generator.peer import Peer, Prepared
 from jagtile.generator.peers import OURS, PEERS
 from jagtile.generator.spec import DType
 from jagtile.generator.spot_check import BUDGET_FLOPS, SpotCheck, spot_check
-from jagtile.generator.timing import timer_for
+from jagtile.generator.timing import FLUSH_COVER, timer_for
 from jagtile.generator.worker import Note
 from jagtile.generator.workloads import JaggedBatch, Workload
 from jagtile.runtime.device import device_id
@@ -32,7 +32,6 @@ from jagtile.runtime.dispatch import choose
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.tuning_db.store import Database
 
-_FLUSH_COVER = 4  # bytes written before a call, over those of the last-level cache
 _CYCLES_PER_US = 2000  # at the highest clocks there are
 _HIDDEN_SHARE = 1.5  # of a call's host time, for which the device is kept busy before it, and a little more
 _HIDDEN_EXTRA_US = 50.0
@@ -52,7 +51,7 @@ class ColdClock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        size = _FLUSH_COVER * timer_for(device).cache_bytes
+        size = FLUSH_COVER * timer_for(device).cache_bytes
         self._flushed = torch.zeros(size // 4, dtype=torch.int32, device=device)
 
     def sample(self, call: Callable[[], object], hidden_us: float) -> Sample:

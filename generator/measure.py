@@ -35,6 +35,7 @@ PREPARING = "prepare inputs of "  # begins the notes of work that no kernel can 
 
 _CACHE_COVER = 2.5  # the rotating inputs are this many times the last-level cache
 _MAX_SETS = 64
+_HEAVY_FLOPS = 2e10  # of a forward: 30 µs of an H200's tensor cores; launches of so many are timed apart
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class Trials:
         note(f"{PREPARING}{workload.name}")
         spec = KernelSpec.parse(candidates[0][1].meta.spec)
         kind, sets = pass_of(spec.direction), self._sets(spec.direction, workload, spec.dtype)
+        apart = workload.flops >= _HEAVY_FLOPS
         samplers: dict[str, Sampler] = {}
         for label, artifact in candidates:
             note(label)
@@ -127,7 +129,7 @@ class Trials:
             def launch(index: int, kernel: Kernel = kernel) -> None:
                 kind.launch(kernel, workload, sets[index % len(sets)])
 
-            samplers[label] = self._timer.sampler(launch, len(sets), plan.sample_ms)
+            samplers[label] = self._timer.sampler(launch, len(sets), plan.sample_ms, apart=apart)
         samples: dict[str, list[float]] = {label: [] for label in samplers}
         live = list(samplers)
         rounds = plan.rounds

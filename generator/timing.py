@@ -1,4 +1,5 @@
-"""Timers of launches: CUDA graphs of several launches between events on a GPU, the host's clock on a CPU.
+"""Timers of launches: on a GPU CUDA graphs of several launches between events, or events around launches that come
+apart; the host's clock on a CPU.
 
 ``launch(i)`` launches on the i-th of ``sets`` rotating sets of inputs; a sampler runs a fixed number of launches and
 returns microseconds a launch.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +20,8 @@ Launch = Callable[[int], None]
 Sampler = Callable[[], float]
 
 _MAX_LAUNCHES = 256  # of one sample
+_REST_CYCLES = 400_000  # some 200 µs
+FLUSH_COVER = 4  # bytes that a flush writes, over those of the last-level cache
 _FALLBACK_CACHE_BYTES = 32 << 20
 _MAX_CPU_CACHE_BYTES = 64 << 20  # a cache shared by a hundred cores would take seconds to rotate through
 
@@ -27,8 +31,12 @@ class Timer(Protocol):
 
     cache_bytes: int  # of the last-level cache, that rotating inputs must exceed
 
-    def sampler(self, launch: Launch, sets: int, sample_ms: float) -> Sampler:
-        """Warm up, then a sampler of about ``sample_ms`` milliseconds that rotates through ``sets`` inputs."""
+    def sampler(self, launch: Launch, sets: int, sample_ms: float, *, apart: bool = False) -> Sampler:
+        """Warm up, then a sampler of about ``sample_ms`` milliseconds of launches that rotates through ``sets`` inputs.
+
+        ``apart``: a GPU rests before each launch, and overwrites its cache. In a row, launches that keep the tensor
+        cores busy meet the power limit, and other configs win at the lower clock. Each takes tens of microseconds.
+        """
         ...
 
 
@@ -38,7 +46,7 @@ def timer_for(device: torch.device) -> Timer:
 
 
 class GraphTimer:
-    """Replays a CUDA graph of several launches, so that the host's cost is left out."""
+    """Leaves the host's cost out: it replays a CUDA graph of several launches, or hides behind the device's rest."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -46,7 +54,7 @@ class GraphTimer:
         # One for all graphs: work lists are kept by stream, and those that a graph uses must be kept.
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def sampler(self, launch: Launch, sets: int, sample_ms: float) -> Sampler:
+    def sampler(self, launch: Launch, sets: int, sample_ms: float, *, apart: bool = False) -> Sampler:
         from jagtile.runtime.cuda.work_list import reuse_while_capturing
 
         begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -62,6 +70,8 @@ class GraphTimer:
             end.record()
             end.synchronize()
         launches = _launches(begin.elapsed_time(end) / 3, sets, sample_ms)
+        if apart:
+            return self._sampler_apart(launch, launches)
         # The work lists are left out: a batch's layers share one, built once.
         with reuse_while_capturing(), torch.cuda.graph(graph, stream=stream):
             for index in range(launches):
@@ -78,6 +88,29 @@ class GraphTimer:
 
         return sample
 
+    def _sampler_apart(self, launch: Launch, launches: int) -> Sampler:
+        def event() -> torch.cuda.Event:
+            return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+        around = [(event(), event()) for _ in range(launches)]
+
+        def sample() -> float:
+            with torch.cuda.stream(self._stream):
+                for index, (begin, end) in enumerate(around):
+                    torch.cuda._sleep(_REST_CYCLES)  # type: ignore[no-untyped-call]
+                    self._flushed.add_(1)
+                    begin.record()
+                    launch(index)
+                    end.record()
+            torch.cuda.synchronize(self.device)
+            return 1e3 * sum(float(begin.elapsed_time(end)) for begin, end in around) / launches
+
+        return sample
+
+    @cached_property
+    def _flushed(self) -> torch.Tensor:
+        return torch.zeros(FLUSH_COVER * self.cache_bytes // 4, dtype=torch.int32, device=self.device)
+
 
 class HostTimer:
     """perf_counter around launches that are complete at return."""
@@ -85,7 +118,7 @@ class HostTimer:
     def __init__(self) -> None:
         self.cache_bytes = min(_last_level_cache(), _MAX_CPU_CACHE_BYTES)
 
-    def sampler(self, launch: Launch, sets: int, sample_ms: float) -> Sampler:
+    def sampler(self, launch: Launch, sets: int, sample_ms: float, *, apart: bool = False) -> Sampler:
         launch(0)
         begin = time.perf_counter()
         launch(1)

@@ -69,6 +69,22 @@ def test_a_graph_of_launches_is_timed():
     assert timer.cache_bytes > 0
 
 
+def test_launches_apart_are_timed_without_the_rest_between_them():
+    device = torch.device("cuda", torch.cuda.current_device())
+    buffers = [torch.zeros(1 << 26, device=device) for _ in range(2)]
+    launched = []
+
+    def launch(index: int) -> None:
+        launched.append(index)
+        buffers[index % 2].add_(1)
+
+    timer = GraphTimer(device)
+    in_a_row, apart = (timer.sampler(launch, sets=2, sample_ms=1.0, apart=apart) for apart in (False, True))
+    enqueued = len(launched)
+    assert apart() == pytest.approx(in_a_row(), rel=0.3)  # the rest alone takes twice as long
+    assert len(launched) > enqueued
+
+
 def test_the_oracle_is_the_same_on_the_gpu_and_takes_long_sequences():
     small = Workload("small", (50, 0, 1, 300), (70, 5, 0, 300), 4, 2, 32, 32, True, "bottom_right")
     batch = small.make("cpu", "fp32")

@@ -15,7 +15,7 @@ from jagtile.generator.oracle import reference
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant
 from jagtile.generator.timing import HostTimer
-from jagtile.generator.workloads import Workload
+from jagtile.generator.workloads import Workload, named
 
 SPEC = KernelSpec.parse("fwd_bf16_d32_causal")
 SMALL = Workload("small", (40, 7), (40, 7), 2, 1, 32, 32, True)
@@ -150,7 +150,7 @@ def test_all_candidates_run_in_each_round_and_slow_ones_are_dropped(monkeypatch)
     class FakeTimer:
         cache_bytes = 1
 
-        def sampler(self, launch, sets, sample_ms):
+        def sampler(self, launch, sets, sample_ms, *, apart=False):
             label = labels.pop(0)
             launch(0)
 
@@ -171,6 +171,25 @@ def test_all_candidates_run_in_each_round_and_slow_ones_are_dropped(monkeypatch)
     assert noted[4:] == order
 
 
+def test_launches_that_meet_the_power_limit_are_timed_apart(monkeypatch):
+    asked = []
+
+    class FakeTimer:
+        cache_bytes = 1
+
+        def sampler(self, launch, sets, sample_ms, *, apart=False):
+            asked.append(apart)
+            return lambda: 1.0
+
+    monkeypatch.setattr(measure, "load", lambda artifact, device: ByOracle())
+    trials = Trials("cpu")
+    trials._timer = FakeTimer()
+    trials._sets = lambda *which: [None]
+    for workload in (SMALL, named()["u4k-d128"]):
+        trials.time([("it", made("it"))], workload, Plan(rounds=1, sample_ms=1), note)
+    assert asked == [False, True]
+
+
 def test_where_samples_are_spread_widely_there_are_as_many_rounds_again_once(monkeypatch):
     times = {"steady": [10.0], "shaky": [10.0, 12.0], "slow and shaky": [20.0, 30.0]}
     monkeypatch.setattr(measure, "load", lambda artifact, device: ByOracle())
@@ -181,7 +200,7 @@ def test_where_samples_are_spread_widely_there_are_as_many_rounds_again_once(mon
         class FakeTimer:
             cache_bytes = 1
 
-            def sampler(self, launch, sets, sample_ms):
+            def sampler(self, launch, sets, sample_ms, *, apart=False):
                 cycle = itertools.cycle(times[order.pop(0)])
                 return lambda: next(cycle)
 
