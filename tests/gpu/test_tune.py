@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from jagtile.generator import timing
 from jagtile.generator.oracle import reference
 from jagtile.generator.timing import GraphTimer
 from jagtile.generator.workloads import Workload, named
@@ -69,19 +70,20 @@ def test_a_graph_of_launches_is_timed():
     assert timer.cache_bytes > 0
 
 
-def test_launches_apart_are_timed_without_the_rest_between_them():
+def test_launches_apart_are_timed_without_the_rest_between_them(monkeypatch):
+    monkeypatch.setattr(timing, "_REST_CYCLES", 40_000_000)  # 20 ms: other processes may be using the GPU, too
     device = torch.device("cuda", torch.cuda.current_device())
-    buffers = [torch.zeros(1 << 26, device=device) for _ in range(2)]
+    buffers = [torch.zeros(1 << 24, device=device) for _ in range(2)]
     launched = []
 
     def launch(index: int) -> None:
         launched.append(index)
         buffers[index % 2].add_(1)
 
-    timer = GraphTimer(device)
-    in_a_row, apart = (timer.sampler(launch, sets=2, sample_ms=1.0, apart=apart) for apart in (False, True))
-    enqueued = len(launched)
-    assert apart() == pytest.approx(in_a_row(), rel=0.3)  # the rest alone takes twice as long
+    sample = GraphTimer(device).sampler(launch, sets=2, sample_ms=0.1, apart=True)
+    before, enqueued = buffers[0][0].item(), len(launched)
+    assert 0 < sample() < 10_000
+    assert buffers[0][0].item() > before
     assert len(launched) > enqueued
 
 
