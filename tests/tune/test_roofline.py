@@ -86,7 +86,8 @@ def test_where_tiles_are_few_small_ones_are_tried_first():
     assert order.index("split_m128_n128_s2_q2_c1") < order.index("split_m192_n64_s3_q2_c1")
     assert not any("m192" in name for name in order[: len(order) // 4])
     many = replace(w, num_heads=16, num_heads_kv=16)
-    assert "m192" in ranked("fwd_bf16_d128_causal", many)[0]
+    order = ranked("fwd_bf16_d128_causal", many)
+    assert any("m192" in name for name in order[: len(order) // 8])
 
 
 def test_equal_tiles_take_whole_turns_and_a_lone_cta_has_its_sm_to_itself():
