@@ -1,29 +1,30 @@
 """Parent side of the model benchmark: a worker process for each way to run a model; checked, then timed in turns.
 
 A worker that fails, hangs or runs out of memory costs itself only. Workers start side by side, since most of that is
-compiling; what is measured runs one at a time.
+compiling; what is measured runs one at a time. Starting and checking have a limit of their own: the time that is for
+timing begins when all has been compiled and has run.
 """
 
 from __future__ import annotations
 
+import datetime
 import math
 import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 import msgspec
 import numpy as np
 import torch
 from model_forms import FORMS, REFERENCE
-from model_text import Model, text_batches
-from model_worker import Array, Evidence, Refused, Runner, Task, Way
+from model_text import Model, TextFacts, facts_of, text_batches
+from model_worker import Array, Evidence, Mode, Refused, Runner, Task, Way
 
 from jagtile.generator.bench_types import State
 from jagtile.generator.oracle import torch_dtype
@@ -35,20 +36,25 @@ OURS = "jagtile-njt"  # to whose time the others' are compared
 # By how much features or gradients may differ from those in float32 with a dense call for each sequence: relative, in
 # norm. Twelve layers in bf16, of whatever form, are 9e-3 and 5e-3 off.
 AGREEMENT: dict[DType, float] = {"fp32": 1e-5, "bf16": 3e-2}
-_START_SHARE = 0.6  # of the time
+_START_SHARE = 0.8  # of the patience; the rest is for checks
 _MIN_SAMPLES = 3  # unless the time is up
 _TURN_TIMEOUT = 30.0  # at least
 
 MakeWorker = Callable[..., AbstractContextManager[Caller]]
 
 
-class ModelResult(msgspec.Struct, frozen=True, kw_only=True):
-    """One way to run a task of a model. Numbers that the state leaves meaningless are None."""
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """Of a part."""
 
-    model: str
-    task: Task
+    patience: float  # seconds until all have started and are checked
+    budget: float  # seconds of timing
+    rounds: int  # samples of each at most
+
+
+class ModelResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One form in a part. Numbers that the state leaves meaningless are None."""
+
     form: str
-    mode: Literal["eager", "compiled"]
     state: State
     reason: str = ""  # of a state other than ok
     note: str = ""
@@ -56,9 +62,35 @@ class ModelResult(msgspec.Struct, frozen=True, kw_only=True):
     iqr_ms: float | None = None
     samples: int = 0
     tokens_per_s: float | None = None  # padding does not count
-    ratio: float | None = None  # its time over that of jagtile on nested tensors in the same mode
+    ratio: float | None = None  # its time over that of jagtile on nested tensors in the same part
     peak_mib: float | None = None  # weights, optimizer and all; see model_worker.Evidence
     error: float | None = None  # of features or gradients, relative
+    start_s: float | None = None  # of the process, the model, kernels and compilation, beside the others'
+    compile_s: float | None = None  # of that and of the check, in torch.compile
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """A task of a model in one mode. Its forms were timed in turns, and are compared with each other only."""
+
+    model: Model
+    mode: Mode
+    task: Task
+    text: TextFacts
+    limits: Limits
+    date: str  # UTC, ISO 8601
+    start_s: float  # until all had started, compilation and all
+    check_s: float
+    timing_s: float
+    seconds: float  # that all of it took
+    results: tuple[ModelResult, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.model.name}, {self.mode}, {self.task}"
+
+    @property
+    def forms(self) -> frozenset[str]:
+        return frozenset(result.form for result in self.results)
 
 
 @dataclass
@@ -68,6 +100,7 @@ class _Entrant:
     way: Way
     worker: Caller
     evidence: Evidence | None = None
+    start_s: float | None = None
     error: float | None = None
     end: tuple[State, str] | None = None  # why it is out of the race
     seconds: list[float] = field(default_factory=list)
@@ -82,6 +115,11 @@ class _Entrant:
             self.end = answer.state, answer.reason
         return answer
 
+    def start(self, timeout: float) -> None:
+        begin = time.monotonic()
+        self.ask("start", timeout)
+        self.start_s = time.monotonic() - begin
+
     def check(self, timeout: float) -> None:
         answer = self.ask("check", timeout)
         if isinstance(answer, Evidence):
@@ -95,17 +133,17 @@ class _Entrant:
                 what = "features" if self.way.task == "inference" else "gradients"
                 self.end = "incorrect", f"{what} are {self.error:.2g} off, over {bar:g}"
 
-    def result(self, model: str, tokens: int) -> ModelResult:
-        peak = None if self.evidence is None else self.evidence.peak_bytes
+    def result(self, tokens: int) -> ModelResult:
+        evidence = self.evidence
+        peak = None if evidence is None else evidence.peak_bytes
         state, reason = self.end or (("ok", "") if self.seconds else ("failed", "no time was left to time it"))
         result = ModelResult(
-            model=model,
-            task=self.way.task,
             form=self.way.form,
-            mode=self.way.mode,
             state=state,
             reason=reason,
-            note="" if self.evidence is None else self.evidence.note,
+            note="" if evidence is None else evidence.note,
+            start_s=self.start_s,
+            compile_s=None if evidence is None else evidence.compile_s,
             error=self.error,
             peak_mib=None if peak is None else peak / 2**20,
         )
@@ -132,26 +170,25 @@ def relative_error(found: Array, expected: Array) -> float:
 
 def race(
     model: Model,
-    ways: Sequence[Way],
+    mode: Mode,
+    task: Task,
+    forms: Sequence[str],
     dtype: DType,
     device: torch.device,
+    limits: Limits,
     *,
-    seconds: float,
-    rounds: int,
     make_worker: MakeWorker = Worker,
-) -> tuple[ModelResult, ...]:
-    """Run a model in all ways for about that many seconds, at most so many times each.
+) -> Part:
+    """Run a task of a model in several forms.
 
     WorkerFailure where the reference fails, a dense call for each sequence in float32: nothing can be compared.
     """
     begin, texts = time.monotonic(), text_batches(model)
-    found: dict[Way, ModelResult] = {}
-    for way in ways:
-        reason = FORMS[way.form].refuses(model.is_causal, torch_dtype(dtype), device, way.compiled)
-        if reason:
-            found[way] = ModelResult(
-                model=model.name, task=way.task, form=way.form, mode=way.mode, state="refused", reason=reason
-            )
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    found: dict[str, ModelResult] = {}
+    for form in forms:
+        if reason := FORMS[form].refuses(model.is_causal, torch_dtype(dtype), device, mode == "compiled"):
+            found[form] = ModelResult(form=form, state="refused", reason=reason)
     with ExitStack() as stack:
         # Linux ends a worker with the thread that started it: the threads must outlive the workers.
         threads = 2 * (os.cpu_count() or 1)
@@ -162,32 +199,42 @@ def race(
             worker = make_worker(Runner, way, model, texts, dtype, str(device), folder)
             return _Entrant(way, stack.enter_context(worker))
 
-        references = {
-            task: entrant(Way(REFERENCE, False, task), "fp32") for task in dict.fromkeys(way.task for way in ways)
-        }
-        racing = [entrant(way, dtype) for way in ways if way not in found]
-        starting = [*references.values(), *racing]
-        patience = _START_SHARE * seconds / math.ceil(len(starting) / threads)
-        list(pool.map(lambda each: each.ask("start", patience), starting))
-        end = begin + seconds
-        _check([each for each in starting if each.end is None], end)
-        for task, reference in references.items():
-            if reference.evidence is None:
-                raise WorkerFailure("crash", f"there is nothing to compare {task} with: {reference.end}", REFERENCE)
+        reference = entrant(Way(REFERENCE, "eager", task), "fp32")
+        racing = [entrant(Way(form, mode, task), dtype) for form in forms if form not in found]
+        starting = [reference, *racing]
+        at_start = time.monotonic()
+        patience = _START_SHARE * limits.patience / math.ceil(len(starting) / threads)
+        list(pool.map(lambda each: each.start(patience), starting))
+        at_check = time.monotonic()
+        _check([each for each in starting if each.end is None], at_start + limits.patience)
+        if reference.evidence is None:
+            raise WorkerFailure("crash", f"there is nothing to compare {task} with: {reference.end}", REFERENCE)
         for each in racing:
-            each.compare(references[each.way.task].evidence.found, AGREEMENT[dtype])
-        _time(racing, end, rounds)
-    tokens = sum(text.tokens for text in texts)
-    found.update((each.way, each.result(model.name, tokens)) for each in racing)
-    return tuple(_with_ratio(found[way], found) for way in ways)
+            each.compare(reference.evidence.found, AGREEMENT[dtype])
+        at_timing = time.monotonic()
+        _time([each for each in racing if each.end is None], at_timing + limits.budget, limits.rounds)
+        at_end = time.monotonic()
+    text = facts_of(texts)
+    found.update((each.way.form, each.result(text.tokens)) for each in racing)
+    return Part(
+        model=model,
+        mode=mode,
+        task=task,
+        text=text,
+        limits=limits,
+        date=date,
+        start_s=at_check - at_start,
+        check_s=at_timing - at_check,
+        timing_s=at_end - at_timing,
+        seconds=time.monotonic() - begin,
+        results=tuple(_with_ratio(found[form], found.get(OURS)) for form in forms),
+    )
 
 
 def _check(started: Sequence[_Entrant], end: float) -> None:
-    """One after the other, in half of the time that is left: one that is too slow does not take the others' time."""
-    now = time.monotonic()
-    half = now + (end - now) / 2
+    """One after the other: one that is too slow does not take the others' time."""
     for done, each in enumerate(started):
-        each.check((half - time.monotonic()) / (len(started) - done))
+        each.check((end - time.monotonic()) / (len(started) - done))
 
 
 def _time(racing: Sequence[_Entrant], end: float, rounds: int) -> None:
@@ -208,8 +255,7 @@ def _time(racing: Sequence[_Entrant], end: float, rounds: int) -> None:
             spent[index] += time.monotonic() - begin
 
 
-def _with_ratio(result: ModelResult, found: Mapping[Way, ModelResult]) -> ModelResult:
-    ours = found.get(Way(OURS, result.mode == "compiled", result.task))
+def _with_ratio(result: ModelResult, ours: ModelResult | None) -> ModelResult:
     if result.ms is None or ours is None or ours.ms is None:
         return result
     return msgspec.structs.replace(result, ratio=result.ms / ours.ms)

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -84,6 +85,23 @@ class TextBatch:
         return TextBatch(kept, self.rows[inside], self.targets[inside])
 
 
+@dataclass(frozen=True)
+class TextFacts:
+    """How ragged the batches of a model are."""
+
+    sequences: int
+    tokens: int
+    padded_tokens: int
+    shortest: int
+    longest: int
+
+
+def facts_of(texts: Sequence[TextBatch]) -> TextFacts:
+    lengths = [len(sequence) for text in texts for sequence in text.sequences]
+    return TextFacts(len(lengths), sum(lengths), sum(text.padded_tokens for text in texts), min(lengths), max(lengths))
+
+
+@lru_cache(maxsize=2)  # a model is raced several times
 def text_batches(model: Model, seed: int = 0) -> tuple[TextBatch, ...]:
     """Batches of sequences that are drawn at random: functions for the encoder, whole classes too for the decoder.
 

@@ -34,7 +34,9 @@ _COMPARED_ROWS = 512  # of the features
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
+Mode = Literal["eager", "compiled"]
 Task = Literal["training", "inference"]
+MODES: tuple[Mode, ...] = ("eager", "compiled")
 TASKS: tuple[Task, ...] = ("training", "inference")
 
 
@@ -42,12 +44,12 @@ class Way(NamedTuple):
     """How a model is run."""
 
     form: str
-    compiled: bool
+    mode: Mode
     task: Task
 
     @property
-    def mode(self) -> Literal["eager", "compiled"]:
-        return "compiled" if self.compiled else "eager"
+    def compiled(self) -> bool:
+        return self.mode == "compiled"
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,13 @@ class Evidence:
 
     In inference ``found`` is some packed features (1, rows, width), in training the gradients of the first block's
     weights of query, key and value (3, width, width). ``peak_bytes`` are those above what was held before the model was
-    made; None where the system does not tell.
+    made; None where the system does not tell. ``compile_s`` are the seconds that torch.compile took by now, None in
+    eager mode.
     """
 
     found: Array
     peak_bytes: int | None
+    compile_s: float | None
     note: str  # what is to be known of how it ran
 
 
@@ -138,7 +142,8 @@ class Runner:
             for batch in self._batches:
                 self._running.step(batch)
             peak, before = peak_bytes(self.device), self._held_before
-            return Evidence(found, None if peak is None or before is None else peak - before, self._note())
+            taken = None if peak is None or before is None else peak - before
+            return Evidence(found, taken, self._compile_seconds(), self._note())
 
         return self._attempt(check)
 
@@ -237,6 +242,9 @@ class Runner:
 
         config.enable_autograd_cache = False  # it can't store nested tensors, and says so at length
         return torch.compile(function, dynamic=True)
+
+    def _compile_seconds(self) -> float | None:
+        return torch._dynamo.utils.calculate_time_spent()["total_wall_time"] if self._way.compiled else None
 
     def _note(self) -> str:
         said = []

@@ -1,106 +1,36 @@
 """Whole transformers on ragged real text: jagtile, torch's nested tensors, varlen_attn and padding, trained and used.
 
-    PYTHONPATH=.pkg python benchmarks/models.py [--size base] [--device cuda] [--budget 200] [-o results.json]
+    PYTHONPATH=.pkg python benchmarks/models.py [--size base] [--device cuda] [-o results.json]
+    PYTHONPATH=.pkg python benchmarks/models.py --models encoder --modes compiled --tasks training -o results.json
 
 An encoder of BERT's kind fills masked words in, a decoder of GPT's kind predicts next words, on functions and classes
-of Python's standard library, eager and compiled. What each computes is compared with float32 and a dense call for each
-sequence before anything is timed; times are medians of interleaved passes over all batches. Exit code 1: jagtile was
-wrong or failed.
+of Python's standard library, eager and compiled. A model, a mode and a task are a part, whose forms are raced with each
+other. What each computes is compared with float32 and a dense call for each sequence before anything is timed; times
+are medians of interleaved passes over all batches. Each part is added to the file when it is done, so that parts can be
+measured in several runs on one kind of device; one that is measured again replaces the older one. A part takes at most
+about PATIENCE and BUDGET seconds. Exit code 1: jagtile was wrong or failed, or a part could not be measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import msgspec
 import torch
 from model_forms import FORMS
-from model_race import AGREEMENT, OURS, ModelResult, race
-from model_text import SIZES, Model, text_batches
-from model_worker import TASKS, Way
+from model_race import AGREEMENT, Limits, race
+from model_report import ModelReport, OtherReportError, empty_report, read_report, write_report
+from model_tables import print_part, print_summary
+from model_text import SIZES
+from model_worker import MODES, TASKS
 
-import jagtile
-from jagtile.generator.cli_common import print_table, shortened
-from jagtile.generator.measure import Trials
 from jagtile.generator.spec import DType
 from jagtile.generator.worker import WorkerFailure
-from jagtile.tuning_db.schema import DeviceFacts
-from jagtile.tuning_db.store import replace_file
 
 Name = TypeVar("Name", bound=str)
-MODES = {"eager": False, "compiled": True}
-
-
-class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What was run."""
-
-    model: Model
-    sequences: int
-    tokens: int
-    padded_tokens: int
-    shortest: int
-    longest: int
-
-
-class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
-    """A run of this benchmark."""
-
-    device: DeviceFacts
-    driver: str
-    torch: str
-    jagtile: str
-    date: str  # UTC, ISO 8601
-    size: str
-    dtype: DType
-    models: tuple[ModelFacts, ...] = ()
-    results: tuple[ModelResult, ...] = ()
-
-
-def facts_of(model: Model) -> ModelFacts:
-    """Of the batches that are run."""
-    texts = text_batches(model)
-    lengths = [len(sequence) for text in texts for sequence in text.sequences]
-    return ModelFacts(
-        model=model,
-        sequences=len(lengths),
-        tokens=sum(lengths),
-        padded_tokens=sum(text.padded_tokens for text in texts),
-        shortest=min(lengths),
-        longest=max(lengths),
-    )
-
-
-def print_model(facts: ModelFacts, results: Sequence[ModelResult], report: ModelReport) -> None:
-    model = facts.model
-    title = (
-        f"{model.name}, {report.size}: {model.layers} layers, {model.heads} heads of {model.head_dim}, "
-        f"{model.vocabulary} words, {report.dtype}; {facts.sequences} sequences of {facts.shortest} to "
-        f"{facts.longest} in {model.batches} batches, {facts.tokens} tokens, {facts.padded_tokens} with padding\n"
-        f"{report.device.label}, torch {report.torch}"
-    )
-    numbers = ("tokens/s", "ms", "IQR", "n", f"time/{OURS}", "peak MiB", "error")
-    rows = [
-        (
-            result.task,
-            result.form,
-            result.mode,
-            result.tokens_per_s,
-            result.ms,
-            result.iqr_ms,
-            result.samples or "",
-            "" if result.ratio is None else f"{result.ratio:.2f}x",
-            None if result.peak_mib is None else round(result.peak_mib),
-            "" if result.error is None else f"{result.error:.1e}",
-            shortened(result.note if result.state == "ok" else f"{result.state}: {result.reason}"),
-        )
-        for result in results
-    ]
-    print_table(title, ("task", "form", "mode", *numbers, ""), rows, right=numbers)
 
 
 def chosen(text: str | None, known: Sequence[Name], what: str) -> list[Name]:
@@ -111,6 +41,14 @@ def chosen(text: str | None, known: Sequence[Name], what: str) -> list[Name]:
     return [name for name in known if name in names]
 
 
+def on_file(output: Path, here: ModelReport) -> ModelReport:
+    """What an earlier run left there."""
+    try:
+        return read_report(output, here)
+    except (OtherReportError, OSError) as error:
+        raise SystemExit(f"--output: {error}") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -118,12 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", choices=SIZES, help="default: base on a GPU, small on the CPU")
     parser.add_argument("--dtype", choices=AGREEMENT, help="default: bf16 on a GPU, fp32 on the CPU")
     parser.add_argument("--models", metavar="A,B", help="encoder, decoder")
-    parser.add_argument("--forms", metavar="A,B,...", help=", ".join(FORMS))
     parser.add_argument("--modes", metavar="A,B", help=", ".join(MODES))
     parser.add_argument("--tasks", metavar="A,B", help=", ".join(TASKS))
-    parser.add_argument("--budget", type=float, default=200.0, help="seconds for all, about; default 200")
+    parser.add_argument("--forms", metavar="A,B,...", help=", ".join(FORMS))
+    parser.add_argument("--budget", type=float, default=40.0, help="seconds of timing, a part; default 40")
+    parser.add_argument(
+        "--patience", type=float, default=100.0, help="seconds to start, compile and check, a part; default 100"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="most samples of each; default 15")
-    parser.add_argument("-o", "--output", type=Path, help="also write the results to FILE as JSON")
+    parser.add_argument("-o", "--output", type=Path, help="also add the results to FILE, as JSON")
     options = parser.parse_args(arguments)
     if options.output is not None and not options.output.parent.is_dir():
         parser.error(f"--output {options.output}: there is no folder {options.output.parent}")
@@ -131,39 +72,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size = options.size or ("base" if device.type == "cuda" else "small")
     dtype: DType = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
     models = {model.name: model for model in SIZES[size]}
-    names = chosen(options.models, list(models), "models")
-    ways = [
-        Way(form, MODES[mode], task)
+    forms = chosen(options.forms, list(FORMS), "forms")
+    parts = [
+        (models[name], mode, task)
+        for mode in chosen(options.modes, MODES, "modes")
+        for name in chosen(options.models, list(models), "models")
         for task in chosen(options.tasks, TASKS, "tasks")
-        for form in chosen(options.forms, list(FORMS), "forms")
-        for mode in chosen(options.modes, list(MODES), "modes")
     ]
-    known = Trials(str(device)).facts(lambda note: None)
-    report = ModelReport(
-        device=known.device,
-        driver=known.driver,
-        torch=known.torch,
-        jagtile=jagtile.__version__,
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        size=size,
-        dtype=dtype,
-    )
-    for name in names:
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        facts = facts_of(models[name])
-        share = options.budget / len(names)
+    limits = Limits(patience=options.patience, budget=options.budget, rounds=options.rounds)
+    here = empty_report(device, size, dtype)
+    report = here if options.output is None else on_file(options.output, here)
+    bad: list[str] = []
+    for number, (model, mode, task) in enumerate(parts, start=1):
+        name = f"{model.name}, {mode}, {task}"
+        print(f"{name} ({number} of {len(parts)}) ...", file=sys.stderr, flush=True)
         try:
-            results = race(models[name], ways, dtype, device, seconds=share, rounds=options.rounds)
+            part = race(model, mode, task, forms, dtype, device, limits)
         except WorkerFailure as failure:
-            raise SystemExit(f"{name}: {failure.reason}") from None
-        report = msgspec.structs.replace(report, models=(*report.models, facts), results=(*report.results, *results))
-        if options.output is not None:  # after each model: an interrupted run has what was measured
-            replace_file(options.output, msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
-        print_model(facts, results, report)
-    ours = [result for result in report.results if FORMS[result.form].jagtile]
-    bad = [f"{r.form}, {r.mode}, {r.model}, {r.task}" for r in ours if r.state in ("incorrect", "failed")]
+            print(f"{name}: {failure.reason}", file=sys.stderr, flush=True)
+            bad.append(f"all of {name}")
+            continue
+        print_part(part, report)
+        if options.output is None:
+            report = report.with_part(part)
+        else:
+            report = on_file(options.output, here).with_part(part)  # another run may have added to it
+            write_report(options.output, report)
+        ours = [result for result in part.results if FORMS[result.form].jagtile]
+        bad += [f"{result.form}, {name}" for result in ours if result.state in ("incorrect", "failed")]
+    print_summary(report)
     if bad:
-        print(f"jagtile was wrong or failed: {'; '.join(bad)}", file=sys.stderr)
+        print(f"wrong or failed: {'; '.join(bad)}", file=sys.stderr)
     return 1 if bad else 0
 
 

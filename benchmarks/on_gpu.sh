@@ -71,7 +71,16 @@ tuner() {
     return "$failed"
 }
 
-models() { within "$python" benchmarks/models.py -o "$out/models.json" 2>&1 | tee "$out/models.log"; }
+models() { # two parts a program, each of at most five twelfths of the limit; all in one file
+    local failed=0 mode model
+    for mode in eager compiled; do
+        for model in encoder decoder; do
+            within "$python" benchmarks/models.py --modes "$mode" --models "$model" --patience "$((limit / 3))" \
+                --budget "$((limit / 12))" -o "$out/models.json" 2>&1 | tee "$out/models-$model-$mode.log" || failed=1
+        done
+    done
+    return "$failed"
+}
 
 all=(doctor tests sanitize bench host random tuner models)
 failed=()
