@@ -123,7 +123,7 @@ def _installed() -> Iterator[Found]:
     for dist in distributions():
         if f"[{ENTRY_POINTS}]" in (dist.read_text("entry_points.txt") or ""):
             for point in dist.entry_points.select(group=ENTRY_POINTS):
-                points.setdefault((point.name, dist.name), point)  # as in imports, the path's first hides the others
+                points.setdefault((point.name, point.value), point)  # as in imports, the path's first hides the others
     for _, point in sorted(points.items()):
         if point.dist is not None:  # never imported: the folder holds no code
             yield _opened(Path(str(point.dist.locate_file(point.value))), "wheel")

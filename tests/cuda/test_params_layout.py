@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import struct as struct_module
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from jagtile.generator.render import TEMPLATES
 from jagtile.generator.toolchain import find_cxx
+from jagtile.runtime.artifact import ABI_VERSION
 from jagtile.runtime.cuda import backward_params, list_builder, params
 
 
@@ -49,6 +51,12 @@ def _members(name: str, packing: ModuleType) -> list[str]:
     if name not in getattr(packing, "ROW_TENSORS", ()):
         return [name]
     return [f"{name}.address", f"{name}.token_stride", f"{name}.head_stride"]
+
+
+def test_parameters_of_other_names_are_another_abi() -> None:
+    """Packs outlive the jagtile that made them, and work lists are shared: a new meaning has a new name and version."""
+    names = " ".join((*NAMES, *BACKWARD_NAMES))
+    assert (ABI_VERSION, hashlib.sha256(names.encode()).hexdigest()[:8]) == (6, "018781d8")
 
 
 @STRUCTS

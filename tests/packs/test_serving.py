@@ -119,6 +119,28 @@ def test_an_installed_wheel_serves_likewise_and_its_removal_ends_that(whole, tmp
         bare_process(**environment, JAGTILE_PACKS="none")
 
 
+def test_wheels_are_found_on_the_path_the_first_of_each_and_without_metadata_too(tmp_path, monkeypatch):
+    """What an uninstallation left half done, or another version of, must not end a call."""
+    for site, version, name in (("b", "1.0", "other"), ("a", "2.0", "it"), ("a", "1.0", "other"), ("b", "1.0", "it")):
+        info = tmp_path / site / f"{name}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "entry_points.txt").write_text(
+            f"[console_scripts]\n{name} = {name}:run\n[jagtile.packs]\n{name} = {name}_1\n"
+        )
+        if site == "a":
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (tmp_path / "b" / "third-1.0.dist-info").mkdir()
+    (tmp_path / "b" / "third-1.0.dist-info" / "entry_points.txt").write_text("[jagtile.packs]\nthird = third_1\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "a"), str(tmp_path / "b")])
+    found = list(packs._installed())
+    assert [place.folder for place in found] == [
+        tmp_path / "a" / "it_1",
+        tmp_path / "a" / "other_1",
+        tmp_path / "b" / "third_1",
+    ]
+    assert {place.origin for place in found} == {"wheel"}
+
+
 def test_explain_tells_the_pack_and_the_file(world, copy, using, no_compiler):
     using(copy.parent)
     found = explained()

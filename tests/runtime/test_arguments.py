@@ -152,7 +152,7 @@ WARMUP_ERRORS = {
     "head_dim is too large": ({"head_dim": 300}, ValueError, "head_dim must be between 1 and 256, got 300"),
     "the dtype is not served": ({"dtype": torch.float64}, jagtile.UnsupportedError, "dtype torch.float64.*served"),
     "is_causal is no bool": ({"is_causal": 0}, TypeError, "is_causal must be True or False, got 0"),
-    "a regime is unknown": ({"regimes": ["long", "huge"]}, ValueError, "regimes holds 'huge'; regimes are tiny, short"),
+    "a regime is unknown": ({"regimes": ["long", "vast"]}, ValueError, "regimes holds 'vast'; regimes are tiny, short"),
     "the device is not served": ({"device": "meta"}, jagtile.UnsupportedError, "device meta is not served"),
 }
 
