@@ -24,6 +24,11 @@ from jagtile.runtime.cuda import list_builder, params, work_list
 SPLIT = "fwd_bf16_d64_causal/split_m64_n32_s2_q1_c1"
 PERSISTENT = "fwd_bf16_d64/persistent_m64_n64_s2_q1_c1"
 NAMES = [SPLIT, PERSISTENT]
+CAUSAL_NAMES = [
+    "fwd_bf16_d64_causal/split_m192_n64_s2_q1_c1",
+    "fwd_bf16_d64_causal/persistent_m192_n64_s2_q1_c1",
+    "fwd_bf16_d64_causal/persistent_m128_n64_s2_q1_c1_x2",
+]
 KEY_BLOCKS = Sm90BackwardConfig(64, 64, 2, 2, "bulk", False, 1, "none", False, True)
 CHUNK = 2048  # sequences that a CTA looks at at a time
 _seeds = itertools.count(1)
@@ -42,11 +47,12 @@ def assert_right(
     bottom_right: bool = False,
     tokens: int | None = None,
     processors: int = 3,
+    ratio: int = 1,
 ) -> None:
     """Build the list of a batch whose q has so many tokens, without running the attention kernel."""
     cu_q, cu_k = (torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) for lengths in (queries, keys))
     q = torch.zeros(tokens or max(sum(queries), 1), heads, 64, dtype=torch.bfloat16)
-    k = torch.zeros(sum(keys), heads, 64, dtype=torch.bfloat16)
+    k = torch.zeros(sum(keys), heads // ratio, 64, dtype=torch.bfloat16)
     with emulated(processors, seed=1000 * next(_seeds)):
         kernel = cuda.load(artifact, torch.device("cuda", 0))
         launch, attention = kernel._launch, kernel._kernel
@@ -121,6 +127,17 @@ def test_sequences_that_are_empty_and_batches_of_them(name: str) -> None:
 def test_tiles_beyond_the_room_that_wrong_offsets_promise_are_left_out(name: str, keys: int) -> None:
     assert_right(built(name), [200] * 300, [keys] * 300, tokens=3000)
     assert_right(built(name), [50, 60_000, 70], [keys, 900, keys], tokens=3000)
+
+
+@pytest.mark.usefixtures("builders")
+@pytest.mark.parametrize("ratio", [1, 3, 7, 33])
+@pytest.mark.parametrize("name", CAUSAL_NAMES)
+def test_causal_blocks_of_several_warpgroups_whatever_rows_these_have(name: str, ratio: int) -> None:
+    """With heads that share a tile a warpgroup has 64, 21, 9 or 1 tokens."""
+    edges = [0, 1, 20, 21, 22, 42, 63, 64, 65, 127, 128, 129, 192, 256, 257, 700]
+    assert_right(built(name), edges, edges[::-1], heads=ratio, bottom_right=True, ratio=ratio)
+    assert_right(built(name), edges, edges, heads=ratio, ratio=ratio)
+    assert_right(built(name), edges, [9000, *edges[1:]], heads=ratio, bottom_right=True, processors=30, ratio=ratio)
 
 
 @pytest.mark.usefixtures("builders")

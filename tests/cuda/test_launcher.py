@@ -442,3 +442,16 @@ def test_offsets_can_be_saved_and_copied_after_a_launch(driver, kernel):
         before = builds(driver)
         launch(kernel, other, other)
         assert builds(driver) == before + 1
+
+
+@pytest.mark.parametrize(("multiprocessors", "pairs"), [(132, 66), (7, 3), (2, 1)])
+def test_a_grid_of_pairs_is_even_and_its_tiles_have_the_rows_of_both(driver, load, monkeypatch, multiprocessors, pairs):
+    facts = SimpleNamespace(multi_processor_count=multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts, raising=False)
+    kernel = load(cluster=2, causal=1)
+    for tokens, tiles in ((1, 4), (20_000, (20_000 // (2 * BLOCK_M) + 1) * HEADS)):
+        x, offsets = torch.zeros(tokens, HEADS, DIM, dtype=torch.bfloat16), torch.tensor([0, tokens])
+        kernel.forward(x, x, x, offsets, offsets, torch.empty_like(x), None, 0.125, False)
+        _, grid, block = driver.launches[-1]
+        assert grid == 2 * min(pairs, tiles)
+        assert (block["block_m"], block["causal_rows"]) == (2 * BLOCK_M, 64)
