@@ -25,10 +25,10 @@ from jagtile.runtime.device import device_id, resolved
 from jagtile.runtime.dispatch import choose, choose_for_regime
 from jagtile.runtime.kernel import ForwardKernel
 from jagtile.runtime.loader import kernel_for
-from jagtile.runtime.problem import LONG_MEAN, REGIMES, SHORT_MEAN, TINY_MEAN
+from jagtile.runtime.problem import HUGE_MEAN, LONG_MEAN, REGIMES, SHORT_MEAN, TINY_MEAN
 from jagtile.tuning_db.store import Database
 
-_BORDERS = (TINY_MEAN, SHORT_MEAN, LONG_MEAN)
+_BORDERS = (TINY_MEAN, SHORT_MEAN, LONG_MEAN, HUGE_MEAN)
 HIDDEN_US = 300.0  # more than the host takes to enqueue a call
 
 

@@ -37,7 +37,7 @@ def test_a_recorded_device_need_not_be_present(run, run_json):
     entry = ChoiceEntry(default=config.to_dict())
     Database().write_choices(Choices(device=facts, specs={"sm_90a/fwd_bf16_d128_causal": entry}), ship=False)
     (found,) = run_json("explain", "u4k-d128-causal", "--device", facts.slug)
-    assert (found["source"], found["regime"]) == ("user", "long")
+    assert (found["source"], found["regime"]) == ("user", "huge")
     assert found["variant"].endswith(config.name)
 
 

@@ -27,12 +27,12 @@ FACTS = DeviceFacts(
 )
 CPU = DeviceFacts(slug="cpu-x", label="A CPU", target="cpu", units=2, bandwidth_gbs=0.0, compute_capability="generic")
 CONFIGS = legal_configs(spaces_of("sm_90a", SPEC)[0], SPEC)
-LONG = representative(SPEC, "long", "sm_90a")[0]
+HUGE = representative(SPEC, "huge", "sm_90a")[0]
 TIMES = (400.0, None, 300.0, 350.0, 200.0)
 
 
 def _record(config, us, second, **fields):
-    known = {"device": FACTS.slug, "target": "sm_90a", "spec": SPEC.name, "regime": "long", "workload": LONG.name}
+    known = {"device": FACTS.slug, "target": "sm_90a", "spec": SPEC.name, "regime": "huge", "workload": HUGE.name}
     known |= {"config": config.to_dict(), "date": f"2026-01-01T00:00:{second:02}", "state": "ok" if us else "crash"}
     return TuningRecord(**{**known, "time_us": us, **fields})
 
@@ -67,9 +67,9 @@ def _bench(device=FACTS, **peers):
 def test_the_fraction_is_the_slowest_units_time_over_the_measured_one(database):
     (report,) = collect(database, [])
     (achieved,) = report.achieved
-    assert (achieved.regime, achieved.config, achieved.us, achieved.tflops) == ("long", CONFIGS[4].name, 210.0, 7.0)
-    tensor_us = LONG.flops / (MMA_FLOPS * FACTS.units * CLOCK_GHZ * 1e3)
-    exp_us = LONG.num_heads * LONG.pairs / (EXPONENTIALS * FACTS.units * CLOCK_GHZ * 1e3)
+    assert (achieved.regime, achieved.config, achieved.us, achieved.tflops) == ("huge", CONFIGS[4].name, 210.0, 7.0)
+    tensor_us = HUGE.flops / (MMA_FLOPS * FACTS.units * CLOCK_GHZ * 1e3)
+    exp_us = HUGE.num_heads * HUGE.pairs / (EXPONENTIALS * FACTS.units * CLOCK_GHZ * 1e3)
     assert tensor_us > exp_us
     assert achieved.bound == "tensor"
     assert achieved.fraction == pytest.approx(tensor_us / 210.0)

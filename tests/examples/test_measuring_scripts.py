@@ -66,5 +66,5 @@ def test_mean_lengths_lie_on_both_sides_of_every_border(borders):
         assert abs(w.total_q - (1 << 16)) <= 2 * mean
         seen.append(regime(w.problem("bf16")))
     changes = [(a, b) for a, b in itertools.pairwise(seen) if a != b]
-    assert changes == [("tiny", "short"), ("short", "medium"), ("medium", "long")]
+    assert changes == [("tiny", "short"), ("short", "medium"), ("medium", "long"), ("long", "huge")]
     assert set(seen) < set(REGIMES)
