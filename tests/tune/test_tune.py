@@ -60,7 +60,7 @@ def searched(records):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_it_finds_records_and_chooses_what_dispatch_then_takes(database, device):
-    result = run(database, device=device, trials=len(LEGAL) // 4, regimes=("medium", "decode"))
+    result = run(database, device=device, trials=len(LEGAL) // 8, regimes=("medium", "decode"))
     best = min(map(landscape, LEGAL))
     decided = choose_for_regime(SPEC, "medium", DeviceId(**msgspec.structs.asdict(DEVICE)), database)
     assert decided.source == "user"
