@@ -35,7 +35,7 @@ PREPARING = "prepare inputs of "  # begins the notes of work that no kernel can 
 
 _CACHE_COVER = 2.5  # the rotating inputs are this many times the last-level cache
 _MAX_SETS = 64
-_HEAVY_FLOPS = 2e10  # of a forward: 30 µs of an H200's tensor cores; launches of so many are timed apart
+_HEAVY_FLOPS = 2e10  # of a forward: 25 µs at 800 TFLOP/s; launches of so many are timed apart
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Timer(Protocol):
         """Warm up, then a sampler of about ``sample_ms`` milliseconds of launches that rotates through ``sets`` inputs.
 
         ``apart``: a GPU rests before each launch, and overwrites its cache. In a row, launches that keep the tensor
-        cores busy meet the power limit, and other configs win at the lower clock. Each takes tens of microseconds.
+        cores busy meet the power limit, and other configs win at the lower clock.
         """
         ...
 

