@@ -37,6 +37,9 @@ ROW_FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 160, (1, 3): 72, (2, 1): 184, (3, 1):
 # The same where products sum up rows, whose sums take 4 accumulators: seven pairs of head dims compiled at the limits.
 # Some of the algorithm split spill there with either kind of sums (D 192 with D_v 64, 44 B): the build rejects them.
 SUMS_FRAGMENT_LIMIT = {**FRAGMENT_LIMIT, (2, 1): 208, (3, 1): 128, (4, 1): 80}
+# And where FMA computes exponentials: 104 kernels of four specs compiled at the limits above. What spills is above these,
+# but for four math warpgroups of the algorithm split, which spill (8 B) without, too: the tuner has no such tiles.
+POLYNOMIAL_FRAGMENT_LIMIT = {**SUMS_FRAGMENT_LIMIT, (1, 1): 200, (1, 2): 152, (1, 3): 92, (2, 1): 196}
 # With few registers at launch ptxas refuses (C7602) an instruction of more accumulators, whatever setmaxnreg adds.
 INSTRUCTION_LIMIT = {(1, 1): 128, (1, 2): 96, (1, 3): 48, (1, 4): 32, (2, 1): 128, (3, 1): 96, (4, 1): 64}
 # How a tile ends. staged: O leaves through the Q buffer, by TMA. direct: from registers, and the Q buffer is handed
@@ -44,7 +47,8 @@ INSTRUCTION_LIMIT = {(1, 1): 128, (1, 2): 96, (1, 3): 48, (1, 4): 32, (2, 1): 12
 EPILOGUES = ("staged", "direct")
 # The widest V beside which a product has columns of ones: of wider ones the sums are a small part of the work.
 TENSOR_SUMS_COLUMNS = 64
-# Head dims up to which a block's exponentials take longer than its products: above, the tensor cores are what is short.
+# Head dims up to which a block's exponentials take as long as its products (16 of them a clock and SM, or 4096 FLOP):
+# beyond, MUFU waits for the tensor cores as it is.
 POLYNOMIAL_COLUMNS = 64
 _POLYNOMIALS = (0, 8, 4)
 _ONES_BYTES = 16 * 128  # one step of a product deep
@@ -64,7 +68,7 @@ class Sm90ForwardConfig(TileConfig):
     tensor_sums: bool = field(default=False, metadata={"short": "t"})  # rows summed up by products, if no lse is wanted
     alternate: bool = field(default=False, metadata={"short": "a"})  # warpgroups take rows in turn from both ends
     cluster: int = field(default=1, metadata={"short": "x"})  # 2: pairs of CTAs share tiles and the loads of keys
-    polynomial: int = field(default=0, metadata={"short": "p"})  # every such pair of scores is spared MUFU; 0: none
+    polynomial: int = field(default=0, metadata={"short": "p"})  # exponentials of each p-th pair by FMA; 0: none
 
     @property
     def warpgroups(self) -> int:
@@ -177,7 +181,7 @@ def _polynomial_rejection(spec: KernelSpec) -> str | None:
     """The reason why MUFU computes all of a spec's exponentials."""
     widest = max(spec.head_dim, spec.head_dim_v)
     if widest > POLYNOMIAL_COLUMNS:
-        return f"a head dim of {widest} > {POLYNOMIAL_COLUMNS}, where exponentials are not what is short"
+        return f"a head dim of {widest} > {POLYNOMIAL_COLUMNS}: products take longer than exponentials"
     return None
 
 
@@ -254,6 +258,8 @@ class Sm90ForwardSpace:
         registers = fragment_registers(spec, config)
         limits = SUMS_FRAGMENT_LIMIT if config.tensor_sums else FRAGMENT_LIMIT
         limit = (ROW_FRAGMENT_LIMIT if by_rows(spec) else limits)[groups]
+        if config.polynomial:
+            limit = min(limit, POLYNOMIAL_FRAGMENT_LIMIT[groups])
         if registers > limit:
             return f"S, P and O take {registers} registers a thread > {limit} with {config.warpgroups} math warpgroups"
         return None

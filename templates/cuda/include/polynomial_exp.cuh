@@ -25,7 +25,7 @@ __device__ __forceinline__ float exp2_below(float depth) {
 
 // As exponentials (softmax.cuh), every `kEvery`th pair's by the polynomial. There a probability of 2^kTop or more comes out
 // as 2^kTop, whatever it is, and so does NaN, which saturation takes for a depth of 0: 2^kTop is to tell that a row has
-// outgrown its reference.
+// outgrown its reference. Equal scores may differ by half a place of their offset, as it is rounded once more.
 template <int kEvery, int kTop, int kBegin, int kEnd, int kRegisters>
 __device__ __forceinline__ void exponentials_by_both(float (&scores)[kRegisters], const float (&offset)[2], float (&sum)[2],
                                                      float scale_log2) {
