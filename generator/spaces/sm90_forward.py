@@ -37,8 +37,8 @@ ROW_FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 160, (1, 3): 72, (2, 1): 184, (3, 1):
 # The same where products sum up rows, whose sums take 4 accumulators: seven pairs of head dims compiled at the limits.
 # Some of the algorithm split spill there with either kind of sums (D 192 with D_v 64, 44 B): the build rejects them.
 SUMS_FRAGMENT_LIMIT = {**FRAGMENT_LIMIT, (2, 1): 208, (3, 1): 128, (4, 1): 80}
-# And where FMA computes exponentials: 104 kernels of four specs compiled at the limits above. What spills is beyond these,
-# but for four math warpgroups of the algorithm split, which spill (8 B) without, too: the tuner has none of them.
+# And where FMA computes exponentials: 224 kernels of four specs compiled at the limits above. What spills is beyond
+# these, but for four math warpgroups of the algorithm split, which spill (8 B) without, too, and are not tuned.
 POLYNOMIAL_FRAGMENT_LIMIT = {**SUMS_FRAGMENT_LIMIT, (1, 1): 200, (1, 2): 152, (1, 3): 92, (2, 1): 196}
 # With few registers at launch ptxas refuses (C7602) an instruction of more accumulators, whatever setmaxnreg adds.
 INSTRUCTION_LIMIT = {(1, 1): 128, (1, 2): 96, (1, 3): 48, (1, 4): 32, (2, 1): 128, (3, 1): 96, (4, 1): 64}
