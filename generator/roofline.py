@@ -37,6 +37,7 @@ L2_BYTES = 40  # from L2 to shared memory by TMA, all SMs at once
 ISSUE_SLOTS = 4
 # Instructions of softmax: for an element of S, for a column of O, and for a step, of a warp.
 _ISSUE = (4.5 / 2, 1.0, 90.0)
+_POLYNOMIAL_ISSUE = 6 / 2  # more than MUFU takes, for an element
 _OVERLAP_LOSS = 1.1  # of the limiting unit: nothing overlaps without gaps
 _STEP_LATENCY = 200.0  # of a step that has its SM to itself: two products and a softmax wait for each other
 _TILE_CLOCKS = 1500.0  # to begin and end a tile; half of it hides behind another tile where Q has two buffers
@@ -286,11 +287,13 @@ def _step_clocks(config: Sm90ForwardConfig, dim: int, dim_v: int) -> Mapping[str
     groups, rows, keys = config.warpgroups, config.block_m, config.block_n
     padded = -(-dim // 16) * 16  # wgmma's depth
     element_slots, column_slots, step_slots = _ISSUE
+    polynomial = 1 / config.polynomial if config.polynomial else 0.0  # the share of elements that is spared MUFU
+    element_slots += polynomial * _POLYNOMIAL_ISSUE
     read = groups * (128 * dim + 2 * keys * dim) + groups * 2 * keys * dim_v  # each warpgroup reads all of K and V
     fill = 2 * keys * (dim + dim_v)
     return {
         "tensor": 2 * rows * keys * (padded + dim_v) / MMA_FLOPS,
-        "exp": rows * keys / EXPONENTIALS,
+        "exp": rows * keys * (1 - polynomial) / EXPONENTIALS,
         "smem": (read + fill) / SMEM_BYTES,
         "issue": groups * (element_slots * keys + column_slots * dim_v / 2 + step_slots) * 4 / ISSUE_SLOTS,
         "l2": fill / L2_BYTES,

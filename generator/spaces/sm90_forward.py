@@ -26,6 +26,7 @@ from jagtile.generator.tile import Knob, TileConfig
 # Probabilities are scaled by 2^-headroom. In bf16 they may grow 2^17-fold, to 2, before a block is computed again. fp16
 # has no exponents to spare: unscaled, what is 2^-14 of the row's maximum is still normal, and growth ends at 2^14.
 HEADROOM = {"bf16": 16, "fp16": 0}
+OUTGROWN = {"bf16": 1, "fp16": 14}  # log2 of it, as softmax.cuh tells by the bits
 # Registers for S, P and O that ptxas 13.0 schedules without serialising wgmma (C7512): nine head dims, causal and not,
 # compiled around each limit. At (1, 1) nothing was refused; at (3, 1) D_v 192 spills 8 bytes, which the build rejects.
 FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 176, (1, 3): 104, (1, 4): 68, (2, 1): 212, (3, 1): 132, (4, 1): 84}
@@ -36,6 +37,9 @@ ROW_FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 160, (1, 3): 72, (2, 1): 184, (3, 1):
 # The same where products sum up rows, whose sums take 4 accumulators: seven pairs of head dims compiled at the limits.
 # Some of the algorithm split spill there with either kind of sums (D 192 with D_v 64, 44 B): the build rejects them.
 SUMS_FRAGMENT_LIMIT = {**FRAGMENT_LIMIT, (2, 1): 208, (3, 1): 128, (4, 1): 80}
+# And where FMA computes exponentials: 224 kernels of four specs compiled at the limits above. What spills is beyond
+# these, but for four math warpgroups of the algorithm split, which spill (8 B) without, too, and are not tuned.
+POLYNOMIAL_FRAGMENT_LIMIT = {**SUMS_FRAGMENT_LIMIT, (1, 1): 200, (1, 2): 152, (1, 3): 92, (2, 1): 196}
 # With few registers at launch ptxas refuses (C7602) an instruction of more accumulators, whatever setmaxnreg adds.
 INSTRUCTION_LIMIT = {(1, 1): 128, (1, 2): 96, (1, 3): 48, (1, 4): 32, (2, 1): 128, (3, 1): 96, (4, 1): 64}
 # How a tile ends. staged: O leaves through the Q buffer, by TMA. direct: from registers, and the Q buffer is handed
@@ -43,6 +47,12 @@ INSTRUCTION_LIMIT = {(1, 1): 128, (1, 2): 96, (1, 3): 48, (1, 4): 32, (2, 1): 12
 EPILOGUES = ("staged", "direct")
 # The widest V beside which a product has columns of ones: of wider ones the sums are a small part of the work.
 TENSOR_SUMS_COLUMNS = 64
+# Head dims up to which a block's exponentials take as long as its products (16 of them a clock and SM, or 4096 FLOP):
+# beyond, MUFU waits for the tensor cores as it is.
+POLYNOMIAL_COLUMNS = 64
+# Where it was worth it: at D 64 it lost 3 % (1 in 8 pairs) and 9 % (1 in 4), at D 32 the latter lost too.
+_TUNED_POLYNOMIAL_COLUMNS = 32
+_POLYNOMIALS = (0, 8, 4)
 _ONES_BYTES = 16 * 128  # one step of a product deep
 
 
@@ -60,6 +70,7 @@ class Sm90ForwardConfig(TileConfig):
     tensor_sums: bool = field(default=False, metadata={"short": "t"})  # rows summed up by products, if no lse is wanted
     alternate: bool = field(default=False, metadata={"short": "a"})  # warpgroups take rows in turn from both ends
     cluster: int = field(default=1, metadata={"short": "x"})  # 2: pairs of CTAs share tiles and the loads of keys
+    polynomial: int = field(default=0, metadata={"short": "p"})  # exponentials of each p-th pair by FMA; 0: none
 
     @property
     def warpgroups(self) -> int:
@@ -168,6 +179,14 @@ def _tensor_sums_rejection(spec: KernelSpec) -> str | None:
     return None
 
 
+def _polynomial_rejection(spec: KernelSpec) -> str | None:
+    """The reason why MUFU computes all of a spec's exponentials."""
+    widest = max(spec.head_dim, spec.head_dim_v)
+    if widest > POLYNOMIAL_COLUMNS:
+        return f"a head dim of {widest} > {POLYNOMIAL_COLUMNS}: products take longer than exponentials"
+    return None
+
+
 class Sm90ForwardSpace:
     """Legal configs of the persistent Hopper forward."""
 
@@ -192,6 +211,7 @@ class Sm90ForwardSpace:
             "tensor_sums": (False, True) if _tensor_sums_rejection(spec) is None else (False,),
             "alternate": (False, True) if spec.causal else (False,),
             "cluster": (1,) if by_rows(spec) else (1, 2),
+            "polynomial": (0, 8) if max(spec.head_dim, spec.head_dim_v) <= _TUNED_POLYNOMIAL_COLUMNS else (0,),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
@@ -222,6 +242,12 @@ class Sm90ForwardSpace:
             return "cluster: rows that TMA cannot address are copied by the CTA that needs them"
         if config.cluster > 1 and config.warpgroups == 1:
             return "cluster: pairs are of CTAs with several math warpgroups"
+        if config.polynomial not in _POLYNOMIALS:
+            return f"polynomial must be one of {', '.join(map(str, _POLYNOMIALS))}, got {config.polynomial}"
+        if config.polynomial and (reason := _polynomial_rejection(spec)):
+            return f"polynomial: {reason}"
+        if config.polynomial > config.block_n // 4:
+            return f"polynomial: a thread has {config.block_n // 4} pairs of a block's scores < {config.polynomial}"
         smem = smem_layout(spec, config).total
         room = smem_room(config.ctas_per_sm)
         if smem > room:
@@ -234,6 +260,8 @@ class Sm90ForwardSpace:
         registers = fragment_registers(spec, config)
         limits = SUMS_FRAGMENT_LIMIT if config.tensor_sums else FRAGMENT_LIMIT
         limit = (ROW_FRAGMENT_LIMIT if by_rows(spec) else limits)[groups]
+        if config.polynomial:
+            limit = min(limit, POLYNOMIAL_FRAGMENT_LIMIT[groups])
         if registers > limit:
             return f"S, P and O take {registers} registers a thread > {limit} with {config.warpgroups} math warpgroups"
         return None
@@ -260,6 +288,7 @@ class Sm90ForwardSpace:
             "steps_qk": -(-spec.head_dim // 16),
             "out_columns": out_columns(spec),
             "headroom": HEADROOM[spec.dtype],
+            "outgrown": OUTGROWN[spec.dtype],
             "element": ELEMENT[spec.dtype],
             "pack": f"pack_{spec.dtype}",
             "producer_registers": producer,

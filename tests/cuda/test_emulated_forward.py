@@ -48,6 +48,11 @@ CASES: tuple[tuple[str, dict[str, int | str]], ...] = (
     ("fwd_fp16_d64_causal", {"block_m": 128, "block_n": 48, "tensor_sums": True, "epilogue": "direct"}),
     ("fwd_fp16_d32_causal", {"block_m": 256, "block_n": 16, "tensor_sums": True}),
     ("fwd_bf16_d64", {"block_m": 64, "block_n": 32, "num_stages": 2, "ctas_per_sm": 4, "tensor_sums": True}),
+    # A part of the exponentials by a polynomial: alone, with sums by products, where warps copy rows.
+    ("fwd_bf16_d32", {"polynomial": 4}),
+    ("fwd_fp16_d64_causal", {"block_m": 128, "block_n": 48, "polynomial": 4}),
+    ("fwd_bf16_d64_causal", {"block_m": 256, "block_n": 32, "tensor_sums": True, "alternate": True, "polynomial": 8}),
+    ("fwd_fp16_d33_causal", {"block_n": 32, "q_stages": 1, "polynomial": 4}),
     # Rows that TMA cannot address: pieces of 4, 8 and 16 bytes, rows that begin in the middle of a word.
     ("fwd_bf16_d1", {}),
     ("fwd_fp16_d33_causal", {"block_m": 64, "block_n": 32, "ctas_per_sm": 2, "q_stages": 1}),
@@ -154,7 +159,9 @@ def test_an_expanded_head_is_read_in_place() -> None:
 
 
 @pytest.mark.parametrize("growth", [0.1, 2.0, 40.0])
-@pytest.mark.parametrize("change", [("epilogue", "staged"), ("epilogue", "direct"), ("tensor_sums", True)])
+@pytest.mark.parametrize(
+    "change", [("epilogue", "staged"), ("epilogue", "direct"), ("tensor_sums", True), ("polynomial", 4)]
+)
 def test_scores_that_grow_from_block_to_block(growth: float, change: tuple[str, str | bool]) -> None:
     """Blocks are visited from the first to the last: maxima outgrow their references and blocks are computed again."""
     w = Workload("growing", (130, 0, 300, 5), (130, 40, 500, 400), 2, 2, 64, 64)
@@ -163,6 +170,20 @@ def test_scores_that_grow_from_block_to_block(growth: float, change: tuple[str, 
     age = torch.cat([torch.arange(length) for length in w.seqlens_k])
     b.k.add_((growth / 64 * age)[:, None, None]).clamp_(-200, 200)
     assert_right(built("fwd_bf16_d64", (change,)), w, b, scale=0.5)
+
+
+@pytest.mark.parametrize("name", ["fwd_bf16_d32", "fwd_fp16_d64_causal"])
+@pytest.mark.parametrize("outlier", [300.0, 5000.0, 1e6])
+def test_a_lone_score_outgrows_its_row_in_each_place(name: str, outlier: float) -> None:
+    """By a polynomial or not: keys outdo all before them, by 2^430 and more, in ever other columns."""
+    spec = KernelSpec.parse(name)
+    w = Workload("outliers", (70, 5, 300), (520, 300, 512), 1, 1, spec.head_dim, spec.head_dim_v, spec.causal)
+    b = w.make("cpu", spec.dtype, 3)
+    b.q.zero_()[..., 0] = 1
+    b.k.zero_()
+    keys = torch.arange(0, len(b.k), 33)
+    b.k[keys, :, 0] = torch.linspace(1, 64, len(keys)).to(b.k.dtype)[:, None]
+    assert_right(built(name, (("block_n", 32), ("polynomial", 4))), w, b, scale=outlier)
 
 
 def test_the_same_offsets_of_more_tokens() -> None:
@@ -188,7 +209,8 @@ def test_offsets_of_either_width() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dim", "change"), [(64, ()), (64, ("epilogue", "direct")), (64, ("tensor_sums", True)), (33, ())]
+    ("dim", "change"),
+    [(64, ()), (64, ("epilogue", "direct")), (64, ("tensor_sums", True)), (64, ("polynomial", 4)), (33, ())],
 )
 def test_nan_in_one_sequence_stays_there(dim: int, change: tuple[()] | tuple[str, str | bool]) -> None:
     w = Workload("neighbours", (100, 77, 130), (70, 200, 61), 1, 1, dim, dim)
@@ -201,3 +223,17 @@ def test_nan_in_one_sequence_stays_there(dim: int, change: tuple[()] | tuple[str
         kernel.forward(*b[:5], out, None, 0.1, False)
     for rows in (slice(0, 100), slice(177, None)):
         assert errors(out[rows], expected[rows]).rel <= tolerance(torch.bfloat16)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_key_that_is_no_number_shows_wherever_its_column_is(value: float) -> None:
+    artifact = built("fwd_bf16_d32", (("block_m", 64), ("block_n", 32), ("polynomial", 4)))
+    w = Workload("one key", (3,), (96,), 1, 1, 32, 32)
+    for key in range(32, 64):
+        b = w.make("cpu", "bf16", 6)
+        b.q.abs_().add_(0.1)
+        b.k[key] = value
+        out = torch.zeros_like(b.q)
+        with emulated(seed=4):
+            cuda.load(artifact, torch.device("cuda", 0)).forward(*b[:5], out, None, 0.1, False)
+        assert out.isnan().all() == (value != -float("inf"))

@@ -65,6 +65,8 @@ def test_every_spec_has_a_legal_default(spec: KernelSpec) -> None:
         ({"block_m": 64, "ctas_per_sm": 2}, "shared memory"),
         ({"epilogue": "late"}, "epilogue must be one of"),
         ({"tensor_sums": True}, "tensor_sums: head_dim_v 128 > 64"),
+        ({"polynomial": 5}, "polynomial must be one of 0, 8, 4"),
+        ({"polynomial": 4}, "polynomial: a head dim of 128 > 64"),
         ({"alternate": True}, "alternate: all rows of a tile see as many keys"),
         ({"cluster": 4}, "cluster must be 1 or 2"),
         ({"cluster": 2, "block_m": 64, "block_n": 64}, "cluster: pairs are of CTAs with several math warpgroups"),
@@ -213,6 +215,25 @@ def test_pairs_of_ctas_load_by_tma() -> None:
     assert [SPACE.knobs(spec)["cluster"] for spec in (D128, rows)] == [(1, 2), (1,)]
 
 
+def test_exponentials_of_narrow_heads_may_be_a_polynomial() -> None:
+    for name, legal in (("d64", True), ("d32", True), ("d33", True), ("d64_dv72", False), ("d192_dv64", False)):
+        spec = KernelSpec.parse(f"fwd_bf16_{name}")
+        config = replace(BASE, block_n=32, polynomial=8)
+        rejection = SPACE.rejection(spec, config)
+        assert (rejection is None) == legal, rejection
+        assert SPACE.knobs(spec)["polynomial"] == ((0, 8) if name == "d32" else (0,))
+        assert "polynomial" not in render(Variant("sm_90a", spec, replace(config, polynomial=0))).text
+    config = replace(BASE, polynomial=4)
+    assert config.name == f"{BASE.name}_p4"
+    assert parse_config("sm_90a", config.name) == config
+    assert config_from_dict("sm_90a", config.to_dict()) == config
+    narrow = KernelSpec.parse("fwd_bf16_d32")
+    assert "4 pairs of a block's scores < 8" in str(SPACE.rejection(narrow, replace(BASE, block_n=16, polynomial=8)))
+    wide_block = replace(BASE, block_m=64, block_n=256)
+    assert SPACE.rejection(narrow, wide_block) is None
+    assert "208 registers a thread > 200" in str(SPACE.rejection(narrow, replace(wide_block, polynomial=8)))
+
+
 def test_rows_that_are_stored_from_registers_anyway_have_one_epilogue() -> None:
     assert "as it is" in str(SPACE.rejection(KernelSpec.parse("fwd_bf16_d33"), replace(BASE, epilogue="direct")))
 
@@ -231,6 +252,7 @@ def test_rendering_is_reproducible_and_as_reviewed(name: str) -> None:
     ("name", "knob", "value"),
     [
         ("fwd_bf16_d64", "tensor_sums", True),
+        ("fwd_bf16_d32", "polynomial", 4),
         ("fwd_bf16_d128_causal", "alternate", True),
         ("fwd_bf16_d128_causal", "cluster", 2),
     ],
@@ -264,8 +286,8 @@ def _matrix() -> list[Variant]:
             if shape not in by_shape or config.block_n > by_shape[shape].block_n:
                 by_shape[shape] = config
         config = rng.choice(sorted(by_shape.values()))
-        for knob in ("tensor_sums", "alternate"):
-            twin = replace(config, **{knob: True})
+        for knob, value in (("tensor_sums", True), ("alternate", True), ("polynomial", 4)):
+            twin = replace(config, **{knob: value})
             config = config if SPACE.rejection(spec, twin) else twin
         variants.append(Variant("sm_90a", spec, config))
     return variants

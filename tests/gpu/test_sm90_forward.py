@@ -52,6 +52,7 @@ SPECS = (
 )
 SPLIT = "heads packed, keys split"
 SUMS = "rows summed up by products"
+POLYNOMIAL = "a part of the exponentials by a polynomial"
 MECHANISMS = {
     "default": {},
     "two Q buffers": {"q_stages": 2, "block_n": 64},
@@ -71,8 +72,11 @@ MECHANISMS = {
     SUMS: {"tensor_sums": True},
     f"{SUMS}, four math warpgroups": {"block_m": 256, "block_n": 32, "tensor_sums": True},
     f"{SUMS}, four CTAs an SM": {"block_m": 64, "block_n": 32, "num_stages": 2, "ctas_per_sm": 4, "tensor_sums": True},
+    POLYNOMIAL: {"polynomial": 4},
+    f"{POLYNOMIAL}, {SUMS}": {"block_m": 256, "block_n": 32, "tensor_sums": True, "polynomial": 8},
     SPLIT: {},
     f"{SPLIT}, {SUMS}": {"tensor_sums": True},
+    f"{SPLIT}, {POLYNOMIAL}": {"polynomial": 4},
     f"{SPLIT}, one math warpgroup": {"block_m": 64, "block_n": 32, "num_stages": 3},
     f"{SPLIT}, two CTAs an SM": {"block_m": 64, "block_n": 32, "num_stages": 2, "ctas_per_sm": 2, "q_stages": 2},
     f"{SPLIT}, three math warpgroups": {"block_m": 192, "block_n": 48, "num_stages": 2},
@@ -175,7 +179,7 @@ def test_any_scale(scale: float) -> None:
 
 @pytest.mark.parametrize("name", ["fwd_bf16_d64", "fwd_fp16_d64_causal", "fwd_bf16_d128_causal", "fwd_bf16_d256"])
 @pytest.mark.parametrize("growth", [0.1, 2.0, 40.0])
-@pytest.mark.parametrize("mechanism", ["default", "three math warpgroups", "three stages", SUMS, SPLIT])
+@pytest.mark.parametrize("mechanism", ["default", "three math warpgroups", "three stages", SUMS, POLYNOMIAL, SPLIT])
 def test_scores_that_grow_from_block_to_block(name: str, growth: float, mechanism: str) -> None:
     """Blocks are visited from the first to the last: maxima outgrow their references, by more than float32 holds."""
     spec = KernelSpec.parse(name)

@@ -39,6 +39,12 @@ def test_long_sequences_are_bound_by_the_tensor_cores_and_small_head_dims_by_exp
     narrow = Variant(TARGET, spec, spaces_of(TARGET, spec)[0].default(spec))
     assert roofline(narrow, replace(SQUARE, head_dim=32, head_dim_v=32), DEVICE).bound == "exp"
 
+    polynomial = replace(narrow, config=replace(narrow.config, polynomial=8))
+    times = [roofline(each, replace(SQUARE, head_dim=32, head_dim_v=32), DEVICE).us for each in (narrow, polynomial)]
+    assert 7 / 8 <= times[1] / times[0] < 0.95
+    polynomial = replace(narrow, config=replace(narrow.config, polynomial=4))
+    assert roofline(polynomial, replace(SQUARE, head_dim=32, head_dim_v=32), DEVICE).bound == "issue"
+
 
 def test_masked_keys_cost_nothing_and_unused_rows_of_a_tile_do():
     full, masked = (roofline(TILE, replace(SQUARE, is_causal=causal), DEVICE).us for causal in (False, True))

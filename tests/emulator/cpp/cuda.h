@@ -64,6 +64,7 @@ inline int __float_as_int(float x) { return emu::as<int>(x); }
 inline unsigned __float_as_uint(float x) { return emu::as<unsigned>(x); }
 inline float __int_as_float(int x) { return emu::as<float>(x); }
 inline float __uint_as_float(unsigned x) { return emu::as<float>(x); }
+inline float __saturatef(float x) { return x > 0.0f ? fminf(x, 1.0f) : 0.0f; }  // 0 of NaN
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }

@@ -1,0 +1,366 @@
+// jagtile_fwd_bf16_d32_persistent_m128_n128_s2_q1_c1_p4
+//
+// Forward attention over a jagged batch, one kernel for one case:
+//   target      sm_90a
+//   dtype       bf16
+//   head_dim    32 (queries and keys), 32 (values)
+//   mask        none
+// Template: templates/cuda/sm90/forward.cu.j2, algorithm persistent, with
+//   block_m             128
+//   block_n             128
+//   num_stages          2
+//   q_stages            1
+//   ctas_per_sm         1
+//   polynomial          4
+// Generated; edit the template, not this text. To see it again:
+//   jagtile generate sm_90a/fwd_bf16_d32/persistent_m128_n128_s2_q1_c1_p4
+//
+// One persistent CTA an SM: 2 math warpgroups of 64 query rows each, one warpgroup that feeds them.
+//   warp 0      copies K tiles into shared memory (TMA, clipped at the sequence's end)
+//   warp 1      claims tiles from the work list, longest first
+//   warp 2      copies V tiles
+//   warp 3      copies Q tiles
+//   warps 4...  S = Q K^T, online softmax, O += P V (wgmma); O leaves through the Q buffer (TMA)
+// The softmax of a block runs while the tensor cores multiply the P and V of the block before it. It skips the block's
+// maximum: probabilities are relative to the row's maximum in earlier blocks, and the few blocks in which some row outgrew
+// that too far are computed again.
+// In these blocks the FMA pipes compute the exponentials of every 4th pair of scores of a thread.
+//
+// Shared memory          bytes
+//   Q [3]                  24576   1 panel of 64 rows x 128 B each; O on its way out
+//   K [2]                  32768   1 panel of 128 rows x 128 B
+//   V [2]                  32768   1 panel of 128 rows x 128 B
+//   tiles, barriers         1024
+#include "cuda/include/fragments.cuh"
+#include "cuda/include/params.cuh"
+#include "cuda/include/pipeline.cuh"
+#include "cuda/include/polynomial_exp.cuh"
+#include "cuda/include/ptx.cuh"
+#include "cuda/include/query_work_list.cuh"
+#include "cuda/include/softmax.cuh"
+#include "cuda/include/work_list.cuh"
+
+namespace {
+
+constexpr int kBlockN = 128;
+constexpr int kWarpgroups = 2;
+constexpr int kStages = 2;
+constexpr int kQBuffers = 3;  // of a warpgroup's 64 rows each; they take turns
+constexpr int kTileSlots = 2;
+constexpr int kPanels = 1;         // 64-column panels of Q and K
+constexpr int kPanelsV = 1;        // of V and O
+constexpr int kColumnsV = 32;
+constexpr int kStepsPV = 8;        // over the keys of a block
+constexpr int kOutRegisters = 16;  // accumulators a thread of 64 x 32
+
+constexpr int kHalf = kBlockN / 4 / 4 * 4;  // scores a thread of a block's first columns, in whole groups
+
+constexpr int kQPanelBytes = 64 * 128;
+constexpr int kKVPanelBytes = kBlockN * 128;
+constexpr int kQBytes = 1 * kQPanelBytes;  // one warpgroup's rows, room for its O included
+constexpr int kKBytes = kPanels * kKVPanelBytes;
+constexpr int kVBytes = kPanelsV * kKVPanelBytes;
+constexpr int kHeadroom = 16;  // probabilities are computed 2^-kHeadroom of what they are
+constexpr int kTop = 1;  // rows with one of 2^kTop or more have outgrown their reference
+
+struct Control {
+  Tile tiles[kTileSlots];
+  RingBarriers<kTileSlots> tile;
+  RingBarriers<kQBuffers> q;
+  RingBarriers<kStages> k, v;
+  uint32_t never_written;
+};
+static_assert(sizeof(Control) <= 1024);
+
+// d (64 x 128) {+}= A (64 x 16) B^T (128 x 16), both K-major in shared memory.
+__device__ __forceinline__ void multiply_qk(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, p, 1, 1, 0, 0;\n"
+      "}\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+      : "l"(a), "l"(b), "r"(accumulate));
+}
+
+// d (64 x 32) += A (64 x 16, registers) B (16 x 32, shared memory, its columns contiguous).
+__device__ __forceinline__ void multiply_pv(float (&d)[16], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "{%16, %17, %18, %19}, %20, 1, 1, 1, 1;\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+
+// d (64 x 128) = A B^T, asynchronously; 64 rows of A and 128 rows of B, 32 columns each.
+__device__ __forceinline__ void issue_scores(float (&d)[64], uint32_t a, uint32_t b) {
+  const uint64_t a_descriptor = wgmma_descriptor(a, 16, 1024);
+  const uint64_t b_descriptor = wgmma_descriptor(b, 16, 1024);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    const int inside = step % 4 * 32;
+    multiply_qk(d, a_descriptor + ((step / 4 * kQPanelBytes + inside) >> 4),
+                b_descriptor + ((step / 4 * kKVPanelBytes + inside) >> 4), step > 0);
+  }
+  wgmma_commit();
+}
+
+// d (64 x 32) += A B, asynchronously; A's fragments in registers, 128 rows of B.
+__device__ __forceinline__ void issue_output(float (&d)[16], const uint32_t (&a)[8][4], uint32_t b) {
+  const uint64_t b_descriptor = wgmma_descriptor(b, kKVPanelBytes, 1024);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 8; ++step) {
+    multiply_pv(d, a[step], b_descriptor + (step * 16 * 128 >> 4));
+  }
+  wgmma_commit();
+}
+
+// Streams the key or value blocks of every tile through a ring.
+template <int kTilePanels>
+__device__ __forceinline__ void load_blocks(Control& control, RingBarriers<kStages>& ring, uint32_t smem,
+                                            const TensorMap& map, int gqa_ratio) {
+  tma_prefetch_map(&map);
+  RingPosition<kStages> at;
+  for_each_tile(control, [&](const WorkItem& item, int head) {
+    const int kv_head = head / gqa_ratio;
+    for (int row = 0; row < item.kv_blocks * kBlockN; row += kBlockN) {
+      const uint32_t full = smem_address(&ring.full[at.slot]);
+      const uint32_t buffer = smem + at.slot * kTilePanels * kKVPanelBytes;
+      ring.wait_empty(at);
+      mbarrier_expect_bytes(full, kTilePanels * kKVPanelBytes);
+#pragma unroll
+      for (int panel = 0; panel < kTilePanels; ++panel) {
+        tma_load_ragged(buffer + panel * kKVPanelBytes, &map, full, 64 * panel, row, kv_head, item.k_begin,
+                        item.k_length, kEvictLast);
+      }
+      at.advance();
+    }
+  });
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+jagtile_fwd_bf16_d32_persistent_m128_n128_s2_q1_c1_p4(const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const uint32_t q_tiles = smem_address(shared);
+  const uint32_t k_tiles = q_tiles + 24576;
+  const uint32_t v_tiles = k_tiles + 32768;
+  Control& control = *reinterpret_cast<Control*>(shared + 90112);
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform, and known to be
+
+  if (threadIdx.x == 0) {
+    control.tile.init(1, 3 + 128 * kWarpgroups);  // freed by three loaders and every math thread
+    control.q.init(1, 1);
+    control.k.init(1, kWarpgroups);
+    control.v.init(1, kWarpgroups);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+
+  if (warp < 4) {
+    shrink_registers<24>();
+    if (warp == 0 && elect_one()) {
+      load_blocks<kPanels>(control, control.k, k_tiles, p.map_k, p.gqa_ratio);
+    } else if (warp == 2 && elect_one()) {
+      load_blocks<kPanelsV>(control, control.v, v_tiles, p.map_v, p.gqa_ratio);
+    } else if (warp == 3 && elect_one()) {
+      tma_prefetch_map(&p.map_q);
+      RingPosition<kQBuffers> at;
+      for_each_tile(control, [&](const WorkItem& item, int head) {
+        for (int warpgroup = 0; warpgroup < kWarpgroups; ++warpgroup) {
+          const uint32_t full = smem_address(&control.q.full[at.slot]);
+          const uint32_t buffer = q_tiles + at.slot * kQBytes;
+          control.q.wait_empty(at);
+          mbarrier_expect_bytes(full, kPanels * kQPanelBytes);
+#pragma unroll
+          for (int panel = 0; panel < kPanels; ++panel) {
+            tma_load_ragged(buffer + panel * kQPanelBytes, &p.map_q, full, 64 * panel, item.row + 64 * warpgroup,
+                            head, item.q_begin, item.q_length, kEvictFirst);
+          }
+          at.advance();
+        }
+      });
+    } else if (warp == 1 && elect_one()) {
+      // The first tile goes by CTA number, the rest by a shared counter.
+      WorkListHeader* list = static_cast<WorkListHeader*>(p.work_list);
+      const int balancing = balancing_heads(*list, p);
+      RingPosition<kTileSlots> at;
+      for (int tile = blockIdx.x;; tile = gridDim.x + atomicAdd(&list->next_tile, 1), at.advance()) {
+        control.tile.wait_empty(at);
+        const bool claimed = claim_tile(control.tiles[at.slot], list, p, balancing, tile);
+        control.tile.arrive_full(at);
+        if (!claimed) break;
+      }
+      rewind_work_list(list);
+    }
+    return;
+  }
+
+  grow_registers<240>();
+  const int warpgroup = warp / 4 - 1;
+  const int lane = threadIdx.x % 32;
+  const bool leader = threadIdx.x % 128 == 0;
+  const int thread_row = 64 * warpgroup + 16 * (warp % 4) + lane / 4;  // the upper of two, 8 apart
+  const int thread_column = 2 * (lane % 4);
+  const float scale_log2 = p.scale_log2;
+  RingPosition<kTileSlots> tile_at;
+  RingPosition<kQBuffers> q_at = {warpgroup};
+  RingPosition<kStages> k_at, v_at;
+  uint32_t stored_q = 0;  // the leader's: empty barrier of the Q buffer that the previous tile's O is leaving through
+  auto free_stored_q = [&] {
+    if (stored_q) {
+      tma_store_wait_read();
+      mbarrier_arrive(stored_q);
+      stored_q = 0;
+    }
+  };
+  for (;; tile_at.advance()) {
+    control.tile.wait_full(tile_at);
+    const int head = control.tiles[tile_at.slot].head;
+    if (head < 0) break;
+    const WorkItem& item = control.tiles[tile_at.slot].item;
+    const uint32_t q_tile = q_tiles + q_at.slot * kQBytes;
+    float output[kOutRegisters] = {};
+    RowState rows;
+
+    control.q.wait_empty(q_at);  // another warpgroup's Q was here, and may even be on its way yet: a parity tells two phases apart
+    control.q.wait_full(q_at);
+    // The tile's first key blocks, of which this warpgroup's rows see some key, and those that all of them see whole.
+    const bool idle = item.row + 64 * warpgroup >= item.q_length;
+    const int blocks = idle ? 0 : item.kv_blocks;
+    const int whole_blocks = item.k_length / kBlockN;
+
+    float inverse[2];
+    auto finish_rows = [&] {  // but for O: writes lse, and says what O is multiplied by
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float sum = sum_of_row(rows.sum[h]);
+        inverse[h] = inverse_of_sum(sum);
+        const int row = item.row + thread_row + 8 * h;
+        if (p.lse != nullptr && lane % 4 == 0 && row < item.q_length) {
+          p.lse[static_cast<long long>(head) * p.total_q + item.q_begin + row] =
+              log_of_sum(probability_offset<kHeadroom>(rows.reference[h], scale_log2), sum);
+        }
+      }
+    };
+
+    if (blocks > 0) {
+      float scores[kBlockN / 2];
+      uint32_t probabilities[kStepsPV][4];
+      auto mask = [&](int block) {
+        const int first_column = block * kBlockN + thread_column;
+        mask_scores(scores, item.k_length - first_column, item.k_length - first_column);
+      };
+      int block = 0;
+      while (true) {
+        // With the rows' maxima: the first block, and where a row outgrew its reference.
+        control.k.wait_full(k_at);
+        issue_scores(scores, q_tile, k_tiles + k_at.slot * kKBytes);
+        free_stored_q();
+        wgmma_wait<0>();
+        pin_registers(scores);
+        if (leader) control.k.arrive_empty(k_at);
+        k_at.advance();
+        if (block >= whole_blocks) mask(block);
+        float rescale[2];
+        online_softmax<kHeadroom>(scores, rows, rescale, scale_log2);
+        if (block > 0) scale_rows(output, rescale);
+        pack_fragments<pack_bf16>(probabilities, scores);
+        ++block;
+
+        // K stays until none of the warpgroup's rows needs the block again.
+        const float offset[2] = {probability_offset<kHeadroom>(rows.reference[0], scale_log2),
+                                 probability_offset<kHeadroom>(rows.reference[1], scale_log2)};
+        for (; block < blocks; ++block) {
+          control.k.wait_full(k_at);
+          issue_scores(scores, q_tile, k_tiles + k_at.slot * kKBytes);
+          control.v.wait_full(v_at);
+          issue_output(output, probabilities, v_tiles + v_at.slot * kVBytes);
+          wgmma_wait<1>();
+          pin_registers(scores);
+          if (block >= whole_blocks) mask(block);
+          float sum[2] = {0.0f, 0.0f};
+          exponentials_by_both<4, kTop, 0, kHalf>(scores, offset, sum, scale_log2);
+          hold_until_computed(sum[0] + sum[1], smem_address(&control.never_written));
+          wgmma_wait<0>();
+          pin_registers(output);
+          pin_registers(probabilities);
+          if (leader) control.v.arrive_empty(v_at);
+          v_at.advance();
+          exponentials_by_both<4, kTop, kHalf, kBlockN / 2>(scores, offset, sum, scale_log2);
+          pack_fragments<pack_bf16>(probabilities, scores);
+          pin_registers(sum);
+          if (any_of_warpgroup(1 + warpgroup, outgrown_bf16(probabilities))) break;
+          rows.sum[0] += sum[0];
+          rows.sum[1] += sum[1];
+          if (leader) control.k.arrive_empty(k_at);
+          k_at.advance();
+        }
+        if (block == blocks) break;
+      }
+      control.v.wait_full(v_at);
+      issue_output(output, probabilities, v_tiles + v_at.slot * kVBytes);
+      finish_rows();
+      wgmma_wait<0>();
+      pin_registers(output);
+      if (leader) control.v.arrive_empty(v_at);
+      v_at.advance();
+    } else {
+      free_stored_q();
+      finish_rows();
+    }
+    if (blocks < item.kv_blocks) {
+      // Blocks that only other warpgroups' rows see are handed back unread.
+#pragma unroll 1
+      for (int unread = item.kv_blocks - blocks; unread > 0; --unread) {
+        if (warp % 4 == 0) {
+          control.k.wait_full(k_at);
+          if (leader) control.k.arrive_empty(k_at);
+          control.v.wait_full(v_at);
+          if (leader) control.v.arrive_empty(v_at);
+        }
+        k_at.advance();
+        v_at.advance();
+        __syncwarp();
+      }
+    }
+
+    scale_rows(output, inverse);
+    stage_rows<pack_bf16, kColumnsV, kQPanelBytes>(output, q_tile, warp, lane);
+    fence_async_proxy();
+    named_barrier_sync(1 + warpgroup, 128);  // O is staged
+    if (leader) {
+      const int row = item.row + 64 * warpgroup;
+      if (row < item.q_length) {
+#pragma unroll
+        for (int panel = 0; panel < kPanelsV; ++panel) {
+          tma_store_ragged(&p.map_out, q_tile + panel * kQPanelBytes, 64 * panel, row, head,
+                           item.q_begin, item.q_length);
+        }
+        tma_store_commit();
+      }
+      stored_q = smem_address(&control.q.empty[q_at.slot]);
+    }
+    control.tile.arrive_empty(tile_at);
+    q_at.advance_by(kWarpgroups);
+  }
+  free_stored_q();
+}
