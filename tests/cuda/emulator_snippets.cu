@@ -322,6 +322,18 @@ extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(32) too_soon(fl
   out[32 * blockIdx.x + threadIdx.x] = variable_of(values, 1 - blockIdx.x)[threadIdx.x];
 }
 
+// Puts out a shared variable's address in the CTA itself and in the other of a pair. With `strays` it reads at the latter, as if
+// that were an address of its own.
+extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(32) addresses_in_a_pair(uint32_t* out, int strays) {
+  __shared__ uint32_t word;
+  const int rank = cluster_rank();
+  const uint32_t own = smem_address(&word), other = address_of(own, 1 - rank);
+  word = 0;
+  if (strays) word = load_shared(other);
+  out[2 * rank] = own;
+  out[2 * rank + 1] = other;
+}
+
 // Two CTAs load each half of a box of 16 rows for both, time and again to the same place, and put out what has come. The second
 // is told by the first which rounds there are. mistake 1: a reader says so twice to its own CTA, never to the other; 2: a CTA may
 // end before arrivals; 3: it may not have begun; 4: only half of the bytes are expected; 5: nobody waits until a round was heard.

@@ -194,6 +194,17 @@ def test_a_cta_that_may_not_have_begun_is_not_to_be_read(seed: int) -> None:
         snippets()("too_soon", 2, 32, torch.zeros(2, 32), machine=Machine(seed=seed))
 
 
+def test_shared_addresses_have_the_rank_of_their_cta() -> None:
+    out = torch.zeros(4, dtype=torch.int32)
+    snippets()("addresses_in_a_pair", 2, 1, out, 0)
+    own, other, *second = out.tolist()
+    assert own < 1 << 18
+    assert other == own + (1 << 24)
+    assert second == [other, own]
+    with pytest.raises(EmulatorError, match=r"shared address 0x.* is not in this CTA's shared memory"):
+        snippets()("addresses_in_a_pair", 2, 1, out, 1)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_a_pair_of_ctas_loads_halves_for_both(seed: int) -> None:
     rounds = 5

@@ -124,6 +124,10 @@ class Instruction:
         base, _, offset = text.partition("+")
         return f"(uint64_t({self.name(base.strip())})" + (f" + {offset.strip()})" if offset else ")")
 
+    def shared(self, index: int) -> str:
+        """``[register + offset]``, an address of the CTA's own shared memory, as an offset into it."""
+        return f"emu::own_offset(uint32_t({self.address(index)}))"
+
     def tensor(self, index: int) -> tuple[str, list[str]]:
         """``[map, {coordinates}]``."""
         match = re.fullmatch(r"\[\s*([^,{]+?)\s*,\s*\{(.*)\}\s*\]", self.operands[index], re.DOTALL)
@@ -633,12 +637,12 @@ _SHARED = r"(?:\.shared(?:::cta|::cluster)?)?"
 @instruction(rf"mbarrier\.init{_SHARED}\.b64")
 def _mbarrier_init(i: Instruction, m: re.Match[str]) -> str:
     i.expect(2)
-    return _call("mbarrier_init", f"uint32_t({i.address(0)})", i.value(1, "u32"))
+    return _call("mbarrier_init", i.shared(0), i.value(1, "u32"))
 
 
 @instruction(rf"mbarrier\.inval{_SHARED}\.b64")
 def _mbarrier_inval(i: Instruction, m: re.Match[str]) -> str:
-    return _call("mbarrier_invalidate", f"uint32_t({i.address(0)})")
+    return _call("mbarrier_invalidate", i.shared(0))
 
 
 @instruction(rf"mbarrier\.arrive(\.expect_tx)?{_SEMANTICS}{_SHARED}\.b64")
@@ -655,14 +659,14 @@ def _mbarrier_arrive(i: Instruction, m: re.Match[str]) -> str:
 
 @instruction(rf"mbarrier\.expect_tx{_SEMANTICS}{_SHARED}\.b64")
 def _mbarrier_expect(i: Instruction, m: re.Match[str]) -> str:
-    return _call("mbarrier_expect", f"uint32_t({i.address(0)})", i.value(1, "u32"))
+    return _call("mbarrier_expect", i.shared(0), i.value(1, "u32"))
 
 
 @instruction(rf"mbarrier\.(try_wait|test_wait)\.parity{_SEMANTICS}{_SHARED}\.b64")
 def _mbarrier_wait(i: Instruction, m: re.Match[str]) -> str:
     i.expect(3, 4)
     parity = f"({i.value(2, 'u32')} & 1) != 0"
-    return i.assign(0, f"emu::mbarrier_wait(uint32_t({i.address(1)}), {parity}, {_flag(m[1] == 'try_wait')})")
+    return i.assign(0, f"emu::mbarrier_wait({i.shared(1)}, {parity}, {_flag(m[1] == 'try_wait')})")
 
 
 @instruction(r"fence\.mbarrier_init\.release\.cluster")
@@ -693,7 +697,7 @@ def _prefetch_map(i: Instruction, m: re.Match[str]) -> str:
 def _tensor_load(i: Instruction, m: re.Match[str]) -> str:
     i.expect(3 + bool(m[2]) + bool(m[3]))
     source, coordinates = i.tensor(1)
-    smem, barrier = f"uint32_t({i.address(0)})", f"uint32_t({i.address(2)})"
+    smem, barrier = i.shared(0), i.shared(2)
     ctas = i.value(3, "u16") if m[2] else "1u << emu::cluster_rank()"
     call = _call("tensor_load", smem, f"(const void*)({source})", barrier, m[1], "emu_at", ctas)
     return f"{{ {_coordinates(i, coordinates, m[1])} {call} }}"
@@ -711,28 +715,28 @@ def _tensor_store(i: Instruction, m: re.Match[str]) -> str:
         raise PtxError(f"a reduction has an operation, a store has none: {i.text}")
     target, coordinates = i.tensor(0)
     combine = f"emu::tensor_addition((const void*)({target}))" if m[1] else "emu::Combine::kNone"
-    call = _call("tensor_store", f"(const void*)({target})", f"uint32_t({i.address(1)})", m[2], "emu_at", combine)
+    call = _call("tensor_store", f"(const void*)({target})", i.shared(1), m[2], "emu_at", combine)
     return f"{{ {_coordinates(i, coordinates, m[2])} {call} }}"
 
 
 @instruction(r"cp\.async\.bulk\.shared::(?:cluster|cta)\.global\.mbarrier::complete_tx::bytes" + _HINT)
 def _bulk_load(i: Instruction, m: re.Match[str]) -> str:
     i.expect(4 + bool(m[1]))
-    smem, barrier = f"uint32_t({i.address(0)})", f"uint32_t({i.address(3)})"
+    smem, barrier = i.shared(0), i.shared(3)
     return _call("bulk_load", smem, f"(const void*)({i.address(1)})", i.value(2, "u32"), barrier)
 
 
 @instruction(r"cp\.async\.bulk\.global\.shared::cta\.bulk_group" + _HINT)
 def _bulk_store(i: Instruction, m: re.Match[str]) -> str:
     i.expect(3 + bool(m[1]))
-    target, smem = f"(void*)({i.address(0)})", f"uint32_t({i.address(1)})"
+    target, smem = f"(void*)({i.address(0)})", i.shared(1)
     return _call("bulk_store", target, smem, i.value(2, "u32"), "emu::Combine::kNone")
 
 
 @instruction(r"cp\.reduce\.async\.bulk\.global\.shared::cta\.bulk_group" + _HINT + r"\.add(?:\.noftz)?\.(f32|bf16|f16)")
 def _bulk_reduce(i: Instruction, m: re.Match[str]) -> str:
     i.expect(3 + bool(m[1]))
-    target, smem = f"(void*)({i.address(0)})", f"uint32_t({i.address(1)})"
+    target, smem = f"(void*)({i.address(0)})", i.shared(1)
     return _call("bulk_store", target, smem, i.value(2, "u32"), f"emu::Combine::{_COMBINE[m[2]]}")
 
 
@@ -755,7 +759,7 @@ def _bulk_wait(i: Instruction, m: re.Match[str]) -> str:
 def _cp_async(i: Instruction, m: re.Match[str]) -> str:
     size = i.value(2, "u32")
     source = i.value(3, "u32") if len(i.operands) > 3 + bool(m[1]) else size
-    return _call("async_copy", f"uint32_t({i.address(0)})", f"(const void*)({i.address(1)})", size, source)
+    return _call("async_copy", i.shared(0), f"(const void*)({i.address(1)})", size, source)
 
 
 @instruction(r"cp\.async\.commit_group")
@@ -770,7 +774,7 @@ def _cp_async_wait(i: Instruction, m: re.Match[str]) -> str:
 
 @instruction(r"cp\.async\.mbarrier\.arrive(\.noinc)?(?:\.shared(?:::cta)?)?\.b64")
 def _cp_async_arrive(i: Instruction, m: re.Match[str]) -> str:
-    return _call("async_arrive", f"uint32_t({i.address(0)})", _flag(m[1]))
+    return _call("async_arrive", i.shared(0), _flag(m[1]))
 
 
 # ---- matrices --------------------------------------------------------------------------------------------------------
@@ -781,7 +785,7 @@ def _ldmatrix(i: Instruction, m: re.Match[str]) -> str:
     names = [f"&emu::word({i.name(t)})" for t in i.vector(0)]
     if len(names) != int(m[1]):
         raise PtxError(f"{len(names)} registers in: {i.text}")
-    call = _call("load_matrix", f"uint32_t({i.address(1)})", m[1], _flag(m[2]), "emu_to")
+    call = _call("load_matrix", i.shared(1), m[1], _flag(m[2]), "emu_to")
     return f"{{ uint32_t* const emu_to[] = {{{', '.join(names)}}}; {call} }}"
 
 
@@ -790,7 +794,7 @@ def _stmatrix(i: Instruction, m: re.Match[str]) -> str:
     values = [i._value(v, "b32") for v in i.vector(1)]
     if len(values) != int(m[1]):
         raise PtxError(f"{len(values)} registers in: {i.text}")
-    call = _call("store_matrix", f"uint32_t({i.address(0)})", m[1], _flag(m[2]), "emu_from")
+    call = _call("store_matrix", i.shared(0), m[1], _flag(m[2]), "emu_from")
     return f"{{ const uint32_t emu_from[] = {{{', '.join(values)}}}; {call} }}"
 
 

@@ -324,7 +324,7 @@ uint64_t mbarrier_arrive(uint32_t address, uint32_t count, uint32_t expected_byt
   EMU_ENTER();
   preempt();
   const auto [cta, local] = place_in_cluster(address);
-  if (expected_bytes) mbarrier_expect(address, expected_bytes);
+  if (expected_bytes) mbarrier_expect(own_offset(address), expected_bytes);
   Mbarrier& barrier = found(*cta, local);
   const uint64_t state = barrier.phase;
   if (cta != current().cta) global_access(*current().warp, cta->shared + local, 8, Access::kAdd, current().caller);

@@ -5,8 +5,9 @@ namespace emu {
 
 namespace {
 
-constexpr uint32_t kRankShift = 20;  // an address of another CTA: one past its rank from this bit on
-static_assert(kWindowBytes <= 1u << kRankShift);
+constexpr uint32_t kRankShift = 24;  // shared addresses have the CTA's rank from this bit on, as an H100's do
+constexpr uint32_t kOffset = (1u << kRankShift) - 1;
+static_assert(kWindowBytes <= kOffset);
 
 // Whether all threads that have not exited have arrived.
 bool all_arrived(const Cluster& cluster) {
@@ -101,17 +102,21 @@ void check_alive(const Cta& cta) {
 uint32_t address_in_cluster(uint32_t address, uint32_t rank) {
   const Cluster& cluster = *current().cta->cluster;
   if (rank >= cluster.ctas.size()) fail("mapa of CTA %u, in a cluster of %zu", rank, cluster.ctas.size());
-  return rank == cluster_rank() ? address : address | (rank + 1) << kRankShift;
+  return (address & kOffset) | rank << kRankShift;
+}
+
+uint32_t own_offset(uint32_t address) {
+  if (address >> kRankShift != cluster_rank()) fail("shared address 0x%x is not in this CTA's shared memory", address);
+  return address & kOffset;
 }
 
 Place place_in_cluster(uint32_t address) {
   Cta& own = *current().cta;
-  const uint32_t other = address >> kRankShift;
-  if (other == 0) return {&own, address};
-  if (other > own.cluster->ctas.size()) fail("shared address 0x%x is in no CTA of the cluster", address);
-  Cta& cta = *own.cluster->ctas[other - 1];
-  check_alive(cta);
-  return {&cta, address & ((1u << kRankShift) - 1)};
+  const uint32_t rank = address >> kRankShift;
+  if (rank >= own.cluster->ctas.size()) fail("shared address 0x%x is in no CTA of the cluster", address);
+  Cta& cta = *own.cluster->ctas[rank];
+  if (&cta != &own) check_alive(cta);
+  return {&cta, address & kOffset};
 }
 
 void end_of_shared(Cta& cta) {

@@ -124,7 +124,9 @@ inline void __threadfence_block() {}
 inline void __threadfence_system() { emu::global_fence(); }
 inline void __nanosleep(unsigned) { emu::poll(); }
 inline void __trap() { emu::fail("__trap()"); }
-inline size_t __cvta_generic_to_shared(const void* pointer) { return emu::shared_address(pointer); }
+inline size_t __cvta_generic_to_shared(const void* pointer) {
+  return emu::address_in_cluster(emu::shared_address(pointer), emu::cluster_rank());
+}
 
 // ---- atomics --------------------------------------------------------------------------------------------------------
 #define EMU_ATOMIC(name, expression)                                        \

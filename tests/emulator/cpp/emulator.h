@@ -19,6 +19,7 @@ extern Dim3 grid, block;
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 // ---- address spaces: shared addresses are 32-bit, dynamic shared memory begins at 1024 ------------------------------
+// A kernel's have the CTA's rank in its cluster in their upper bits (clusters.cpp); here they are offsets without it.
 constexpr uint32_t kSharedBegin = 1024;
 uint32_t shared_address(const void* pointer);
 void* shared_pointer(uint32_t address, uint32_t bytes);
@@ -49,7 +50,8 @@ void cluster_arrive(bool releases);
 void cluster_wait();
 uint32_t cluster_rank();
 void* pointer_in_cluster(const void* pointer, uint32_t rank);  // of shared memory, the same variable of another CTA
-uint32_t address_in_cluster(uint32_t address, uint32_t rank);
+uint32_t address_in_cluster(uint32_t address, uint32_t rank);  // with the rank, of an address with any
+uint32_t own_offset(uint32_t address);                         // without the rank, which must be the CTA's own
 
 enum class Reduce { kNone, kOr, kAnd, kPopc };
 constexpr int kAllThreads = -1;

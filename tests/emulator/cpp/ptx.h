@@ -167,7 +167,7 @@ inline T* located(Space space, uint64_t address, int count) {
   const uint32_t bytes = count * sizeof(T);
   if (address % bytes)
     fail("address 0x%llx is not a multiple of %u bytes", static_cast<unsigned long long>(address), bytes);
-  if (space == Space::kShared) return static_cast<T*>(shared_pointer(static_cast<uint32_t>(address), bytes));
+  if (space == Space::kShared) return static_cast<T*>(shared_pointer(own_offset(static_cast<uint32_t>(address)), bytes));
   T* pointer = reinterpret_cast<T*>(address);
   return pointer;
 }
