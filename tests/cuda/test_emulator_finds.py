@@ -144,6 +144,16 @@ PAIR_MISTAKES: dict[str, tuple[str, str, str | None]] = {
     "both take the same half of the rows": ("(rank ^ at.slot) * 64", "at.slot * 64", "race on global|^wrong$"),
 }
 
+# Of such pairs whose products sum up rows.
+PAIR_SUMS_VARIANT = replace(PAIR_VARIANT, config=replace(PAIR_VARIANT.config, tensor_sums=True))
+PAIR_SUMS_MISTAKES: dict[str, tuple[str, str, str | None]] = {
+    "a CTA's number gets into the distance from V to the ones": (
+        "v_operands = v_tiles & 0xFFFFFF;",
+        "v_operands = v_tiles;",
+        "wgmma B reads shared address",
+    ),
+}
+
 # Of a kernel whose O leaves from registers.
 DIRECT_VARIANT = replace(VARIANT, config=replace(VARIANT.config, epilogue="direct"))
 DIRECT_MISTAKES: dict[str, tuple[str, str, str | None]] = {
@@ -175,7 +185,9 @@ def outcome(mistake: tuple[str, str] | None, seed: int, variant: Variant = VARIA
 
 
 @pytest.mark.parametrize(
-    "variant", [VARIANT, ROWS_VARIANT, DIRECT_VARIANT, PAIR_VARIANT], ids=lambda variant: variant.name
+    "variant",
+    [VARIANT, ROWS_VARIANT, DIRECT_VARIANT, PAIR_VARIANT, PAIR_SUMS_VARIANT],
+    ids=lambda variant: variant.name,
 )
 @pytest.mark.parametrize("seed", range(4))
 def test_nothing_is_found_in_the_kernel_as_it_is(seed: int, variant: Variant) -> None:
@@ -210,5 +222,13 @@ def test_it_is_found_where_o_leaves_from_registers(mistake: str) -> None:
 def test_it_is_found_where_pairs_load_for_each_other(mistake: str) -> None:
     old, new, report = PAIR_MISTAKES[mistake]
     found = outcome((old, new), 0, PAIR_VARIANT)
+    assert found is not None
+    assert re.search(report or "^wrong$", found, re.DOTALL), found
+
+
+@pytest.mark.parametrize("mistake", PAIR_SUMS_MISTAKES)
+def test_it_is_found_where_products_of_pairs_sum_up_rows(mistake: str) -> None:
+    old, new, report = PAIR_SUMS_MISTAKES[mistake]
+    found = outcome((old, new), 0, PAIR_SUMS_VARIANT)
     assert found is not None
     assert re.search(report or "^wrong$", found, re.DOTALL), found

@@ -53,6 +53,7 @@ SPECS = (
 SPLIT = "heads packed, keys split"
 SUMS = "rows summed up by products"
 POLYNOMIAL = "a part of the exponentials by a polynomial"
+PAIR_SUMS = {"tensor_sums": True, "cluster": 2}
 MECHANISMS = {
     "default": {},
     "two Q buffers": {"q_stages": 2, "block_n": 64},
@@ -72,6 +73,8 @@ MECHANISMS = {
     SUMS: {"tensor_sums": True},
     f"{SUMS}, four math warpgroups": {"block_m": 256, "block_n": 32, "tensor_sums": True},
     f"{SUMS}, four CTAs an SM": {"block_m": 64, "block_n": 32, "num_stages": 2, "ctas_per_sm": 4, "tensor_sums": True},
+    f"{SUMS}, pairs of CTAs": {"block_m": 192, "block_n": 128, **PAIR_SUMS},
+    f"{SUMS}, pairs of CTAs, O from registers": {"block_m": 256, "block_n": 64, "epilogue": "direct", **PAIR_SUMS},
     POLYNOMIAL: {"polynomial": 4},
     f"{POLYNOMIAL}, {SUMS}": {"block_m": 256, "block_n": 32, "tensor_sums": True, "polynomial": 8},
     SPLIT: {},
