@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
+from jagtile.generator.spec import KernelSpec
+from jagtile.generator.workloads import representative
 from jagtile.runtime.problem import look_up_of
 from jagtile.tuning_db.schema import ChoiceEntry, Choices, Config, TuningRecord
 
@@ -29,7 +31,7 @@ def choose(records: Iterable[TuningRecord], incumbent: Choices, slack: float = S
 
     Specs and regimes without records keep the incumbent's entries. ``records`` must be of current sources. Of a
     regime's records the latest final session of each person counts (``TuningRecord.by``), for lack of one their latest
-    record of each config. A config that was wrong, crashed or hung anywhere is never chosen. The slack of a regime is
+    record of each config; not those of workloads that represent a regime no more. A config that was wrong, crashed or hung anywhere is never chosen. The slack of a regime is
     ``slack`` or, where larger, its measured noise up to 10 %; within the noise, however large, the incumbent stays.
     """
     by_spec: dict[str, list[TuningRecord]] = defaultdict(list)
@@ -49,7 +51,8 @@ def _entry(records: Sequence[TuningRecord], incumbent: ChoiceEntry | None, slack
     times: dict[str, Times] = {}
     noise: dict[str, float] = {}
     for regime in sorted({record.regime for record in records}):
-        counting = _counting([r for r in records if r.regime == regime and _name(r.config) not in bad])
+        of_regime = _of_today([record for record in records if record.regime == regime])
+        counting = _counting([record for record in of_regime if _name(record.config) not in bad])
         ratios = _ratios(counting)
         if ratios:
             times[regime] = ratios
@@ -74,6 +77,18 @@ def _entry(records: Sequence[TuningRecord], incumbent: ChoiceEntry | None, slack
         default=configs[_default(sorted(set(regimes.values())), times)],
         regimes={**others, **{regime: configs[name] for regime, name in regimes.items()}},
     )
+
+
+def _of_today(records: Sequence[TuningRecord]) -> Sequence[TuningRecord]:
+    """Of one regime's records those of workloads that represent it, all where none does: of what it was tuned on once,
+    later configs have no times, and would not be compared.
+    """
+    first = records[0]
+    try:
+        names = {w.name for w in representative(KernelSpec.parse(first.spec), first.regime, first.target)}
+    except ValueError:  # no regime of today
+        return records
+    return [record for record in records if record.workload in names] or records
 
 
 def _counting(records: Sequence[TuningRecord]) -> list[TuningRecord]:

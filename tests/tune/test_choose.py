@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jagtile.generator.choose import choose
+from jagtile.generator.spec import KernelSpec
+from jagtile.generator.workloads import representative
 from jagtile.tuning_db.schema import ChoiceEntry, Choices, TuningRecord
 
 REGIMES = ("short", "medium", "long")
@@ -105,6 +107,16 @@ def test_several_workloads_of_a_regime_count_alike():
         record("b", "long", 1000.0, workload="two", session="2"),
     ]
     assert chosen(choose(records, NONE)) == {"long": "b"}
+
+
+def test_what_represents_a_regime_no_more_does_not_count():
+    names = [w.name for w in representative(KernelSpec.parse("fwd_bf16_d128"), "long", "sm_90a")]
+    old = [record("a", "long", 100.0, workload="long:of-old"), record("b", "long", 150.0, workload="long:of-old")]
+    new = [
+        record(config, "long", time, workload=name) for name in names for config, time in (("b", 100.0), ("c", 90.0))
+    ]
+    assert chosen(choose([*old, *new], NONE)) == {"long": "c"}  # which has no time on what was tuned on once
+    assert chosen(choose(old, NONE)) == {"long": "a"}
 
 
 def test_regimes_and_specs_without_records_keep_their_choice():
