@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from jagtile.generator.choose import SLACK
 from jagtile.generator.measure import Plan
 from jagtile.generator.replay import Sweep, write_sweep
 from jagtile.generator.spec import KernelSpec
-from jagtile.generator.sweep import legal_of, sweeps
+from jagtile.generator.sweep import legal_of, sweeps, values_of
 from jagtile.generator.tile import TileConfig
 from jagtile.generator.trial import Caller, Job, TrialRunner
 from jagtile.generator.tune import Budget, TuneResult, facts_of, tune, worker_for
@@ -119,12 +119,12 @@ class Examiner:
 
 def best_of(made: Sequence[Sweep], legal: Sequence[TileConfig]) -> list[TileConfig]:
     """The configs that worked on every workload of a regime, the best on the whole first."""
-    logs: dict[str, list[float]] = {}
+    logs: dict[Hashable, list[float]] = {}
     for sweep in made:
-        for config, time in sweep.times.items():
+        for algorithm, values, time, _ in sweep.configs:
             if time is not None:
-                logs.setdefault(repr(config.to_dict()), []).append(math.log(time))
-    by_values = {repr(config.to_dict()): config for config in legal}
+                logs.setdefault((algorithm, values), []).append(math.log(time))
+    by_values = {(config.algorithm, values_of(config)): config for config in legal}
     whole = {by_values[name]: sum(each) for name, each in logs.items() if len(each) == len(made)}
     return sorted(whole, key=whole.__getitem__)
 

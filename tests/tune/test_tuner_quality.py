@@ -42,6 +42,14 @@ def test_each_regime_is_swept_and_tuned_twice_and_what_is_on_record_is_not_measu
     assert len(workers[1].timed) < len(workers[0].timed) / 2
 
 
+def test_sweeps_of_knobs_with_defaults_are_examined_too(tmp_path):
+    spec = KernelSpec.parse("fwd_bf16_d256")  # what a record leaves out, a sweep says
+    arguments = ([spec], ("medium",), torch.device("cuda"), tmp_path, lambda: FakeWorker(noise=0.0005))
+    (found,) = examine_all(*arguments, build=FakeBuilder())
+    assert found.configs == len(legal_of(TARGET, spec))
+    assert found.worst < 0.02
+
+
 def test_a_spec_is_examined_in_the_regimes_that_it_has(tmp_path):
     found = examine_all(
         [SPEC], ("few", "medium"), torch.device("cuda"), tmp_path, lambda: FakeWorker(noise=0.0005), build=FakeBuilder()
