@@ -31,8 +31,9 @@ def choose(records: Iterable[TuningRecord], incumbent: Choices, slack: float = S
 
     Specs and regimes without records keep the incumbent's entries. ``records`` must be of current sources. Of a
     regime's records the latest final session of each person counts (``TuningRecord.by``), for lack of one their latest
-    record of each config; not those of workloads that represent a regime no more. A config that was wrong, crashed or hung anywhere is never chosen. The slack of a regime is
-    ``slack`` or, where larger, its measured noise up to 10 %; within the noise, however large, the incumbent stays.
+    record of each config; not those of workloads that represent the regime no more. A config that was wrong, crashed or
+    hung anywhere is never chosen. The slack of a regime is ``slack`` or, where larger, its measured noise up to 10 %;
+    within the noise, however large, the incumbent stays.
     """
     by_spec: dict[str, list[TuningRecord]] = defaultdict(list)
     for record in records:
