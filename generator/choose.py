@@ -52,8 +52,10 @@ def _entry(records: Sequence[TuningRecord], incumbent: ChoiceEntry | None, slack
     times: dict[str, Times] = {}
     noise: dict[str, float] = {}
     for regime in sorted({record.regime for record in records}):
-        of_regime = _of_today([record for record in records if record.regime == regime])
-        counting = _counting([record for record in of_regime if _name(record.config) not in bad])
+        timed = [
+            r for r in records if r.regime == regime and r.state == "ok" and r.time_us and _name(r.config) not in bad
+        ]
+        counting = _counting(_of_today(timed))
         ratios = _ratios(counting)
         if ratios:
             times[regime] = ratios
@@ -84,6 +86,8 @@ def _of_today(records: Sequence[TuningRecord]) -> Sequence[TuningRecord]:
     """Of one regime's records those of workloads that represent it, all where none does: of what it was tuned on once,
     later configs have no times, and would not be compared.
     """
+    if not records:
+        return records
     first = records[0]
     try:
         names = {w.name for w in representative(KernelSpec.parse(first.spec), first.regime, first.target)}
@@ -93,13 +97,13 @@ def _of_today(records: Sequence[TuningRecord]) -> Sequence[TuningRecord]:
 
 
 def _counting(records: Sequence[TuningRecord]) -> list[TuningRecord]:
-    """Of one regime's records those that count: per workload and person the latest final session, else each config's
+    """Of one regime's times those that count: per workload and person the latest final session, else each config's
     latest.
     """
     counting: list[TuningRecord] = []
     for workload, by in sorted({(record.workload, record.by) for record in records}):
         timed = sorted(
-            (r for r in records if (r.workload, r.by) == (workload, by) and r.state == "ok" and r.time_us),
+            (r for r in records if (r.workload, r.by) == (workload, by)),
             key=lambda r: (r.date, _name(r.config)),
         )
         finals = [record for record in timed if record.phase == "final"]

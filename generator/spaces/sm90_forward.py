@@ -50,7 +50,7 @@ TENSOR_SUMS_COLUMNS = 64
 # Head dims up to which a block's exponentials take as long as its products (16 of them a clock and SM, or 4096 FLOP):
 # beyond, MUFU waits for the tensor cores as it is.
 POLYNOMIAL_COLUMNS = 64
-# Where it was worth it: at D 64 it lost 3 % (1 in 8 pairs) and 9 % (1 in 4), at D 32 the latter lost too.
+# Where it was worth it: at D 64 it lost 3 to 4 % (1 in 8 pairs) and 9 % (1 in 4), at D 32 the latter gained nothing.
 _TUNED_POLYNOMIAL_COLUMNS = 32
 _POLYNOMIALS = (0, 8, 4)
 _ONES_BYTES = 16 * 128  # one step of a product deep

@@ -117,6 +117,8 @@ def test_what_represents_a_regime_no_more_does_not_count():
     ]
     assert chosen(choose([*old, *new], NONE)) == {"long": "c"}  # which has no time on what was tuned on once
     assert chosen(choose(old, NONE)) == {"long": "a"}
+    failed = record("c", "long", None, workload=names[0], state="spill")
+    assert chosen(choose([*old, failed], NONE)) == {"long": "a"}  # better than nothing
 
 
 def test_regimes_and_specs_without_records_keep_their_choice():
