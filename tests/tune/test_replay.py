@@ -24,7 +24,7 @@ from jagtile.runtime.settings import settings
 from jagtile.tuning_db.store import Database
 
 SWEEPS = {sweep.name: sweep for sweep in read_sweeps(Path(__file__).with_name("sweeps"))}
-SEEDS = 4
+SEEDS = 3
 SPEC = KernelSpec.parse("fwd_bf16_d256")
 LEGAL = legal_of(TARGET, SPEC)
 

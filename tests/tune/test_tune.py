@@ -233,11 +233,11 @@ def test_shipping_writes_beside_the_code_and_not_to_the_user(database):
 
 
 def test_tuning_one_regime_leaves_the_shipped_choices_of_the_others_in_force(database):
-    shipped = run(database, regimes=("short", "medium"), trials=60, ship=True).choices.specs[KEY]
+    shipped = run(database, regimes=("short", "medium"), trials=24, ship=True).choices.specs[KEY]
     (records,) = database.shipped_root.glob("*/records.jsonl")
     records.write_text(records.read_text().replace('"source_sha256":"', '"source_sha256":"old'))
     slow = FakeWorker(time_of=lambda config, workload: 300 - landscape(config))
-    entry = run(database, slow, regimes=("short",), trials=60).choices.specs[KEY]
+    entry = run(database, slow, regimes=("short",), trials=24).choices.specs[KEY]
     assert entry.regimes["short"] != shipped.regimes["short"]
     assert entry.regimes["medium"] == shipped.regimes["medium"]
     assert entry.regimes.keys() == set(REGIMES) - {"few", "huge"}  # which follow their neighbours until they are tuned
