@@ -40,6 +40,7 @@ class Sm90BackwardConfig(TileConfig):
     held: str = field(metadata={"short": "h"})  # what of K and V registers hold, as A operands: "none", "v" or "kv"
     late_dq: bool = field(metadata={"short": "l"})  # dQ of a step is multiplied in the next one
     early_dv: bool = field(metadata={"short": "e"})  # dV is multiplied before dP is there: P is packed before dS
+    fused: bool = field(default=False, metadata={"short": "f"})  # passes over rows beside the tiles, not as kernels
 
     @property
     def warpgroups(self) -> int:
@@ -69,6 +70,7 @@ class SmemLayout:
     dout_bytes: int
     ds_bytes: int
     dq_bytes: int
+    rows_bytes: int
     stats_bytes: int
     control_bytes: int
 
@@ -78,9 +80,14 @@ class SmemLayout:
         return self.k_bytes + self.v_bytes + self.q_bytes + self.dout_bytes + self.ds_bytes
 
     @property
+    def rows_begin(self) -> int:
+        """Where rows of passes over them begin."""
+        return self.dq_begin + self.dq_bytes
+
+    @property
     def stats_begin(self) -> int:
         """Where lse and delta begin."""
-        return self.dq_begin + self.dq_bytes
+        return self.rows_begin + self.rows_bytes
 
     @property
     def control_begin(self) -> int:
@@ -102,10 +109,20 @@ def smem_layout(spec: KernelSpec, config: Sm90BackwardConfig) -> SmemLayout:
         q_bytes=config.num_stages * config.block_m * k_panels * 128,
         dout_bytes=config.num_stages * config.block_m * v_panels * 128,
         ds_bytes=2 * config.block_n * panel_count(config.block_m) * 128,
-        dq_bytes=dq_stages(spec, config) * config.block_m * spec.head_dim * 4 if config.dq == "bulk" else 0,
+        dq_bytes=_dq_bytes(spec, config),
+        rows_bytes=2 * row_buffer_bytes(spec) if config.fused else 0,
         stats_bytes=config.num_stages * 2 * config.block_m * 4,
         control_bytes=CONTROL_BYTES,
     )
+
+
+def _dq_bytes(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
+    """Buffers of dQ, those of two warpgroups that have columns each as large as the first."""
+    if config.dq != "bulk":
+        return 0
+    if dq_split(spec, config) == "columns":
+        return 2 * 64 * 64 * 4
+    return dq_stages(spec, config) * config.block_m * spec.head_dim * 4
 
 
 def dq_split(spec: KernelSpec, config: Sm90BackwardConfig) -> Split:
@@ -166,6 +183,25 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     return kept + most + (packed if config.overlap else 0)
 
 
+def row_buffer_bytes(spec: KernelSpec) -> int:
+    """What 32 rows of passes beside the tiles take (row_units.cuh): panels of O and dO, or dQ's sums."""
+    return max(2 * 32 * panel_count(spec.head_dim_v) * 128, 32 * spec.head_dim * 4)
+
+
+def frees_kv(spec: KernelSpec, config: Sm90BackwardConfig) -> bool:
+    """Whether dK and dV leave through the buffers of dS^T and dQ, so that the next tile's K and V need not wait for them."""
+    rows = 64 * 128  # a warpgroup's of a panel
+    split, part = dq_split(spec, config), 64 * dq_columns(spec, config) * 4
+    return (
+        config.dq == "bulk"
+        and config.kv_stages == 1
+        and split != "alternate"
+        and config.warpgroups * part <= smem_layout(spec, config).dq_bytes
+        and panel_count(spec.head_dim_v) * rows <= part
+        and panel_count(spec.head_dim) <= 2 * panel_count(config.block_m)
+    )
+
+
 def dq_adders(config: Sm90BackwardConfig) -> int:
     """How many add to a block's dQ, each to a part of it or in turn."""
     return 1 if config.dq == "bulk" else config.warpgroups
@@ -200,6 +236,7 @@ class Sm90BackwardSpace:
             "held": ("kv", "v", "none"),
             "late_dq": (True, False),
             "early_dv": (False, True),
+            "fused": (True, False),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
@@ -216,6 +253,8 @@ class Sm90BackwardSpace:
             return f"num_stages must be at least 2, got {config.num_stages}"
         if config.dq not in ("bulk", "red"):
             return f"dq must be bulk or red, got {config.dq}"
+        if config.fused and config.dq != "bulk":
+            return "fused: the warp that adds dQ by bulk copies tells of complete tiles: dq must be bulk"
         if config.kv_stages not in (1, 2, 3):
             return f"kv_stages must be 1, 2 or 3, got {config.kv_stages}"
         if config.held not in ("none", "v", "kv"):
@@ -241,7 +280,7 @@ class Sm90BackwardSpace:
     def context(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, object]:
         """Panels, steps, registers and the shared-memory map."""
         config = cast(Sm90BackwardConfig, config)
-        producer, consumer = REGISTERS[config.warpgroups, config.ctas_per_sm]
+        producer, consumer = (40, 232) if config.fused and (config.warpgroups, config.ctas_per_sm) == (2, 1) else REGISTERS[config.warpgroups, config.ctas_per_sm]
         split, columns = dq_split(spec, config), dq_columns(spec, config)
         return {
             "warpgroups": config.warpgroups,
@@ -266,6 +305,7 @@ class Sm90BackwardSpace:
             "pack": f"pack_{spec.dtype}",
             "producer_registers": producer,
             "consumer_registers": consumer,
+            "frees_kv": frees_kv(spec, config),
             "smem": smem_layout(spec, config),
         }
 
@@ -281,6 +321,7 @@ class Sm90BackwardSpace:
             "ctas_per_sm": config.ctas_per_sm,
             "causal": int(spec.causal),
             "dq_adders": dq_adders(config),
+            "fused": int(config.fused),
         }
 
     def compile_flags(self, spec: KernelSpec, config: TileConfig) -> tuple[str, ...]:

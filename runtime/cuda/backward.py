@@ -32,13 +32,14 @@ class _Plan(NamedTuple):
     block: bytes
     movable: bool
     grid: int
-    row_ctas: int  # of prepare and finish
+    row_ctas: int  # of the passes over rows
     max_items: int
     list_ints: int  # behind a work list's items
     list_key: tuple[object, ...]
     scratch_floats: int
     delta: int  # bytes of the scratch before it
     turns: int | None  # likewise, where dQ's sums have an order
+    progress: int | None  # likewise, where the attention kernel makes the passes over rows
     direct: int  # bytes of the work list's buffer before it
     summed: int  # likewise
 
@@ -53,15 +54,18 @@ class CudaBackwardKernel:
         self._block_m, self._block_n = launch["block_m"], launch["block_n"]
         self._threads, self._smem = launch["num_threads"], launch["smem_bytes"]
         self._causal, self._dq_adders = launch["causal"], launch["dq_adders"]
-        rows = (self._block_m, self._block_m, self._block_n, self._block_n, launch["store_rows"], launch["store_rows"])
+        self._fused = bool(launch.get("fused"))
+        block_m, block_n, store_rows = self._block_m, self._block_n, launch["store_rows"]
+        rows = (*(block_m,) * 2, *(block_n,) * 2, *(store_rows,) * 2, *(backward_params.UNIT_ROWS,) * 2)
         sms: int = torch.cuda.get_device_properties(self._device).multi_processor_count
-        self._slots = sms * launch["ctas_per_sm"]
+        self._sms, self._slots = sms, sms * launch["ctas_per_sm"]
         with torch.cuda.device(self._device):
             driver.bind_primary_context(self._device)
             module = driver.load_module(artifact.path.read_bytes())
             self._kernel = driver.function(module, self.meta.symbol, self._smem)
             self._builder = ListBuilder(module, _BUILDER)
-            self._prepare, self._finish = (driver.function(module, symbol) for symbol in (_PREPARE, _FINISH))
+            self._prepare = driver.function(module, _PREPARE)
+            self._finish = None if self._fused else driver.function(module, _FINISH)
         self._launch = driver.Launcher(self._device)
         self._maps = tensor_map.MapCache(self.meta.spec.split("_")[1], rows)
         self._plans: Plans[_Plan] = Plans()
@@ -125,7 +129,10 @@ class CudaBackwardKernel:
         items = found or work_list.allocate(cu_seqlens_q, plan.max_items, plan.list_ints)
         scratch = q.new_empty(plan.scratch_floats, dtype=torch.float32)
         list_address, dq_sums = items.address, scratch.data_ptr()
-        mapped = (q_address, dout_address, k_address, v_address, dk_address, dv_address)
+        mapped = (
+            *(q_address, dout_address, k_address, v_address, dk_address, dv_address),
+            *(out_address, dout_address),
+        )
         block, arguments = fill(self._block, plan.block, mapped if plan.movable else None)
         backward_params.ADDRESSES.pack_into(
             block,
@@ -141,6 +148,7 @@ class CudaBackwardKernel:
             dq_sums + plan.delta,
             dq_sums,
             0 if plan.turns is None else dq_sums + plan.turns,
+            0 if plan.progress is None else dq_sums + plan.progress,
             list_address + plan.direct,
             list_address + plan.summed,
         )
@@ -150,7 +158,8 @@ class CudaBackwardKernel:
             work_list.keep(cu_seqlens_q, cu_seqlens_k, key, items)
         launch(self._prepare, plan.row_ctas, _ROW_THREADS, 0, stream, arguments)
         launch(self._kernel, plan.grid, self._threads, self._smem, stream, arguments)
-        launch(self._finish, plan.row_ctas, _ROW_THREADS, 0, stream, arguments)
+        if self._finish is not None:
+            launch(self._finish, plan.row_ctas, _ROW_THREADS, 0, stream, arguments)
 
     def _plan(
         self,
@@ -172,9 +181,9 @@ class CudaBackwardKernel:
         (total_q, heads, head_dim), (total_k, heads_kv, _) = q.shape, v.shape
         layout = (
             *(total_q > 1, total_k > 1, heads, heads_kv, q.stride(), dout.stride(), k.stride(), v.stride()),
-            *(dk.stride(), dv.stride()),
+            *(dk.stride(), dv.stride(), out.stride()),
         )
-        maps = self._maps.find(layout, (q, dout, k, v, dk, dv), (out, dq))
+        maps = self._maps.find(layout, (q, dout, k, v, dk, dv, out, dout), (dq,))
         if maps is None:
             return None
         if total_q * heads >= _MAX_ROWS:
@@ -184,6 +193,7 @@ class CudaBackwardKernel:
         max_items = work_list.capacity(total_k, batch, self._block_n)
         tiles = max_items * heads_kv
         turn_count = tiles * self._dq_adders if deterministic else 0
+        progress_count = backward_params.progress_ints(tiles) if self._fused else 0
         if (most := max(tiles, turn_count)) > work_list.MAX_TILES:
             raise UnsupportedError(f"up to {most} tiles of keys and heads; served: {work_list.MAX_TILES}")
         block = bytearray(backward_params.BLOCK_BYTES)
@@ -206,26 +216,30 @@ class CudaBackwardKernel:
             self._block_n,
             self._causal,
             turn_count,
+            progress_count,
             scale,
             scale * _LOG2_E,
         )
         bit_words, offsets = backward_params.bit_words(total_q), 2 * (batch + 1)
         delta = 4 * backward_params.sum_floats(total_q, heads, head_dim)
+        turns = delta + 4 * backward_params.delta_floats(total_q, heads)
+        row_ctas = -(-(-(-total_q // _ROW_TOKENS) * heads) // (_ROW_THREADS // 32))
         direct = work_list_bytes(max_items, offsets)
         plan = _Plan(
             block=bytes(block),
             movable=tensor_map.address_comes_first(),
             grid=min(self._slots, tiles),
-            row_ctas=-(-(-(-total_q // _ROW_TOKENS) * heads) // (_ROW_THREADS // 32)),
+            row_ctas=min(self._sms, row_ctas) if self._fused else row_ctas,
             max_items=max_items,
             list_ints=offsets + 2 * bit_words,
             list_key=(
                 *("bwd", self._block_m, self._block_n, self._causal, bottom_right),
                 *(heads, heads_kv, deterministic, total_q, max_items),
             ),
-            scratch_floats=backward_params.scratch_bytes(total_q, heads, head_dim, turn_count) // 4,
+            scratch_floats=backward_params.scratch_bytes(total_q, heads, head_dim, turn_count + progress_count) // 4,
             delta=delta,
-            turns=delta + 4 * backward_params.delta_floats(total_q, heads) if deterministic else None,
+            turns=turns if deterministic else None,
+            progress=turns + 4 * turn_count if self._fused else None,
             direct=direct,
             summed=direct + 4 * bit_words,
         )

@@ -8,10 +8,11 @@ import struct
 
 from jagtile.runtime.cuda.tensor_map import MAP_BYTES
 
-MAPS = ("map_q", "map_dout", "map_k", "map_v", "map_dk", "map_dv")
+MAPS = ("map_q", "map_dout", "map_k", "map_v", "map_dk", "map_dv", "map_rows_out", "map_rows_dout")
+UNIT_ROWS = 32  # of a box of the last two (row_units.cuh)
 POINTERS = (
     *("cu_seqlens_q", "cu_seqlens_k", "work_list", "lse", "dlse"),
-    *("out", "dout", "dq", "delta", "dq_sums", "turns", "direct", "summed"),
+    *("out", "dout", "dq", "delta", "dq_sums", "turns", "progress", "direct", "summed"),
 )
 STRIDES = ("out_token", "out_head", "dout_token", "dout_head", "dq_token", "dq_head")
 INTEGERS = (
@@ -26,6 +27,7 @@ INTEGERS = (
     "block_n",
     "causal",
     "turn_count",
+    "progress_count",
 )
 FLOATS = ("scale", "scale_log2")
 SCALARS = struct.Struct(f"<{len(POINTERS)}Q{len(STRIDES)}q{len(INTEGERS)}i{len(FLOATS)}f")
@@ -49,8 +51,13 @@ def bit_words(total_q: int) -> int:
     return -(-total_q // 32)
 
 
-def scratch_bytes(total_q: int, heads: int, head_dim: int, turns: int = 0) -> int:
-    """Device memory of one backward beside its inputs, gradients and work list; ``turns``: counters, int32, one a tile
-    for each that adds to dQ, 0 where additions need no order.
+def progress_ints(tiles: int) -> int:
+    """int32 numbers of how far passes over rows between so many tiles are: two of all, two a sequence and kv head."""
+    return 2 * (tiles + 1)
+
+
+def scratch_bytes(total_q: int, heads: int, head_dim: int, counters: int = 0) -> int:
+    """Device memory of one backward beside its inputs, gradients and work list; ``counters``: int32 numbers, one a tile
+    for each that adds to dQ where additions have an order, and ``progress_ints`` where a kernel makes all passes.
     """
-    return 4 * (sum_floats(total_q, heads, head_dim) + delta_floats(total_q, heads) + turns)
+    return 4 * (sum_floats(total_q, heads, head_dim) + delta_floats(total_q, heads) + counters)

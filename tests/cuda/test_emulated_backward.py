@@ -10,12 +10,12 @@ import gradient_checks
 import pytest
 import torch
 from emulator import kernels
-from emulator.backward_checks import assert_right
+from emulator.backward_checks import assert_right, loaded
 from emulator.driver import emulated
 
 from jagtile.generator.oracle import errors, reference
 from jagtile.generator.oracle_gradients import Gradients, gradient_tolerance, reference_gradients
-from jagtile.generator.spaces.sm90_backward import Sm90BackwardConfig
+from jagtile.generator.spaces.sm90_backward import Sm90BackwardConfig, Sm90BackwardSpace
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant
 from jagtile.generator.workloads import CausalAlignment, JaggedBatch, Workload
@@ -186,6 +186,46 @@ def test_tiles_with_and_without_sums_take_turns() -> None:
     lengths = (70, 300, 1, 129, 128, 260, 5, 64)
     for case in (CASES[0], CASES[3], CASES[6], CASES[9], CASES[10], CASES[12]):
         assert_right(built(*case), workload(case[0], lengths, lengths, (3, 1)), with_dlse=False)
+
+
+# --- passes over rows beside the tiles
+
+FUSED = tuple(
+    (name, fused)
+    for name, tile in CASES
+    for fused in (replace(tile, fused=True),)
+    if Sm90BackwardSpace().rejection(KernelSpec.parse(name), fused) is None
+)
+
+
+@pytest.mark.parametrize("case", FUSED, ids=lambda case: case[1].name)
+def test_rows_are_prepared_and_finished_beside_tiles(case: tuple[str, Sm90BackwardConfig]) -> None:
+    assert_right(built(*case), workload(case[0], LENGTHS, LENGTHS), launches=2)
+
+
+@pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
+@pytest.mark.parametrize("case", [FUSED[1], FUSED[7]], ids=lambda case: case[1].name)
+def test_rows_that_no_tile_has_are_zeros(case: tuple[str, Sm90BackwardConfig], alignment: CausalAlignment) -> None:
+    assert_right(built(*case), workload(case[0], QUERIES, KEYS, (4, 2), alignment), with_dlse=False)
+
+
+@pytest.mark.parametrize("case", [FUSED[0], FUSED[3]], ids=lambda case: case[1].name)
+def test_slices_of_long_sequences_whatever_the_schedule(case: tuple[str, Sm90BackwardConfig]) -> None:
+    for seed in range(3):
+        assert_right(built(*case), workload(case[0], (500, 20, 130), (400, 260, 70), (3, 1)), seed, with_dlse=False)
+
+
+def test_slices_of_fewer_tiles_than_processors() -> None:
+    name, tile = FUSED[0]
+    w = workload(name, (64, *(0,) * 8), (200, *(0,) * 8), (1, 1))
+    for seed in range(8):
+        with loaded(built(name, tile), processors=8) as kernel:
+            gradient_checks.assert_right(kernel, w, seed, with_dlse=False)
+
+
+def test_slices_beside_additions_in_order(deterministic: None) -> None:
+    for case in (FUSED[1], FUSED[4]):
+        assert_right(built(*case), workload(case[0], (300, 200, 5), (300, 400, 70), (2, 2)), with_dlse=False)
 
 
 # --- the launcher

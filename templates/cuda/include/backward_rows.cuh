@@ -10,6 +10,7 @@
 #include "cuda/include/ptx.cuh"
 
 using Unpack = float2 (*)(uint32_t);
+using LoadSums = uint4 (*)(const void*, uint64_t);  // load_x4, or load_written_x4 where this launch has added them up
 
 constexpr int kRowThreads = 256;
 constexpr int kRowTokens = 16;  // a warp
@@ -46,41 +47,82 @@ __device__ __forceinline__ float dot_x2(uint32_t a, uint32_t b) {
   return fmaf(left.x, right.x, left.y * right.y);
 }
 
-// delta = rowsum(dO * O) - dlse, 16 bytes a lane.
+template <Unpack kUnpack>
+__device__ __forceinline__ float dot_x8(const uint4& a, const uint4& b) {
+  return dot_x2<kUnpack>(a.x, b.x) + dot_x2<kUnpack>(a.y, b.y) + dot_x2<kUnpack>(a.z, b.z) + dot_x2<kUnpack>(a.w, b.w);
+}
+
+// How a warp's lanes share so many rows of pieces of 16 bytes, one a lane and load.
+template <int kPieces, int kTokens>
+struct RowLanes {
+  static constexpr int kRow = lanes_for(kPieces) == 1 ? 32 / kTokens : lanes_for(kPieces);  // lanes
+  static constexpr int kRows = 32 / kRow;                                                   // a load
+  static constexpr int kLoads = kTokens / kRows;
+};
+
+// delta = rowsum(dO * O) - dlse of rows, of which the lane has parts of the sums: value i is of the row of load `load` + i.
+template <typename Lanes, int kValues>
+__device__ __forceinline__ void store_deltas(const BackwardParams& p, const RowBlock& rows, float (&sums)[kValues], int load,
+                                             unsigned lane) {
+  // At each distance a lane keeps one half of its values, and adds to them what the lane there has of these.
+  int kept = 0;
+#pragma unroll
+  for (int distance = Lanes::kRow / 2, values = kValues / 2; distance > 0; distance /= 2, values /= 2) {
+    const bool upper = lane & distance;
+    if (values == 0) sums[0] += __shfl_xor_sync(0xffffffff, sums[0], distance);
+#pragma unroll
+    for (int i = 0; i < values; ++i) {
+      const float given = upper ? sums[i] : sums[i + values];
+      sums[i] = (upper ? sums[i + values] : sums[i]) + __shfl_xor_sync(0xffffffff, given, distance);
+    }
+    if (upper) kept += values;
+  }
+  const int row = lane / Lanes::kRow + (load + kept) * Lanes::kRows;
+  static_assert(kValues <= Lanes::kRow);
+  if (row >= rows.count || lane % (Lanes::kRow / kValues) != 0) return;
+  const long long at = static_cast<long long>(rows.head) * p.total_q + rows.token + row;
+  p.delta[at] = sums[0] - (p.dlse == nullptr ? 0.0f : p.dlse[at]);
+}
+
+// Loads whose sums are worked on together, at most four.
+template <typename Lanes>
+__host__ __device__ constexpr int together() {
+  constexpr int kMost = Lanes::kLoads < Lanes::kRow ? Lanes::kLoads : Lanes::kRow;
+  return kMost < 4 ? kMost : 4;
+}
+
+// delta of a warp's rows.
 template <int kHeadDimV, Unpack kUnpack>
 __device__ __forceinline__ void write_delta(const BackwardParams& p, const RowBlock& rows) {
-  constexpr int kLanes = lanes_for(kHeadDimV / 8) == 1 ? 32 / kRowTokens : lanes_for(kHeadDimV / 8);  // a row
-  constexpr int kStep = 32 / kLanes;                                                                  // rows a load
-  constexpr int kLoads = kRowTokens / kStep;
-  constexpr int kInFlight = kLoads < 4 ? kLoads : 4;
-  const int piece = threadIdx.x % kLanes;
-  const int first = threadIdx.x % 32 / kLanes;
+  using Lanes = RowLanes<kHeadDimV / 8, kRowTokens>;
+  constexpr int kInFlight = together<Lanes>();
+  const int piece = threadIdx.x % Lanes::kRow;
+  const int first = threadIdx.x % 32 / Lanes::kRow;
   const long long token = rows.token + first;
   const uint16_t* out = static_cast<const uint16_t*>(p.out) + token * p.out_token + rows.head * p.out_head + 8 * piece;
   const uint16_t* dout = static_cast<const uint16_t*>(p.dout) + token * p.dout_token + rows.head * p.dout_head + 8 * piece;
-  const long long at = static_cast<long long>(rows.head) * p.total_q + token;
 #pragma unroll 1
-  for (int load = 0; load < kLoads; load += kInFlight) {
+  for (int load = 0; load < Lanes::kLoads; load += kInFlight) {
     uint4 a[kInFlight], b[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const int row = (load + i) * kStep;
+      const int row = (load + i) * Lanes::kRows;
       a[i] = b[i] = {};
       if (first + row < rows.count && 8 * piece < kHeadDimV) {
         a[i] = load_x4(out + row * p.out_token, kEvictFirst);
         b[i] = load_x4(dout + row * p.dout_token, kEvictNormal);  // the attention kernel reads it next
       }
     }
+    float sums[kInFlight];
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int row = (load + i) * kStep;
-      float delta = dot_x2<kUnpack>(a[i].x, b[i].x) + dot_x2<kUnpack>(a[i].y, b[i].y) + dot_x2<kUnpack>(a[i].z, b[i].z) +
-                    dot_x2<kUnpack>(a[i].w, b[i].w);
-#pragma unroll
-      for (int distance = kLanes / 2; distance > 0; distance /= 2) delta += __shfl_xor_sync(0xffffffff, delta, distance);
-      if (first + row < rows.count && piece == 0) p.delta[at + row] = delta - (p.dlse == nullptr ? 0.0f : p.dlse[at + row]);
-    }
+    for (int i = 0; i < kInFlight; ++i) sums[i] = dot_x8<kUnpack>(a[i], b[i]);
+    store_deltas<Lanes>(p, rows, sums, load, threadIdx.x % 32);
   }
+}
+
+__device__ __forceinline__ void zero_counters(int* counters, int count) {
+  if (counters == nullptr) return;
+  for (int i = blockIdx.x * kRowThreads + threadIdx.x; i < count; i += gridDim.x * kRowThreads) counters[i] = 0;
 }
 
 // Writes delta; turns, and sums that are used, become zero.
@@ -99,36 +141,32 @@ __device__ __forceinline__ void prepare_rows(const BackwardParams& p) {
       }
     }
   }
-  if (p.turns != nullptr) {
-    const long long thread = static_cast<long long>(blockIdx.x) * kRowThreads + threadIdx.x;
-    for (long long i = thread; i < p.turn_count; i += static_cast<long long>(gridDim.x) * kRowThreads) p.turns[i] = 0;
-  }
+  zero_counters(p.turns, p.turn_count);
 }
 
-// A panel of dq = scale * sums, four columns a lane and load, zeros where there are no sums.
-template <typename Sums, Pack kPack, int kPanel>
+// A panel of dq = scale * sums, four columns a lane and load, zeros where there are no sums; so many loads at once.
+template <typename Sums, LoadSums kLoad, Pack kPack, int kAtOnce, int kPanel>
 __device__ __forceinline__ void finish_panel(const BackwardParams& p, const RowBlock& rows) {
   constexpr int kColumns = Sums::columns(kPanel), kQuads = kColumns / 4;
   constexpr int kLoads = kRowTokens * kQuads / 32;
-  constexpr int kInFlight = kLoads < 4 ? kLoads : 4;
-  const unsigned lane = threadIdx.x % 32;
+  constexpr int kInFlight = kLoads < kAtOnce ? kLoads : kAtOnce;
   const float* sums = Sums::row(p.dq_sums, p.total_q, rows.head, kPanel, rows.token);
   uint16_t* dq = static_cast<uint16_t*>(p.dq) + rows.token * p.dq_token + rows.head * p.dq_head + Sums::first_column(kPanel);
 #pragma unroll 1
-  for (unsigned base = 0; base < kRowTokens * kQuads; base += 32 * kInFlight) {
+  for (unsigned base = threadIdx.x % 32; base < kRowTokens * kQuads; base += 32 * kInFlight) {
     uint4 values[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const unsigned place = base + 32 * i + lane;
+      const unsigned place = base + 32 * i;
       values[i] = {};
-      if (rows.summed >> place / kQuads & 1) values[i] = load_x4(sums + 4 * place, kEvictFirst);
+      if (rows.summed >> place / kQuads & 1) values[i] = kLoad(sums + 4 * place, kEvictFirst);
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const unsigned place = base + 32 * i + lane, row = place / kQuads, quad = place % kQuads;
+      const unsigned place = base + 32 * i, row = place / kQuads, quad = place % kQuads;
       const uint32_t low = kPack(p.scale * __uint_as_float(values[i].x), p.scale * __uint_as_float(values[i].y));
       const uint32_t high = kPack(p.scale * __uint_as_float(values[i].z), p.scale * __uint_as_float(values[i].w));
-      uint2 words = neighbouring_columns(low, high, lane);
+      uint2 words = neighbouring_columns(low, high, quad);
       unsigned column = (quad / 4 * 16 ^ Sums::group_swap(kPanel, rows.token + row)) + first_neighbour(quad);
       if (quad / 4 == kColumns / 16) {  // a group of 8: as it is
         words = {low, high};
@@ -139,11 +177,17 @@ __device__ __forceinline__ void finish_panel(const BackwardParams& p, const RowB
   }
 }
 
+// All panels from `kPanel` on.
+template <typename Sums, LoadSums kLoad, Pack kPack, int kAtOnce, int kPanel = 0>
+__device__ __forceinline__ void finish_panels(const BackwardParams& p, const RowBlock& rows) {
+  finish_panel<Sums, kLoad, kPack, kAtOnce, kPanel>(p, rows);
+  if constexpr (kPanel + 1 < Sums::kPanels) finish_panels<Sums, kLoad, kPack, kAtOnce, kPanel + 1>(p, rows);
+}
+
 // dq = scale * sums, or 0, where the attention kernel has not written it.
-template <typename Sums, Pack kPack, int kPanel = 0>
+template <typename Sums, Pack kPack>
 __device__ __forceinline__ void finish_rows(const BackwardParams& p) {
   const RowBlock rows = row_block(p);
   if (rows.count <= 0 || rows.direct == (1u << rows.count) - 1) return;
-  finish_panel<Sums, kPack, kPanel>(p, rows);
-  if constexpr (kPanel + 1 < Sums::kPanels) finish_rows<Sums, kPack, kPanel + 1>(p);
+  finish_panels<Sums, load_x4, kPack, 4>(p, rows);
 }

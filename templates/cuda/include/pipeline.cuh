@@ -53,6 +53,9 @@ struct RingBarriers {
   __device__ __forceinline__ bool is_full(const RingPosition<kSlots>& at) const {
     return mbarrier_test(smem_address(&full[at.slot]), at.parity);
   }
+  __device__ __forceinline__ bool is_empty(const RingPosition<kSlots>& at) const {
+    return mbarrier_test(smem_address(&empty[at.slot]), at.parity ^ 1);
+  }
   __device__ __forceinline__ void arrive_full(const RingPosition<kSlots>& at) { mbarrier_arrive(smem_address(&full[at.slot])); }
   __device__ __forceinline__ void arrive_empty(const RingPosition<kSlots>& at) { mbarrier_arrive(smem_address(&empty[at.slot])); }
 };

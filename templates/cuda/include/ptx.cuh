@@ -143,6 +143,14 @@ __device__ __forceinline__ void tma_store_ragged(const void* map, uint32_t smem,
       : "memory");
 }
 
+// `bytes` of global memory into shared memory; both addresses and `bytes` in steps of 16.
+__device__ __forceinline__ void bulk_load(uint32_t smem, const void* from, uint32_t bytes, uint32_t barrier, uint64_t cache_hint) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(smem),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(cache_hint)
+      : "memory");
+}
+
 // Adds `bytes` / 4 float32 numbers in shared memory to those in global memory; both addresses and `bytes` in steps of 16.
 __device__ __forceinline__ void bulk_add(float* sums, uint32_t smem, uint32_t bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(sums), "r"(smem),
@@ -164,6 +172,9 @@ __device__ __forceinline__ void tma_store_wait() { asm volatile("cp.async.bulk.w
 // Ordinary shared-memory writes become visible to the copy engine and the tensor cores.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Ordinary global-memory writes and those of the copy engine become visible to each other.
+__device__ __forceinline__ void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // ---- cp.async -------------------------------------------------------------------------------------------------------
 
 // Copies 4, 8 or 16 bytes, of which those from `source_bytes` on are zeros and not read.
@@ -184,6 +195,16 @@ __device__ __forceinline__ uint4 load_x4(const void* from, uint64_t cache_hint) 
   asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                : "l"(from), "l"(cache_hint));
+  return x;
+}
+
+// Likewise, of bytes that this launch has written.
+__device__ __forceinline__ uint4 load_written_x4(const void* from, uint64_t cache_hint) {
+  uint4 x;
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from), "l"(cache_hint)
+               : "memory");
   return x;
 }
 
@@ -247,6 +268,13 @@ __device__ __forceinline__ void pin_registers(uint32_t (&values)[kCount][4]) {
 __device__ __forceinline__ uint32_t computed_here(uint32_t value) {
   asm volatile("" : "+r"(value));
   return value;
+}
+
+// Likewise, the lane: read anew wherever it is used.
+__device__ __forceinline__ unsigned lane_here() {
+  unsigned lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
 }
 
 // Shared-memory matrix descriptor, 128-byte swizzle; offsets in bytes.
@@ -364,6 +392,19 @@ __device__ __forceinline__ void store_transposed_x4(uint32_t smem, uint32_t r0, 
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(r0), "r"(r1),
                "r"(r2), "r"(r3)
                : "memory");
+}
+
+// sums += a b, of 16 rows of a, 8 columns of b and 16 products a sum.
+__device__ __forceinline__ void multiply_add_bf16(float (&sums)[4], const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
+}
+
+__device__ __forceinline__ void multiply_add_fp16(float (&sums)[4], const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
 }
 
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], uint32_t smem) {

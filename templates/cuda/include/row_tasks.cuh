@@ -1,0 +1,272 @@
+// The passes over rows (backward_rows.cuh) beside the tiles: the warp that claims tiles prepares rows of tiles that come later,
+// and finishes those to whose dQ all has been added, while the math warps multiply. Sums are zeroed and mostly read while they
+// are in L2. A slice has as many rows of a sequence and kv head as there are slices of it, one a tile, and goes by its tile's
+// number in the order of work. What is left to finish when a math warp has no more tiles it finishes itself.
+//
+// Who prepares is ahead of who multiplies by about a slice a CTA, or by as much as it takes: a tile is begun when all slices of
+// its sequence and kv head are prepared, and until then its CTA prepares what is next. Nothing waits for ever: a slice that is
+// claimed waits for no tile but those claimed before, by CTAs that run, each of which was prepared when it was begun.
+#pragma once
+#include <cstdint>
+
+#include "cuda/include/backward_params.cuh"
+#include "cuda/include/backward_rows.cuh"
+#include "cuda/include/key_tiles.cuh"
+#include "cuda/include/pipeline.cuh"
+#include "cuda/include/ptx.cuh"
+#include "cuda/include/row_units.cuh"
+
+// How far a launch has come, from BackwardParams.progress on; zeros at first.
+struct Progress {
+  struct Pair {  // of a sequence and a kv head
+    int prepared;  // slices
+    int added;     // tiles, all of them to dQ
+  };
+  int next_to_prepare;  // slices
+  int next_to_finish;
+
+  // Numbered by the sequence's first item.
+  __device__ __forceinline__ Pair& pair(int number) { return reinterpret_cast<Pair*>(this + 1)[number]; }
+};
+
+// Rows that are in no unit yet, those of every head that shares the kv head: all heads of a block of tokens before the next.
+struct alignas(16) RowSlice {
+  int row, end;  // within the sequence
+  int head, end_head;
+  RowTask task;
+  int q_begin;
+  int pair;
+  bool summed;
+  int tiles;  // of the pair
+
+  __device__ __forceinline__ bool ended() const { return row >= end; }
+
+  // The next rows, where there are any.
+  __device__ __forceinline__ RowUnit unit(int tokens) const {
+    const RowSlice now = *this;
+    const bool last = now.task == kPrepareRows && now.head + 1 == now.end_head && now.row + tokens >= now.end;
+    return {now.task, now.head, now.q_begin + now.row, min(now.end - now.row, tokens), last ? now.pair : -1, now.summed};
+  }
+
+  // Past them.
+  __device__ __forceinline__ void advance(const BackwardParams& p, int tokens) {
+    const bool last_head = head + 1 == end_head;
+    head += last_head ? 1 - p.gqa_ratio : 1;
+    row += last_head ? tokens : 0;
+  }
+};
+
+// What one lane of the warp claims by; in shared memory, where the others see it.
+template <int kBlockN, int kTokens>
+struct RowTasks {
+  static constexpr int kNone = -1;
+
+  Progress* progress;
+  Tile tile;       // that of a slice which is claimed
+  RowSlice slice;  // to work on
+  RowSlice to_finish;
+  RowUnit units[2];  // that are copied
+  int claimed;   // the tile that is begun next, or kNone
+  int begun;     // tiles
+  int prepared;  // slices claimed
+  bool no_tiles, none_to_prepare, none_to_finish;  // left to claim
+
+  // A tile's pair, numbered by its first item.
+  __device__ __forceinline__ static int pair_number(const BackwardParams& p, const WorkItem& item, int kv_head) {
+    return kv_head * p.max_items + item.turn - item.row / kBlockN;  // below the limit of tiles
+  }
+
+  // How many tiles a pair has: fewer than its keys have blocks where the list was cut off.
+  __device__ __forceinline__ static int pair_tiles(const Claims& claims, const WorkItem& item) {
+    return min((item.k_length + kBlockN - 1) / kBlockN, claims.list->items - (item.turn - item.row / kBlockN));
+  }
+
+  // The rows that go with a tile.
+  __device__ __forceinline__ static RowSlice slice_of(const BackwardParams& p, const Claims& claims, const Tile& tile, RowTask task) {
+    const WorkItem& item = tile.item;
+    const int slices = (item.k_length + kBlockN - 1) / kBlockN;
+    const int each = ((item.q_length + slices - 1) / slices + kTokens - 1) / kTokens * kTokens;
+    const int first = item.row / kBlockN * each;
+    RowSlice slice;
+    slice.task = task;
+    slice.row = max(first, -item.q_begin);  // offsets may promise more tokens than there are
+    slice.end = min(min(first + each, item.q_length), p.total_q - item.q_begin);
+    slice.head = tile.head * p.gqa_ratio;
+    slice.end_head = slice.head + p.gqa_ratio;
+    slice.q_begin = item.q_begin;
+    slice.pair = pair_number(p, item, tile.head);
+    slice.tiles = pair_tiles(claims, item);
+    slice.summed = item.k_length > kBlockN;
+    return slice;
+  }
+
+  __device__ __forceinline__ void begin(const BackwardParams& p) {
+    progress = reinterpret_cast<Progress*>(p.progress);
+    slice.row = slice.end = to_finish.row = to_finish.end = 0;
+    claimed = kNone;
+    begun = prepared = 0;
+    no_tiles = none_to_prepare = none_to_finish = false;
+  }
+
+  // The tile has added all of its dQ.
+  __device__ __forceinline__ void add_tile(const BackwardParams& p, const WorkItem& item, int kv_head) {
+    add_release(&progress->pair(pair_number(p, item, kv_head)).added, 1);
+  }
+
+  __device__ __forceinline__ void tell_prepared(int pair) { add_release(&progress->pair(pair).prepared, 1); }
+
+  // Whether pass_tile has something to do.
+  template <typename Control>
+  __device__ __forceinline__ bool is_tile_due(Control& control) const {
+    return !no_tiles && (claimed != kNone || begun == 0 || control.loaded.is_full(RingPosition<1>::after(begun - 1)));
+  }
+
+  // Passes the next tile on when the last queries of the one before are on their way (as claim_key_tiles) and its rows are
+  // prepared. Whether it waits for rows.
+  template <typename Control>
+  __device__ __forceinline__ bool pass_tile(const BackwardParams& p, Control& control) {
+    constexpr int kSlots = sizeof(control.tiles) / sizeof(Tile);
+    if (!is_tile_due(control)) return false;
+    const Claims& claims = control.claims;
+    const auto at = RingPosition<kSlots>::after(begun);
+    Tile& next = control.tiles[at.slot];
+    if (claimed == kNone) {
+      if (!control.tile.is_empty(at)) return false;
+      claimed = atomicAdd(&claims.list->next_tile, 1);
+      if (claimed >= claims.tiles) {
+        no_tiles = true;
+        next.head = -1;
+        control.tile.arrive_full(at);
+        return false;
+      }
+      claim_key_tile<kBlockN>(next, claims, claimed);
+    }
+    const int pair = pair_number(p, next.item, next.head);
+    if (load_acquire(&progress->pair(pair).prepared) < pair_tiles(claims, next.item)) return true;
+    control.tile.arrive_full(at);
+    claimed = kNone;
+    ++begun;
+    return false;
+  }
+
+  // The next slice to work on, if there is one.
+  __device__ __forceinline__ void find_slice(const BackwardParams& p, const Claims& claims, bool tile_waits) {
+    if (!none_to_prepare && (tile_waits || prepared < begun + 2)) {
+      const int index = atomicAdd(&progress->next_to_prepare, 1);
+      none_to_prepare = index >= claims.tiles;
+      if (!none_to_prepare) {
+        claim_key_tile<kBlockN>(tile, claims, index);
+        slice = slice_of(p, claims, tile, kPrepareRows);
+        ++prepared;
+        if (slice.ended()) tell_prepared(slice.pair);
+        return;
+      }
+    }
+    if (to_finish.ended() && !none_to_finish) {
+      const int index = atomicAdd(&progress->next_to_finish, 1);
+      none_to_finish = index >= claims.tiles;
+      if (none_to_finish) return;
+      claim_key_tile<kBlockN>(tile, claims, index);
+      to_finish = slice_of(p, claims, tile, kFinishRows);
+      if (!to_finish.summed) to_finish.row = to_finish.end;
+    }
+    if (to_finish.ended() || load_acquire(&progress->pair(to_finish.pair).added) < to_finish.tiles) return;
+    fence_async_proxy_global();  // its sums are read by copies
+    slice = to_finish;
+    to_finish.row = to_finish.end;
+  }
+
+  __device__ __forceinline__ bool done() const { return no_tiles && slice.ended() && to_finish.ended() && none_to_finish; }
+};
+
+// Fills the ring of `control` as claim_key_tiles does, where another warp loads all of a tile, with work on rows meanwhile. All
+// lanes of a warp; `buffers`: two, one after the other.
+template <typename Units, int kBufferBytes, MultiplyAdd kMultiplyAdd, Pack kPack, typename Control>
+__device__ __forceinline__ void claim_tiles_and_rows(const BackwardParams& p, Control& control, uint32_t buffers) {
+  auto& rows = control.rows;
+  uint32_t copies = 0;  // of units, begun
+  bool copied = false;  // whether the turn before began one
+  for (;;) {
+    if (__any_sync(0xffffffff, rows.slice.ended() || rows.is_tile_due(control))) {
+      if (lane_here() == 0) {
+        const bool tile_waits = rows.pass_tile(p, control);
+        if (rows.slice.ended()) rows.find_slice(p, control.claims, tile_waits);
+      }
+      __syncwarp();
+    }
+    const bool copies_next = !rows.slice.ended();
+    if (!copied && !copies_next) {
+      if (rows.done()) break;
+      __nanosleep(100);
+    }
+    __syncwarp();
+    if (copies_next && lane_here() == 0) {
+      const RowUnit next = rows.slice.unit(Units::kTokens);
+      rows.units[copies % 2] = next;
+      rows.slice.advance(p, Units::kTokens);
+      Units::copy(p, next, buffers + copies % 2 * kBufferBytes, smem_address(&control.rows_copied.full[copies % 2]));
+    }
+    if (copied) {
+      const auto at = RingPosition<2>::after(copies - 1);
+      control.rows_copied.wait_full(at);
+      const RowUnit& unit = rows.units[at.slot];
+      if (unit.task == kPrepareRows) {
+        Units::template prepare<kMultiplyAdd>(p, unit, buffers + at.slot * kBufferBytes);
+      } else {
+        Units::template finish<kPack>(p, unit, buffers + at.slot * kBufferBytes);
+      }
+      __syncwarp();
+      if (lane_here() == 0 && unit.ends >= 0) rows.tell_prepared(unit.ends);
+    }
+    copies += copies_next;
+    copied = copies_next;
+    __syncwarp();
+  }
+  if (lane_here() == 0) rewind_work_list(control.claims.list);
+}
+
+// A warp that has no tiles any more finishes slices that are left. Its sums come straight to registers, of which it has enough.
+template <typename Rows, typename Sums, int kBlockN, Pack kPack, typename Control>
+__device__ __forceinline__ void finish_rest(const BackwardParams& p, const Control& control) {
+  const Claims& claims = control.claims;
+  Progress* const progress = control.rows.progress;
+  for (;;) {
+    int index = 0;
+    if (lane_here() == 0) index = atomicAdd(&progress->next_to_finish, 1);
+    index = __shfl_sync(0xffffffff, index, 0);
+    if (index >= claims.tiles) break;
+    Tile tile;
+    claim_key_tile<kBlockN>(tile, claims, index);
+    const RowSlice slice = Rows::slice_of(p, claims, tile, kFinishRows);
+    if (!slice.summed || slice.ended()) continue;
+    while (load_acquire(&progress->pair(slice.pair).added) < slice.tiles) __nanosleep(100);
+    __syncwarp();
+#pragma unroll 1
+    for (int row = slice.row; row < slice.end; row += kRowTokens) {
+#pragma unroll 1
+      for (int head = slice.end_head - p.gqa_ratio; head < slice.end_head; ++head) {
+        const int count = min(slice.end - row, kRowTokens);
+        const RowBlock rows = {head, slice.q_begin + row, count, 0, (1u << count) - 1};
+        finish_panels<Sums, load_written_x4, kPack, /*kAtOnce=*/8>(p, rows);
+      }
+    }
+  }
+}
+
+// In place of `prepare`: zeroes progress, turns, and dq of queries that see no key, which no tile has.
+template <int kHeadDim>
+__device__ __forceinline__ void begin_tasks(const BackwardParams& p) {
+  zero_counters(p.progress, p.progress_count);
+  zero_counters(p.turns, p.turn_count);
+  const int lane = threadIdx.x % 32, warps = gridDim.x * (kRowThreads / 32);
+  for (int word = (blockIdx.x * kRowThreads + threadIdx.x) / 32; 32 * word < p.total_q; word += warps) {
+    for (unsigned unseen = ~(p.direct[word] | p.summed[word]); unseen != 0; unseen &= unseen - 1) {
+      const int token = 32 * word + __ffs(unseen) - 1;
+      if (token >= p.total_q) break;
+      for (int head = 0; head < p.heads; ++head) {
+        uint16_t* dq = static_cast<uint16_t*>(p.dq) + token * p.dq_token + head * p.dq_head;
+        for (int column = 8 * lane; column < kHeadDim; column += 8 * 32) *reinterpret_cast<uint4*>(dq + column) = {};
+      }
+    }
+  }
+}
