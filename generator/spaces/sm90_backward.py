@@ -22,6 +22,10 @@ MAX_HEAD_DIM = 128  # dK and dV of a block of keys are accumulators
 # Registers for accumulators and fragments that ptxas 13.0 schedules without serialising wgmma (C7512) or spilling, by
 # (math warpgroups, CTAs an SM): fifteen pairs of head dims compiled at and around these limits.
 FRAGMENT_LIMIT = {(1, 1): 208, (1, 2): 160, (2, 1): 208, (3, 1): 128}
+# Where a warp that feeds also works on rows (row_tasks.cuh) it needs registers: (producer, consumer) and the limit.
+FUSED_REGISTERS = {**REGISTERS, (2, 1): (40, 232)}
+FUSED_FRAGMENT_LIMIT = {**FRAGMENT_LIMIT, (2, 1): 204}
+MIN_FUSED_REGISTERS = 40
 Split = Literal["rows", "columns", "alternate"]
 
 
@@ -255,6 +259,11 @@ class Sm90BackwardSpace:
             return f"dq must be bulk or red, got {config.dq}"
         if config.fused and config.dq != "bulk":
             return "fused: the warp that adds dQ by bulk copies tells of complete tiles: dq must be bulk"
+        if config.fused and (producer := FUSED_REGISTERS[groups][0]) < MIN_FUSED_REGISTERS:
+            return (
+                f"fused: the warp that works on rows needs {MIN_FUSED_REGISTERS} registers a thread, and has {producer} "
+                f"with {config.warpgroups} math warpgroups"
+            )
         if config.kv_stages not in (1, 2, 3):
             return f"kv_stages must be 1, 2 or 3, got {config.kv_stages}"
         if config.held not in ("none", "v", "kv"):
@@ -262,7 +271,8 @@ class Sm90BackwardSpace:
         smem, room = smem_layout(spec, config).total, smem_room(config.ctas_per_sm)
         if smem > room:
             return f"shared memory {smem} B > {room} B a CTA with {config.ctas_per_sm} an SM"
-        registers, limit = fragment_registers(spec, config), FRAGMENT_LIMIT[groups]
+        registers = fragment_registers(spec, config)
+        limit = (FUSED_FRAGMENT_LIMIT if config.fused else FRAGMENT_LIMIT)[groups]
         if registers > limit:
             return (
                 f"accumulators and fragments take {registers} registers a thread > {limit} with {config.warpgroups} "
@@ -280,7 +290,8 @@ class Sm90BackwardSpace:
     def context(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, object]:
         """Panels, steps, registers and the shared-memory map."""
         config = cast(Sm90BackwardConfig, config)
-        producer, consumer = (40, 232) if config.fused and (config.warpgroups, config.ctas_per_sm) == (2, 1) else REGISTERS[config.warpgroups, config.ctas_per_sm]
+        registers = FUSED_REGISTERS if config.fused else REGISTERS
+        producer, consumer = registers[config.warpgroups, config.ctas_per_sm]
         split, columns = dq_split(spec, config), dq_columns(spec, config)
         return {
             "warpgroups": config.warpgroups,

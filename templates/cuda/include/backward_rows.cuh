@@ -47,76 +47,40 @@ __device__ __forceinline__ float dot_x2(uint32_t a, uint32_t b) {
   return fmaf(left.x, right.x, left.y * right.y);
 }
 
-template <Unpack kUnpack>
-__device__ __forceinline__ float dot_x8(const uint4& a, const uint4& b) {
-  return dot_x2<kUnpack>(a.x, b.x) + dot_x2<kUnpack>(a.y, b.y) + dot_x2<kUnpack>(a.z, b.z) + dot_x2<kUnpack>(a.w, b.w);
-}
-
-// How a warp's lanes share so many rows of pieces of 16 bytes, one a lane and load.
-template <int kPieces, int kTokens>
-struct RowLanes {
-  static constexpr int kRow = lanes_for(kPieces) == 1 ? 32 / kTokens : lanes_for(kPieces);  // lanes
-  static constexpr int kRows = 32 / kRow;                                                   // a load
-  static constexpr int kLoads = kTokens / kRows;
-};
-
-// delta = rowsum(dO * O) - dlse of rows, of which the lane has parts of the sums: value i is of the row of load `load` + i.
-template <typename Lanes, int kValues>
-__device__ __forceinline__ void store_deltas(const BackwardParams& p, const RowBlock& rows, float (&sums)[kValues], int load,
-                                             unsigned lane) {
-  // At each distance a lane keeps one half of its values, and adds to them what the lane there has of these.
-  int kept = 0;
-#pragma unroll
-  for (int distance = Lanes::kRow / 2, values = kValues / 2; distance > 0; distance /= 2, values /= 2) {
-    const bool upper = lane & distance;
-    if (values == 0) sums[0] += __shfl_xor_sync(0xffffffff, sums[0], distance);
-#pragma unroll
-    for (int i = 0; i < values; ++i) {
-      const float given = upper ? sums[i] : sums[i + values];
-      sums[i] = (upper ? sums[i + values] : sums[i]) + __shfl_xor_sync(0xffffffff, given, distance);
-    }
-    if (upper) kept += values;
-  }
-  const int row = lane / Lanes::kRow + (load + kept) * Lanes::kRows;
-  static_assert(kValues <= Lanes::kRow);
-  if (row >= rows.count || lane % (Lanes::kRow / kValues) != 0) return;
-  const long long at = static_cast<long long>(rows.head) * p.total_q + rows.token + row;
-  p.delta[at] = sums[0] - (p.dlse == nullptr ? 0.0f : p.dlse[at]);
-}
-
-// Loads whose sums are worked on together, at most four.
-template <typename Lanes>
-__host__ __device__ constexpr int together() {
-  constexpr int kMost = Lanes::kLoads < Lanes::kRow ? Lanes::kLoads : Lanes::kRow;
-  return kMost < 4 ? kMost : 4;
-}
-
-// delta of a warp's rows.
+// delta = rowsum(dO * O) - dlse, 16 bytes a lane.
 template <int kHeadDimV, Unpack kUnpack>
 __device__ __forceinline__ void write_delta(const BackwardParams& p, const RowBlock& rows) {
-  using Lanes = RowLanes<kHeadDimV / 8, kRowTokens>;
-  constexpr int kInFlight = together<Lanes>();
-  const int piece = threadIdx.x % Lanes::kRow;
-  const int first = threadIdx.x % 32 / Lanes::kRow;
+  constexpr int kLanes = lanes_for(kHeadDimV / 8) == 1 ? 32 / kRowTokens : lanes_for(kHeadDimV / 8);  // a row
+  constexpr int kStep = 32 / kLanes;                                                                  // rows a load
+  constexpr int kLoads = kRowTokens / kStep;
+  constexpr int kInFlight = kLoads < 4 ? kLoads : 4;
+  const int piece = threadIdx.x % kLanes;
+  const int first = threadIdx.x % 32 / kLanes;
   const long long token = rows.token + first;
   const uint16_t* out = static_cast<const uint16_t*>(p.out) + token * p.out_token + rows.head * p.out_head + 8 * piece;
   const uint16_t* dout = static_cast<const uint16_t*>(p.dout) + token * p.dout_token + rows.head * p.dout_head + 8 * piece;
+  const long long at = static_cast<long long>(rows.head) * p.total_q + token;
 #pragma unroll 1
-  for (int load = 0; load < Lanes::kLoads; load += kInFlight) {
+  for (int load = 0; load < kLoads; load += kInFlight) {
     uint4 a[kInFlight], b[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const int row = (load + i) * Lanes::kRows;
+      const int row = (load + i) * kStep;
       a[i] = b[i] = {};
       if (first + row < rows.count && 8 * piece < kHeadDimV) {
         a[i] = load_x4(out + row * p.out_token, kEvictFirst);
         b[i] = load_x4(dout + row * p.dout_token, kEvictNormal);  // the attention kernel reads it next
       }
     }
-    float sums[kInFlight];
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) sums[i] = dot_x8<kUnpack>(a[i], b[i]);
-    store_deltas<Lanes>(p, rows, sums, load, threadIdx.x % 32);
+    for (int i = 0; i < kInFlight; ++i) {
+      const int row = (load + i) * kStep;
+      float delta = dot_x2<kUnpack>(a[i].x, b[i].x) + dot_x2<kUnpack>(a[i].y, b[i].y) + dot_x2<kUnpack>(a[i].z, b[i].z) +
+                    dot_x2<kUnpack>(a[i].w, b[i].w);
+#pragma unroll
+      for (int distance = kLanes / 2; distance > 0; distance /= 2) delta += __shfl_xor_sync(0xffffffff, delta, distance);
+      if (first + row < rows.count && piece == 0) p.delta[at + row] = delta - (p.dlse == nullptr ? 0.0f : p.dlse[at + row]);
+    }
   }
 }
 

@@ -179,8 +179,9 @@ struct RowTasks {
   __device__ __forceinline__ bool done() const { return no_tiles && slice.ended() && to_finish.ended() && none_to_finish; }
 };
 
-// Fills the ring of `control` as claim_key_tiles does, where another warp loads all of a tile, with work on rows meanwhile. All
-// lanes of a warp; `buffers`: two, one after the other.
+// Fills the ring of `control` as claim_key_tiles does, where another warp loads all of a tile, with work on rows meanwhile: in
+// every turn a unit's rows begin to be copied, and those of the turn before are worked on. All lanes of a warp; `buffers`: two,
+// one after the other.
 template <typename Units, int kBufferBytes, MultiplyAdd kMultiplyAdd, Pack kPack, typename Control>
 __device__ __forceinline__ void claim_tiles_and_rows(const BackwardParams& p, Control& control, uint32_t buffers) {
   auto& rows = control.rows;

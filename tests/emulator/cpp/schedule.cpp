@@ -35,6 +35,7 @@ struct Launch {
   std::vector<Warp*> ready;
   std::vector<AsyncOperation> pending;
   uint64_t idle_polls = 0, switches = 0;
+  uint64_t polls_beside_copies = 0;  // since one was last made, progress or not: who polls may do other things meanwhile
   std::string error;
 };
 Launch* launch = nullptr;
@@ -227,7 +228,7 @@ void run_pending() {
   AsyncOperation operation = std::move(launch->pending[which]);
   launch->pending[which] = std::move(launch->pending.back());
   launch->pending.pop_back();
-  launch->idle_polls = 0;
+  launch->idle_polls = launch->polls_beside_copies = 0;
   operation.run();
 }
 
@@ -322,7 +323,7 @@ void run_to_end(int ctas, int slots) {
     } else {
       throw std::runtime_error("deadlock: no thread can run" + stuck());
     }
-    if (launch->idle_polls > kPatience && !launch->pending.empty()) run_pending();
+    if (launch->polls_beside_copies > kPatience && !launch->pending.empty()) run_pending();
     if (launch->idle_polls > kIdlePolls) {
       throw std::runtime_error("livelock: threads poll what nobody changes" + stuck());
     }
@@ -399,6 +400,7 @@ void preempt() {
 
 void poll() {
   ++launch->idle_polls;
+  ++launch->polls_beside_copies;
   make_ready(current());
   to_scheduler();
 }
