@@ -21,6 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """The run's cache: never the user's. xdist's workers inherit it, so that a kernel is built once a run."""
     os.environ.pop("JAGTILE_JIT", None)
     os.environ["JAGTILE_PACKS"] = "none"  # whatever is installed here
+    # Threads of torch that wait actively take the cores from xdist's other workers: half of the time was spent so.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if hasattr(config, "workerinput"):
         return
     cache = Path(tempfile.mkdtemp(prefix="jagtile-tests-"))
