@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """What was imported stays: neither collections of garbage nor the emulator, which looks for tensors, go through it."""
+    """What was imported stays: garbage collection need not go through it, nor the emulator, which looks for tensors."""
     gc.collect()
     gc.freeze()
 
