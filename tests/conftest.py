@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -21,6 +22,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """The run's cache: never the user's. xdist's workers inherit it, so that a kernel is built once a run."""
     os.environ.pop("JAGTILE_JIT", None)
     os.environ["JAGTILE_PACKS"] = "none"  # whatever is installed here
+    # Threads of torch that wait actively take the cores from xdist's other workers: half of the time was spent so.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if hasattr(config, "workerinput"):
         return
     cache = Path(tempfile.mkdtemp(prefix="jagtile-tests-"))
@@ -43,6 +46,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if marked and (reason := missing()):
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What was imported stays: garbage collection need not go through it, nor the emulator, which looks for tensors."""
+    gc.collect()
+    gc.freeze()
 
 
 def _missing_gpu() -> str | None:

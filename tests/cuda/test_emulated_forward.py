@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from functools import cache
 from unittest import mock
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from emulator import kernels
 from emulator.driver import emulated
+from emulator.schedules import next_seed
 from layouts import LAYOUTS, laid_out
 
 from jagtile.generator.oracle import errors, reference, tolerance
@@ -62,7 +62,6 @@ CASES: tuple[tuple[str, dict[str, int | str]], ...] = (
     ("fwd_fp16_d64_dv20", {"block_m": 192, "block_n": 16, "q_stages": 1}),
 )
 LENGTHS = (0, 1, 63, 64, 65, 0, 129, 200)
-_seeds = itertools.count(1)  # no two runs share a schedule
 
 
 @cache
@@ -85,7 +84,7 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The outputs of the last of some launches, of which the first builds the work list and each rewinds it."""
     bottom_right = w.causal_alignment == "bottom_right"
-    with emulated(processors=2 * artifact.meta.launch["cluster"], seed=1000 * next(_seeds)):
+    with emulated(processors=2 * artifact.meta.launch["cluster"], seed=next_seed()):
         kernel = cuda.load(artifact, torch.device("cuda", 0))
         for _ in range(launches):
             out = in_nan(torch.full((w.total_q, w.num_heads, w.head_dim_v), float("nan"), dtype=b.q.dtype))
@@ -145,7 +144,7 @@ def test_rows_of_any_alignment(name: str, layout: str) -> None:
     with mock.patch.object(torch.Tensor, "clone", side_effect=AssertionError("a copy")):
         operands = {x: laid_out(getattr(b, x), layout) for x in "qkv"}
         out = laid_out(torch.zeros(w.total_q, 3, w.head_dim_v, dtype=b.q.dtype), layout).fill_(float("nan"))
-        with emulated(processors=2, seed=1000 * next(_seeds)):
+        with emulated(processors=2, seed=next_seed()):
             kernel = cuda.load(artifact, torch.device("cuda", 0))
             kernel.forward(*b._replace(**operands)[:5], out, None, 0.1, True)
     expected, _ = reference(*b[:5], is_causal=spec.causal, causal_alignment="bottom_right", scale=0.1)
@@ -193,7 +192,7 @@ def test_the_same_offsets_of_more_tokens() -> None:
     w = Workload("padded", (400, 390), (30, 70), 1, 1, 64, 64)
     b = w.make("cpu", "bf16", 5)
     expected, _ = reference(*b[:5])
-    with emulated(processors=2, seed=1000 * next(_seeds)):
+    with emulated(processors=2, seed=next_seed()):
         kernel = cuda.load(built("fwd_bf16_d64", ()), torch.device("cuda", 0))
         for more in (0, 3000):
             q = torch.cat([b.q, b.q.new_full((more, *b.q.shape[1:]), float("nan"))])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from emulator import kernels
 from emulator.driver import EmulatorError, emulated
+from emulator.schedules import next_seed
 
 from jagtile.generator import list_oracle
 from jagtile.generator.spaces.sm90_backward import Sm90BackwardConfig
@@ -31,7 +32,6 @@ CAUSAL_NAMES = [
 ]
 KEY_BLOCKS = Sm90BackwardConfig(64, 64, 2, 2, "bulk", False, 1, "none", False, True)
 CHUNK = 2048  # sequences that a CTA looks at at a time
-_seeds = itertools.count(1)
 
 
 @cache
@@ -53,7 +53,7 @@ def assert_right(
     cu_q, cu_k = (torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) for lengths in (queries, keys))
     q = torch.zeros(tokens or max(sum(queries), 1), heads, 64, dtype=torch.bfloat16)
     k = torch.zeros(sum(keys), heads // ratio, 64, dtype=torch.bfloat16)
-    with emulated(processors, seed=1000 * next(_seeds)):
+    with emulated(processors, seed=next_seed()):
         kernel = cuda.load(artifact, torch.device("cuda", 0))
         launch, attention = kernel._launch, kernel._kernel
         kernel._launch = lambda function, *more: None if function is attention else launch(function, *more)
@@ -189,7 +189,7 @@ def assert_right_of_keys(
     k = torch.zeros(tokens or sum(keys), heads[1], 32, dtype=torch.bfloat16)
     torch.use_deterministic_algorithms(in_order)
     try:
-        with emulated(3, seed=1000 * next(_seeds)):
+        with emulated(3, seed=next_seed()):
             kernel = cuda.load(kernels.artifact(variant), torch.device("cuda", 0))
             launch = kernel._launch
             kernel._launch = lambda function, *more: launch(function, *more) if "work_list" in function.name else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,19 +9,18 @@ import gradient_checks
 import torch
 
 from emulator.driver import emulated
+from emulator.schedules import next_seed
 from jagtile.generator.oracle_gradients import Gradients
 from jagtile.generator.workloads import JaggedBatch, Workload
 from jagtile.runtime import cuda
 from jagtile.runtime.artifact import Artifact
 from jagtile.runtime.cuda import CudaBackwardKernel
 
-_seeds = itertools.count(1)  # no two runs share a schedule
-
 
 @contextmanager
 def loaded(artifact: Artifact, processors: int = 2) -> Iterator[CudaBackwardKernel]:
     """The kernel, on an emulated device of so many processors."""
-    with emulated(processors=processors, seed=1000 * next(_seeds)):
+    with emulated(processors=processors, seed=next_seed()):
         kernel = cuda.load(artifact, torch.device("cuda", 0))
         assert isinstance(kernel, CudaBackwardKernel)
         yield kernel

@@ -10,6 +10,8 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+from filelock import FileLock
+
 from emulator.cuda_source import Translation
 from jagtile.generator.render import Source
 from jagtile.generator.toolchain import find_cxx
@@ -74,9 +76,13 @@ def _hash(*parts: str) -> str:
 
 
 def _made(path: Path, make: object) -> Path:
-    """``path``, made in a private folder and moved into place where it is missing."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """``path``, made in a private folder and moved into place where it is missing, by one process at a time."""
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if path.exists():
+            return path
         with tempfile.TemporaryDirectory(dir=path.parent) as private:
             made = Path(private) / path.name
             make(made)  # type: ignore[operator]

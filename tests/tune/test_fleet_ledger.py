@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from multiprocessing.synchronize import Barrier
 
 import pytest
 from fakes import DEVICE, SPEC, TARGET, landscape
@@ -15,8 +16,9 @@ from jagtile.generator.shared_search import SharedSearch
 from jagtile.runtime.errors import TuningError
 from jagtile.tuning_db.schema import TuningRecord
 
-LEGAL = Search(TARGET, SPEC, trials=1).legal
-POINTS = {config.name: Search(TARGET, SPEC, trials=1).point(config) for config in LEGAL[:6]}
+SEARCH = Search(TARGET, SPEC, trials=1)
+LEGAL = SEARCH.legal
+POINTS = {config.name: SEARCH.point(config) for config in LEGAL[:6]}
 A, B, C, *_ = POINTS
 
 
@@ -111,8 +113,9 @@ def test_work_is_shared_until_all_of_it_is_done(journal):
         assert list(mine) == list(theirs) == []
 
 
-def _search(url: str, name: str, trials: int) -> None:
+def _search(url: str, name: str, trials: int, together: Barrier) -> None:
     with Fleet(url, name, grace=5) as fleet:
+        together.wait(60)  # else the first may be done when the last has started
         search = SharedSearch(
             TARGET,
             SPEC,
@@ -136,7 +139,8 @@ def _search(url: str, name: str, trials: int) -> None:
 
 def test_many_tuners_together_measure_each_config_once_and_keep_the_budget(url, request):
     name, context = request.node.name, multiprocessing.get_context("fork")
-    tuners = [context.Process(target=_search, args=(url, name, 16)) for _ in range(4)]
+    together = context.Barrier(4)
+    tuners = [context.Process(target=_search, args=(url, name, 16, together)) for _ in range(4)]
     for process in tuners:
         process.start()
     for process in tuners:

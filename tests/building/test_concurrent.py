@@ -102,9 +102,14 @@ def test_what_another_gives_up_is_built_here(toy, compiler):
     assert [result.state for result in results] == ["ok"]
 
 
+def _build_interruptibly(variants) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in the background
+    build(variants, jobs=2)
+
+
 def _start_hanging_build(toy, compiler, tmp_path: Path):
     compiler.hook(HANG)
-    process = FORK.Process(target=build, args=([toy(1), toy(2)],), kwargs={"jobs": 2})
+    process = FORK.Process(target=_build_interruptibly, args=([toy(1), toy(2)],))
     process.start()
     pids = tmp_path / "compilations.pids"
     wait_for(pids)
