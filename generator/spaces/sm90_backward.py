@@ -193,7 +193,7 @@ def row_buffer_bytes(spec: KernelSpec) -> int:
 
 
 def frees_kv(spec: KernelSpec, config: Sm90BackwardConfig) -> bool:
-    """Whether dK and dV leave through the buffers of dS^T and dQ, so that the next tile's K and V need not wait for them."""
+    """Whether dK and dV leave through the buffers of dS^T and dQ, so that the next tile's K and V don't wait for them."""
     rows = 64 * 128  # a warpgroup's of a panel
     split, part = dq_split(spec, config), 64 * dq_columns(spec, config) * 4
     return (
@@ -261,8 +261,8 @@ class Sm90BackwardSpace:
             return "fused: the warp that adds dQ by bulk copies tells of complete tiles: dq must be bulk"
         if config.fused and (producer := FUSED_REGISTERS[groups][0]) < MIN_FUSED_REGISTERS:
             return (
-                f"fused: the warp that works on rows needs {MIN_FUSED_REGISTERS} registers a thread, and has {producer} "
-                f"with {config.warpgroups} math warpgroups"
+                f"fused: the warp that works on rows needs {MIN_FUSED_REGISTERS} registers a thread, and has "
+                f"{producer} with {config.warpgroups} math warpgroups"
             )
         if config.kv_stages not in (1, 2, 3):
             return f"kv_stages must be 1, 2 or 3, got {config.kv_stages}"
