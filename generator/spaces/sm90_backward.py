@@ -22,9 +22,8 @@ MAX_HEAD_DIM = 128  # dK and dV of a block of keys are accumulators
 # Registers for accumulators and fragments that ptxas 13.0 schedules without serialising wgmma (C7512) or spilling, by
 # (math warpgroups, CTAs an SM): fifteen pairs of head dims compiled at and around these limits.
 FRAGMENT_LIMIT = {(1, 1): 208, (1, 2): 160, (2, 1): 208, (3, 1): 128}
-# Where a warp that feeds also works on rows (row_tasks.cuh) it needs registers: (producer, consumer) and the limit.
-FUSED_REGISTERS = {**REGISTERS, (2, 1): (40, 232)}
-FUSED_FRAGMENT_LIMIT = {**FRAGMENT_LIMIT, (2, 1): 204}
+# Where a warp that feeds also works on rows (row_tasks.cuh) it needs registers: (producer, consumer).
+FUSED_REGISTERS = {**REGISTERS, (2, 1): (40, 232), (3, 1): (56, 152)}
 MIN_FUSED_REGISTERS = 40
 Split = Literal["rows", "columns", "alternate"]
 
@@ -52,14 +51,15 @@ class Sm90BackwardConfig(TileConfig):
         return self.block_n // 64
 
 
-# P and dS packed together; steps of 128 queries where registers have room, else a late dQ; the last fits all head dims.
+# P and dS packed together; steps of 128 queries where registers have room, else a late dQ, and passes over rows beside the
+# tiles. The last fits all head dims.
 _DEFAULT_TILES = tuple(
-    Sm90BackwardConfig(block_m, 128, 2, 1, "bulk", overlap, kv_stages, held, late_dq, early_dv=False)
-    for block_m, overlap, kv_stages, held, late_dq in (
-        (128, False, 2, "kv", True),
-        (128, True, 2, "none", False),
-        (64, False, 1, "v", True),
-        (64, False, 1, "none", True),
+    Sm90BackwardConfig(block_m, 128, 2, 1, "bulk", overlap, kv_stages, held, late_dq, early_dv=False, fused=fused)
+    for block_m, overlap, kv_stages, held, late_dq, fused in (
+        (128, False, 2, "kv", True, False),
+        (128, True, 1, "none", False, True),
+        (64, False, 1, "v", True, True),
+        (64, False, 1, "none", True, True),
     )
 )
 
@@ -173,16 +173,21 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     every tile.
 
     Without it, dQ of the step before is multiplied when S and dP are gone, and dP when the dS of the step before is.
-    What counts beside them, with and without ``overlap``, is what compiling shows.
+    What counts beside them, with and without ``overlap``, is what compiling shows; and what is added for ``fused``, with
+    which math warps have 8 registers less.
     """
     kept = spec.head_dim // 2 + spec.head_dim_v // 2 + held_registers(spec, config)
+    if config.fused and config.warpgroups == 3:
+        kept += 14 if config.kv_stages == 1 else 6
     scores, packed, dq = config.block_m // 2, config.block_m // 4, dq_columns(spec, config) // 2
     if not config.early_dv:
         beside = 10 if not config.overlap else 40 if config.block_m == 64 else 16
+        if config.fused and config.held != "none" and not config.late_dq:
+            beside += 8
         return kept + max(2 * scores, dq + 2 * packed) + beside
     with_p = 2 * scores + packed
     most = with_p + dq if config.late_dq else max(with_p, dq + 2 * packed)
-    if config.kv_stages == 1 and (config.late_dq or config.held == "kv"):
+    if config.fused or config.kv_stages == 1 and (config.late_dq or config.held == "kv"):
         most += 2
     return kept + most + (packed if config.overlap else 0)
 
@@ -193,7 +198,7 @@ def row_buffer_bytes(spec: KernelSpec) -> int:
 
 
 def frees_kv(spec: KernelSpec, config: Sm90BackwardConfig) -> bool:
-    """Whether dK and dV leave through the buffers of dS^T and dQ, so that the next tile's K and V don't wait for them."""
+    """Whether dK and dV leave through the buffers of dS^T and dQ, so that the next tile's K and V don't wait."""
     rows = 64 * 128  # a warpgroup's of a panel
     split, part = dq_split(spec, config), 64 * dq_columns(spec, config) * 4
     return (
@@ -271,8 +276,7 @@ class Sm90BackwardSpace:
         smem, room = smem_layout(spec, config).total, smem_room(config.ctas_per_sm)
         if smem > room:
             return f"shared memory {smem} B > {room} B a CTA with {config.ctas_per_sm} an SM"
-        registers = fragment_registers(spec, config)
-        limit = (FUSED_FRAGMENT_LIMIT if config.fused else FRAGMENT_LIMIT)[groups]
+        registers, limit = fragment_registers(spec, config), FRAGMENT_LIMIT[groups]
         if registers > limit:
             return (
                 f"accumulators and fragments take {registers} registers a thread > {limit} with {config.warpgroups} "

@@ -53,10 +53,10 @@ def test_every_spec_has_a_legal_default_of_128_keys(spec: KernelSpec) -> None:
     ("name", "tile"),
     [
         ("d32", "m128_n128_s2_c1_dbulk_o0_k2_hkv_l1_e0"),
-        ("d64", "m128_n128_s2_c1_dbulk_o1_k2_hnone_l0_e0"),
-        ("d72_dv40", "m64_n128_s2_c1_dbulk_o0_k1_hv_l1_e0"),
-        ("d96", "m64_n128_s2_c1_dbulk_o0_k1_hv_l1_e0"),
-        ("d128", "m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0"),
+        ("d64", "m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1"),
+        ("d72_dv40", "m64_n128_s2_c1_dbulk_o0_k1_hv_l1_e0_f1"),
+        ("d96", "m64_n128_s2_c1_dbulk_o0_k1_hv_l1_e0_f1"),
+        ("d128", "m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1"),
     ],
 )
 def test_the_default_takes_what_there_is_room_for(name: str, tile: str) -> None:
@@ -72,6 +72,7 @@ def test_the_default_takes_what_there_is_room_for(name: str, tile: str) -> None:
         ({"block_n": 96}, "block_n is 64 a math warpgroup"),
         ({"num_stages": 1}, "num_stages must be at least 2"),
         ({"dq": "atomic"}, "dq must be bulk or red"),
+        ({"fused": True, "dq": "red"}, "dq must be bulk"),
         ({"ctas_per_sm": 2}, "64K registers"),
         ({"num_stages": 4}, "shared memory 265216 B > 232448 B"),
         ({"kv_stages": 4}, "kv_stages must be 1, 2 or 3"),

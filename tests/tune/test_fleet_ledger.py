@@ -115,7 +115,6 @@ def test_work_is_shared_until_all_of_it_is_done(journal):
 
 def _search(url: str, name: str, trials: int, together: Barrier) -> None:
     with Fleet(url, name, grace=5) as fleet:
-        together.wait(60)  # else the first may be done when the last has started
         search = SharedSearch(
             TARGET,
             SPEC,
@@ -127,6 +126,7 @@ def _search(url: str, name: str, trials: int, together: Barrier) -> None:
             workloads=(),
             recorded=[],
         )
+        together.wait(60)  # else the first may be done when the last has started
         while batch := search.ask(3):
             time.sleep(0.01)
             for config in batch:

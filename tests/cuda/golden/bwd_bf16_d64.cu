@@ -1,4 +1,4 @@
-// jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k2_hnone_l0_e0
+// jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1
 //
 // Backward of attention over a jagged batch, one kernel for one case:
 //   target      sm_90a
@@ -12,32 +12,33 @@
 //   ctas_per_sm         1
 //   dq                  bulk
 //   overlap             true
-//   kv_stages           2
+//   kv_stages           1
 //   held                none
 //   late_dq             false
 //   early_dv            false
+//   fused               true
 // Generated; edit the template, not this text. To see it again:
-//   jagtile generate sm_90a/bwd_bf16_d64/keyblocks_m128_n128_s2_c1_dbulk_o1_k2_hnone_l0_e0
+//   jagtile generate sm_90a/bwd_bf16_d64/keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1
 //
 // One persistent CTA an SM: 2 math warpgroups of 64 keys each, one warpgroup that feeds them. K and V of a tile
 // stay; the queries that see its keys go by from the last, those of every head that shares the kv head.
 //   warp 0      copies K and V, then Q and dO block by block (TMA, clipped at the sequence's end)
-//   warp 1      claims tiles from the work list
+//   warp 1      claims tiles from the work list; prepares rows and finishes dQ meanwhile
 //   warp 2      copies lse and delta of every block
 //   warp 3      adds dQ to its sums in global memory (bulk reductions)
 //   warps 4...  S^T = K Q^T, dP^T = V dO^T, P and dS in registers, dV += P^T dO, dK += dS^T Q, dQ = dS K (wgmma);
 //               dK and dV leave through K's and V's buffers (TMA), dQ from registers where the tile has all keys
-// K and V of the next tile arrive while this one is worked on; dK and dV leave while the next one begins.
 // P and dS are packed when both are there, so that P is never in registers twice.
 // dK is still being multiplied when the next block's S^T begins.
 //
 // Shared memory          bytes
-//   K [2]                  32768   1 panel of 128 rows x 128 B; dK on its way out
-//   V [2]                  32768   1 panel of 128 rows x 128 B; dV on its way out
+//   K                      16384   1 panel of 128 rows x 128 B
+//   V                      16384   1 panel of 128 rows x 128 B
 //   Q [2]                  32768   1 panel of 128 rows x 128 B
 //   dO [2]                 32768   1 panel of 128 rows x 128 B
-//   dS^T [2]               65536   2 panels of 128 rows x 128 B
-//   dQ                     32768   float32, as in its sums
+//   dS^T [2]               65536   2 panels of 128 rows x 128 B; dK on its way out
+//   dQ                     32768   float32, as in its sums; dV on its way out
+//   rows [2]               16384   O and dO, or dQ's sums, of rows to prepare or to finish
 //   lse, delta [2]          2048   2 x 128 float32
 //   tiles, barriers         1024
 #include "cuda/include/backward_params.cuh"
@@ -49,6 +50,7 @@
 #include "cuda/include/key_tiles.cuh"
 #include "cuda/include/pipeline.cuh"
 #include "cuda/include/ptx.cuh"
+#include "cuda/include/row_tasks.cuh"
 #include "cuda/include/work_list.cuh"
 
 namespace {
@@ -59,7 +61,7 @@ constexpr int kBlockM = 128;  // queries a step
 constexpr int kBlockN = 128;  // keys a tile
 constexpr int kWarpgroups = 2;
 constexpr int kStages = 2;
-constexpr int kKVStages = 2;
+constexpr int kKVStages = 1;
 constexpr int kTileSlots = 2;
 constexpr int kPanels = 1;   // 64-column panels of Q and K
 constexpr int kPanelsV = 1;  // of V and dO
@@ -79,15 +81,21 @@ constexpr int kMathBarrier = kWarpgroups + 1;
 constexpr int kParts = 2;
 constexpr int kPartBytes = 16384;
 constexpr int kDqStages = 1;
-using Stats = StatsInRegisters<kBlockM>;
+using Stats = StatsInMemory;
 using Sums = DqSums<kHeadDim>;
 using KeyTile = KeyTiles</*kCausal=*/false, kBlockM, kBlockN, /*kAdders=*/1>;
+
+constexpr int kAhead = 4;  // what the next tile is looked for: finding one takes longer where rows are worked on meanwhile
+using Units = RowUnits<Sums, kHeadDimV, 8192>;
+using Rows = RowTasks<kBlockN, Units::kTokens>;
 
 struct Control {
   Tile tiles[kTileSlots];
   Claims claims;
+  Rows rows;
   RingBarriers<kTileSlots> tile;
-  RingBarriers<1> loaded;  // all of the tile is on its way
+  RingBarriers<2> rows_copied;  // full ones
+  RingBarriers<1> loaded;  // all of the tile is on its way, but for kAhead blocks of queries
   RingBarriers<kKVStages> k, v;
   RingBarriers<kStages> q, dout, stats;
   RingBarriers<kDqStages> dq[kParts];
@@ -245,24 +253,20 @@ __device__ __forceinline__ void write_part(const float (&dq)[kRegisters], const 
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kRowThreads) jagtile_backward_prepare(const __grid_constant__ BackwardParams p) {
-  prepare_rows<Sums, kHeadDimV, unpack_bf16>(p);
-}
-
-extern "C" __global__ void __launch_bounds__(kRowThreads) jagtile_backward_finish(const __grid_constant__ BackwardParams p) {
-  finish_rows<Sums, pack_bf16>(p);
+  begin_tasks<kHeadDim>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k2_hnone_l0_e0(const __grid_constant__ BackwardParams p) {
+jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1(const __grid_constant__ BackwardParams p) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  const uint32_t k_tiles = smem_address(shared);
-  const uint32_t v_tiles = k_tiles + 32768;
-  const uint32_t q_tiles = v_tiles + 32768;
+  const uint32_t k_tile = smem_address(shared);
+  const uint32_t v_tile = k_tile + 16384;
+  const uint32_t q_tiles = v_tile + 16384;
   const uint32_t dout_tiles = q_tiles + 32768;
   const uint32_t ds_tiles = dout_tiles + 32768;
-  float* const dq_parts = reinterpret_cast<float*>(shared + 196608);
-  float* const stats = reinterpret_cast<float*>(shared + 229376);  // [stage][lse, delta][query]
-  Control& control = *reinterpret_cast<Control*>(shared + 231424);
+  float* const dq_parts = reinterpret_cast<float*>(shared + 163840);
+  float* const stats = reinterpret_cast<float*>(shared + 212992);  // [stage][lse, delta][query]
+  Control& control = *reinterpret_cast<Control*>(shared + 215040);
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform, and known to be
 
   if (threadIdx.x == 0) {
@@ -275,13 +279,15 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k2_hnone_l0_e0(const __g
     control.dout.init(1, kWarpgroups);
     control.stats.init(32, 128 * kWarpgroups);
     for (int part = 0; part < kParts; ++part) control.dq[part].init(4, 1);
+    control.rows_copied.init(1, 1);
+    control.rows.begin(p);
     mbarrier_init_fence();
     set_claims(control.claims, p);
   }
   __syncthreads();
 
   if (warp < 4) {
-    shrink_registers<24>();
+    shrink_registers<40>();
     if (warp == 0 && elect_one()) {
       tma_prefetch_map(&p.map_k);
       tma_prefetch_map(&p.map_q);
@@ -292,12 +298,15 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k2_hnone_l0_e0(const __g
       for_each_tile(control, [&](const WorkItem& item, int kv_head) {
         const int keys = KeyTile::keys_seen(item, KeyTile::causal_shift(p, item));
         control.k.wait_empty(kv_at);
-        load_tile<kPanels, kKVPanelBytes>(k_tiles + kv_at.slot * kKBytes, p.map_k, control.k.full[kv_at.slot], item.row, kv_head,
+        load_tile<kPanels, kKVPanelBytes>(k_tile, p.map_k, control.k.full[0], item.row, kv_head,
                                           item.k_begin, keys, kEvictFirst);
         control.v.wait_empty(kv_at);
-        load_tile<kPanelsV, kKVPanelBytes>(v_tiles + kv_at.slot * kVBytes, p.map_v, control.v.full[kv_at.slot], item.row, kv_head,
+        load_tile<kPanelsV, kKVPanelBytes>(v_tile, p.map_v, control.v.full[0], item.row, kv_head,
                                            item.k_begin, keys, kEvictFirst);
+        int left = item.q_blocks * p.gqa_ratio;
+        if (left <= kAhead) control.loaded.arrive_full({});
         KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
+          if (left-- == kAhead + 1) control.loaded.arrive_full({});
           control.q.wait_empty(at);
           load_tile<kPanels, kQPanelBytes>(q_tiles + at.slot * kQBytes, p.map_q, control.q.full[at.slot], row, head,
                                            item.q_begin, item.q_length, kEvictLast);
@@ -306,11 +315,10 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k2_hnone_l0_e0(const __g
                                             head, item.q_begin, item.q_length, kEvictLast);
           at.advance();
         });
-        control.loaded.arrive_full({});
         kv_at.advance();
       });
-    } else if (warp == 1 && elect_one()) {
-      claim_key_tiles<kBlockN>(control);
+    } else if (warp == 1) {
+      claim_tiles_and_rows<Units, 8192, multiply_add_bf16, pack_bf16>(p, control, smem_address(shared) + 196608);
     } else if (warp == 2) {
       const int lane = threadIdx.x % 32;
       RingPosition<kStages> at;
@@ -341,6 +349,7 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k2_hnone_l0_e0(const __g
       RingPosition<1> at;
       for_each_tile(control, [&](const WorkItem& item, int kv_head) {
         if (KeyTile::has_all_keys(item)) return;
+        fence_async_proxy_global();  // its sums are zeros
         if (p.turns != nullptr) control.turns.begin<KeyTile>(p, item, kv_head);
         KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
           if (p.turns != nullptr) control.turns.await(control.dq[0].is_full(at));
@@ -356,35 +365,30 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k2_hnone_l0_e0(const __g
           at.advance();
         });
         if (p.turns != nullptr) control.turns.pass();
+        tma_store_wait();
+        fence_async_proxy_global();
+        control.rows.add_tile(p, item, kv_head);
       });
       tma_store_wait();
     }
     return;
   }
 
-  grow_registers<240>();
+  grow_registers<232>();
   const int warpgroup = warp / 4 - 1;
-  const int lane = threadIdx.x % 32, quad = lane % 4;
-  const bool leader = threadIdx.x % 128 == 0;
+  const unsigned thread = computed_here(threadIdx.x);  // or it is read anew in every step
+  const int lane = thread % 32, quad = lane % 4;
+  const bool leader = thread % 128 == 0;
   const int thread_row = 16 * (warp % 4) + lane / 4;  // the upper of two, 8 apart, among the warpgroup's 64
+  const uint32_t k_rows = k_tile + warpgroup * kRowsBytes;
+  const uint32_t v_rows = v_tile + warpgroup * kRowsBytes;
   RingPosition<kStages> at;  // in the rings of Q, of dO, and of lse and delta
   RingPosition<kDqStages> dq_at;
   const int part = warpgroup;  // of dQ, this warpgroup's
-  int leaving = -1;  // the leader's: the slot of K and V that the previous tile's dK and dV are leaving through
-  auto free_left_slot = [&] {
-    if (leaving >= 0) {
-      tma_store_wait_read();
-      mbarrier_arrive(smem_address(&control.k.empty[leaving]));
-      mbarrier_arrive(smem_address(&control.v.empty[leaving]));
-      leaving = -1;
-    }
-  };
 
   for (uint32_t tile = 0;; ++tile) {
     const RingPosition<kTileSlots> tile_at = {static_cast<int>(tile % kTileSlots), tile / kTileSlots % 2};
-    const RingPosition<kKVStages> kv_at = {static_cast<int>(tile % kKVStages), tile / kKVStages % 2};
-    const uint32_t k_tile = k_tiles + kv_at.slot * kKBytes, k_rows = k_tile + warpgroup * kRowsBytes;
-    const uint32_t v_rows = v_tiles + kv_at.slot * kVBytes + warpgroup * kRowsBytes;
+    const RingPosition<1> kv_at = {0, tile % 2};
     control.tile.wait_full(tile_at);
     const int kv_head = control.tiles[tile_at.slot].head;
     if (kv_head < 0) break;
@@ -398,6 +402,8 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k2_hnone_l0_e0(const __g
 
     control.k.wait_full(kv_at);
     control.v.wait_full(kv_at);
+    if (leader) tma_store_wait_read();  // dK and dV of the tile before have left
+    named_barrier_sync(1 + warpgroup, 128);
     const int steps = item.q_blocks * p.gqa_ratio;
     int row = KeyTile::last_row(item);  // of the block's queries, within the sequence
     int head = kv_head * p.gqa_ratio;
@@ -435,7 +441,6 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k2_hnone_l0_e0(const __g
       pack_gradients<pack_bf16>(probabilities, ds, scores, dp, Stats(step_stats + kBlockM, quad));
       control.stats.arrive_empty(at);
       issue_dv(dv, probabilities, dout_tile);
-      free_left_slot();
       stage_fragments<kKVPanelBytes>(ds, ds_tile + warpgroup * kRowsBytes, warp, lane);
       fence_async_proxy();
       named_barrier_sync(kMathBarrier, 128 * kWarpgroups);  // all of dS^T is there, and the other dS^T has been read
@@ -471,33 +476,39 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k2_hnone_l0_e0(const __g
     pin_registers(ds);
     if (leader && steps > 0) control.q.arrive_empty(q_used);
 
-    free_left_slot();  // where no query sees this tile
-
-    // dV leaves through this warpgroup's rows of V, dK through those of K, when every warpgroup has read them.
+    // K and V of the next tile arrive while dV leaves through this warpgroup's part of dQ, which is on its way or gone, and dK
+    // through its rows of dS^T, when every warpgroup has read them.
+    if (leader) {
+      control.k.arrive_empty(kv_at);
+      control.v.arrive_empty(kv_at);
+    }
+    const uint32_t dv_rows = smem_address(dq_parts) + warpgroup * kPartBytes, dk_rows = ds_tiles + warpgroup * kRowsBytes;
+    control.dq[part].wait_empty(dq_at);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) dk[i] *= p.scale;
-    stage_rows<pack_bf16, kHeadDimV, kKVPanelBytes>(dv, v_rows, warp, lane);
+    stage_rows<pack_bf16, kHeadDimV, kRowsBytes>(dv, dv_rows, warp, lane_here());
     named_barrier_sync(kMathBarrier, 128 * kWarpgroups);
-    stage_rows<pack_bf16, kHeadDim, kKVPanelBytes>(dk, k_rows, warp, lane);
+    stage_rows<pack_bf16, kHeadDim, kKVPanelBytes>(dk, dk_rows, warp, lane_here());
     fence_async_proxy();
     named_barrier_sync(1 + warpgroup, 128);  // dK and dV are staged
     if (leader) {
       if (first_key < item.k_length) {
 #pragma unroll
         for (int panel = 0; panel < kPanelsV; ++panel) {
-          tma_store_ragged(&p.map_dv, v_rows + panel * kKVPanelBytes, 64 * panel, first_key, kv_head, item.k_begin,
+          tma_store_ragged(&p.map_dv, dv_rows + panel * kRowsBytes, 64 * panel, first_key, kv_head, item.k_begin,
                            item.k_length);
         }
 #pragma unroll
         for (int panel = 0; panel < kPanels; ++panel) {
-          tma_store_ragged(&p.map_dk, k_rows + panel * kKVPanelBytes, 64 * panel, first_key, kv_head, item.k_begin,
+          tma_store_ragged(&p.map_dk, dk_rows + panel * kKVPanelBytes, 64 * panel, first_key, kv_head, item.k_begin,
                            item.k_length);
         }
         tma_store_commit();
       }
-      leaving = kv_at.slot;
     }
+
     control.tile.arrive_empty(tile_at);
   }
-  free_left_slot();
+  if (leader) tma_store_wait_read();
+  finish_rest<Rows, Sums, kBlockN, pack_bf16>(p, control);
 }
