@@ -51,8 +51,8 @@ class Sm90BackwardConfig(TileConfig):
         return self.block_n // 64
 
 
-# P and dS packed together; steps of 128 queries where registers have room, else a late dQ, and passes over rows beside the
-# tiles. The last fits all head dims.
+# P and dS packed together; steps of 128 queries where registers have room, else a late dQ; passes over rows beside tiles.
+# The last fits all head dims.
 _DEFAULT_TILES = tuple(
     Sm90BackwardConfig(block_m, 128, 2, 1, "bulk", overlap, kv_stages, held, late_dq, early_dv=False, fused=fused)
     for block_m, overlap, kv_stages, held, late_dq, fused in (
@@ -173,8 +173,8 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     every tile.
 
     Without it, dQ of the step before is multiplied when S and dP are gone, and dP when the dS of the step before is.
-    What counts beside them, with and without ``overlap``, is what compiling shows; and what is added for ``fused``, with
-    which math warps have 8 registers less.
+    What counts beside them, with and without ``overlap``, is what compiling shows; so is what is added for ``fused``,
+    with which math warps have 8 registers less.
     """
     kept = spec.head_dim // 2 + spec.head_dim_v // 2 + held_registers(spec, config)
     if config.fused and config.warpgroups == 3:
@@ -187,7 +187,7 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
         return kept + max(2 * scores, dq + 2 * packed) + beside
     with_p = 2 * scores + packed
     most = with_p + dq if config.late_dq else max(with_p, dq + 2 * packed)
-    if config.fused or config.kv_stages == 1 and (config.late_dq or config.held == "kv"):
+    if config.fused or (config.kv_stages == 1 and (config.late_dq or config.held == "kv")):
         most += 2
     return kept + most + (packed if config.overlap else 0)
 
