@@ -51,8 +51,8 @@ class Sm90BackwardConfig(TileConfig):
         return self.block_n // 64
 
 
-# P and dS packed together; steps of 128 queries where registers have room, else a late dQ; passes over rows beside tiles.
-# The last fits all head dims.
+# P and dS packed together; steps of 128 queries where registers have room, else a late dQ; passes over rows beside the
+# tiles. The last fits all head dims.
 _DEFAULT_TILES = tuple(
     Sm90BackwardConfig(block_m, 128, 2, 1, "bulk", overlap, kv_stages, held, late_dq, early_dv=False, fused=fused)
     for block_m, overlap, kv_stages, held, late_dq, fused in (
