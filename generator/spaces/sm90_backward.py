@@ -169,8 +169,8 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     held of K and V, S and dP, or dQ with P and dS packed.
 
     ``early_dv`` has P packed beside S and dP, ``late_dq`` then dQ too, and ``overlap`` the packed dS of the step
-    before. Near the limit two more count, as compiling shows, for the places of K and V where these are the same in
-    every tile.
+    before. Near the limit two more count, as compiling shows, for the places of K and V, or of dK and dV on their way,
+    where these are the same in every tile.
 
     Without it, dQ of the step before is multiplied when S and dP are gone, and dP when the dS of the step before is.
     What counts beside them, with and without ``overlap``, is what compiling shows; so is what is added for ``fused``,
@@ -187,7 +187,8 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
         return kept + max(2 * scores, dq + 2 * packed) + beside
     with_p = 2 * scores + packed
     most = with_p + dq if config.late_dq else max(with_p, dq + 2 * packed)
-    if config.fused or (config.kv_stages == 1 and (config.late_dq or config.held == "kv")):
+    lasting = config.late_dq or config.held == "kv" or frees_kv(spec, config)
+    if config.fused or (config.kv_stages == 1 and lasting):
         most += 2
     return kept + most + (packed if config.overlap else 0)
 

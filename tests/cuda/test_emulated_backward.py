@@ -32,7 +32,7 @@ def config(
 # Every mechanism of the template once.
 CASES: tuple[tuple[str, Sm90BackwardConfig], ...] = (
     ("bwd_bf16_d64", config("bulk", stages=3, kv=2, held="kv", late_dq=True)),
-    ("bwd_bf16_d128_causal", config("bulk")),
+    ("bwd_bf16_d128_causal", config("red")),
     ("bwd_fp16_d64_causal", config("red", kv=2, held="v", late_dq=True)),
     ("bwd_bf16_d72_dv40_causal", config("bulk", stages=3, overlap=True, held="v", late_dq=True)),
     ("bwd_bf16_d96", config("red")),

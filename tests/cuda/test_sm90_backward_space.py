@@ -78,9 +78,9 @@ def test_the_default_takes_what_there_is_room_for(name: str, tile: str) -> None:
         ({"kv_stages": 4}, "kv_stages must be 1, 2 or 3"),
         ({"kv_stages": 2}, "shared memory 264192 B"),
         ({"held": "k"}, "held must be none, v or kv"),
-        ({"held": "v"}, "240 registers a thread > 208"),
+        ({"held": "v"}, "242 registers a thread > 208"),
         ({"late_dq": True}, "242 registers a thread > 208"),
-        ({"overlap": True}, "224 registers a thread > 208 with 2 math warpgroups"),
+        ({"overlap": True}, "226 registers a thread > 208 with 2 math warpgroups"),
         ({"block_n": 64, "ctas_per_sm": 2}, "shared memory"),
         ({"block_n": 192, "dq": "red"}, "math warpgroups"),
     ],
@@ -139,8 +139,11 @@ def test_warpgroups_that_take_turns_and_may_be_a_step_apart_have_a_buffer_of_dq_
 
 
 def test_registers_where_the_most_are_alive() -> None:
-    assert fragment_registers(D128, BASE) == 64 + 64 + 32 + 32 + 16  # dK, dV, S, dP, P packed
-    assert fragment_registers(D128, replace(BASE, block_n=64)) == 64 + 64 + 64 + 16 + 16  # dK, dV, dQ, P and dS packed
+    # dK, dV, S, dP, P packed, and where dK and dV leave through
+    assert fragment_registers(D128, BASE) == 64 + 64 + 32 + 32 + 16 + 2
+    assert (
+        fragment_registers(D128, replace(BASE, block_n=64)) == 64 + 64 + 64 + 16 + 16 + 2
+    )  # dK, dV, dQ, P and dS packed
     d64 = KernelSpec.parse("bwd_bf16_d64")
     assert fragment_registers(d64, BASE) == 32 + 32 + 32 + 32 + 16
     held = replace(BASE, kv_stages=2, held="kv")
