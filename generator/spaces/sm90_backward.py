@@ -24,7 +24,6 @@ MAX_HEAD_DIM = 128  # dK and dV of a block of keys are accumulators
 FRAGMENT_LIMIT = {(1, 1): 208, (1, 2): 160, (2, 1): 208, (3, 1): 128}
 # Where a warp that feeds also works on rows (row_tasks.cuh) it needs registers: (producer, consumer).
 FUSED_REGISTERS = {**REGISTERS, (2, 1): (40, 232), (3, 1): (56, 152)}
-MIN_FUSED_REGISTERS = 40
 Split = Literal["rows", "columns", "alternate"]
 
 
@@ -265,11 +264,6 @@ class Sm90BackwardSpace:
             return f"dq must be bulk or red, got {config.dq}"
         if config.fused and config.dq != "bulk":
             return "fused: the warp that adds dQ by bulk copies tells of complete tiles: dq must be bulk"
-        if config.fused and (producer := FUSED_REGISTERS[groups][0]) < MIN_FUSED_REGISTERS:
-            return (
-                f"fused: the warp that works on rows needs {MIN_FUSED_REGISTERS} registers a thread, and has "
-                f"{producer} with {config.warpgroups} math warpgroups"
-            )
         if config.kv_stages not in (1, 2, 3):
             return f"kv_stages must be 1, 2 or 3, got {config.kv_stages}"
         if config.held not in ("none", "v", "kv"):

@@ -1,4 +1,4 @@
-"""The backward launcher: one parameter block, three launches, and a fourth where the work list is new. Never waits."""
+"""The backward launcher: one parameter block, two or three launches, one more where the list is new. Never waits."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ class CudaBackwardKernel:
         tiles = max_items * heads_kv
         turn_count = tiles * self._dq_adders if deterministic else 0
         progress_count = backward_params.progress_ints(tiles) if self._fused else 0
-        if (most := max(tiles, turn_count)) > work_list.MAX_TILES:
+        if (most := max(tiles, turn_count, progress_count // 2)) > work_list.MAX_TILES:
             raise UnsupportedError(f"up to {most} tiles of keys and heads; served: {work_list.MAX_TILES}")
         block = bytearray(backward_params.BLOCK_BYTES)
         block[: len(maps)] = maps

@@ -48,6 +48,7 @@ CASES: tuple[tuple[str, Sm90BackwardConfig], ...] = (
     ("bwd_bf16_d128_causal", config("bulk", late_dq=True, early_dv=False)),
     ("bwd_fp16_d64", config("red", stages=3, kv=2, held="kv", late_dq=True, early_dv=False)),
     ("bwd_bf16_d64", config("bulk", block_m=128, early_dv=False)),
+    ("bwd_bf16_d96_causal", config("bulk")),
 )
 LENGTHS = (0, 1, 63, 0, 65, 129)
 QUERIES, KEYS = (5, 0, 130, 1, 64, 140), (150, 70, 0, 1, 20, 70)
@@ -115,6 +116,7 @@ def test_each_launch_makes_the_list_ready_for_the_next() -> None:
         config("bulk", kv=2, held="kv", late_dq=True),
         config("bulk", kv=2, held="kv", block_m=128, overlap=True, late_dq=True, early_dv=False),
         config("red", block_m=128, late_dq=True, early_dv=False),
+        config("bulk", kv=2, held="kv", late_dq=True, early_dv=False, fused=True),
     ],
     ids=lambda tile: tile.name,
 )
@@ -196,7 +198,23 @@ FUSED = tuple(
     for fused in (replace(tile, fused=True),)
     if Sm90BackwardSpace().rejection(KernelSpec.parse(name), fused) is None
 )
+FUSED += tuple(
+    (name, config("bulk", early_dv=False, fused=True, **knobs))
+    for name, knobs in (
+        ("bwd_bf16_d32", {"keys": 192, "kv": 2, "held": "kv", "late_dq": True}),
+        ("bwd_fp16_d64_causal", {"keys": 64, "ctas": 2, "held": "v", "late_dq": True}),
+        ("bwd_bf16_d32_causal", {"keys": 128, "kv": 3, "late_dq": True}),
+    )
+)
 CAUSAL_FUSED = tuple(case for case in FUSED if KernelSpec.parse(case[0]).causal)
+
+
+def test_every_mechanism_has_a_case_with_rows_beside_the_tiles() -> None:
+    tiles = [tile for _, tile in FUSED]
+    assert {tile.block_n for tile in tiles} == {64, 128, 192}
+    assert {tile.ctas_per_sm for tile in tiles} == {1, 2}
+    assert {tile.kv_stages for tile in tiles} == {1, 2, 3}
+    assert {tile.late_dq for tile in tiles} == {tile.early_dv for tile in tiles} == {True, False}
 
 
 @pytest.mark.parametrize("case", FUSED, ids=lambda case: case[1].name)
@@ -239,13 +257,18 @@ def test_slices_beside_additions_in_order(deterministic: None) -> None:
 
 
 def call(
-    machine_seed: int, w: Workload, b: JaggedBatch, dout: torch.Tensor, calls: int = 1
+    machine_seed: int,
+    w: Workload,
+    b: JaggedBatch,
+    dout: torch.Tensor,
+    calls: int = 1,
+    case: tuple[str, Sm90BackwardConfig] = CASES[0],
 ) -> tuple[Gradients, list[str]]:
     """The gradients of the last of some calls, and the kernels that all of them launched."""
     out, lse = reference(*b[:5], is_causal=w.is_causal)
     grads = Gradients(*(torch.full_like(x, float("nan")) for x in b[:3]))
     with emulated(processors=2, seed=machine_seed) as machine:
-        kernel = cuda.load(built(*CASES[0]), torch.device("cuda", 0))
+        kernel = cuda.load(built(*case), torch.device("cuda", 0))
         assert isinstance(kernel, cuda.CudaBackwardKernel)
         for _ in range(calls):
             kernel.backward(*b[:5], out.to(b.q.dtype), lse.float(), dout, None, *grads, w.head_dim**-0.5, False)
@@ -265,6 +288,30 @@ def test_one_call_is_three_launches_and_a_list_for_the_batch() -> None:
     _, names = call(1, SMALL, b, torch.randn_like(b.q), calls=2)
     passes = ["jagtile_backward_prepare", built(*CASES[0]).meta.symbol, "jagtile_backward_finish"]
     assert names == ["jagtile_build_work_list", *passes, *passes]
+
+
+def test_rows_beside_the_tiles_are_one_launch_less() -> None:
+    b = SMALL.make("cpu", "bf16")
+    case = (CASES[0][0], replace(CASES[0][1], early_dv=False, num_stages=2, kv_stages=1, fused=True))
+    found, names = call(1, SMALL, b, dout := torch.randn_like(b.q), calls=2, case=case)
+    assert names == ["jagtile_build_work_list", *2 * ("jagtile_backward_prepare", built(*case).meta.symbol)]
+    assert_close(found, SMALL, b, dout)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_offsets_that_promise_more_keys_than_there_are_leave_no_row_of_dq_unwritten(fused: bool) -> None:
+    w = workload("bwd_bf16_d64", (100, 100, 100), (200, 400, 300), (1, 1))
+    b = w.make("cpu", "bf16", 4)
+    tile = config("bulk", held="kv", late_dq=True, early_dv=False, fused=fused)
+    out, lse = reference(*b[:5])
+    grads = Gradients(*(torch.full_like(x, float("nan")) for x in b[:3]))
+    with emulated(processors=2, seed=3):
+        kernel = cuda.load(built("bwd_bf16_d64", tile), torch.device("cuda", 0))
+        assert isinstance(kernel, cuda.CudaBackwardKernel)
+        few = (b.q, b.k[:300], b.v[:300], b.cu_seqlens_q, b.cu_seqlens_k)
+        given = (out.to(b.q.dtype), lse.float(), torch.randn_like(b.q), None)
+        kernel.backward(*few, *given, grads.dq, grads.dk[:300], grads.dv[:300], w.head_dim**-0.5, False)
+    assert not grads.dq.isnan().any()
 
 
 @pytest.mark.parametrize("in_order", [False, True])

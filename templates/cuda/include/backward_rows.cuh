@@ -86,7 +86,8 @@ __device__ __forceinline__ void write_delta(const BackwardParams& p, const RowBl
 
 __device__ __forceinline__ void zero_counters(int* counters, int count) {
   if (counters == nullptr) return;
-  for (int i = blockIdx.x * kRowThreads + threadIdx.x; i < count; i += gridDim.x * kRowThreads) counters[i] = 0;
+  const long long thread = static_cast<long long>(blockIdx.x) * kRowThreads + threadIdx.x;
+  for (long long i = thread; i < count; i += static_cast<long long>(gridDim.x) * kRowThreads) counters[i] = 0;
 }
 
 // Writes delta; turns, and sums that are used, become zero.

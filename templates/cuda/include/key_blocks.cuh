@@ -218,7 +218,9 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
     // Last, as nobody waits for these bits.
 #pragma unroll 1
     for (int i = thread; i - thread < sequences; i += threads) {
-      mark_queries(p, i < sequences ? blocks.item(chunk.sequence(i), 0) : WorkItem{});
+      const bool has_keys = i < sequences && chunk.first_tile[i] < chunk.first_tile[i + 1];
+      const bool listed = has_keys && items_before[ranks[builder.loaded + i]].all < count;  // not cut off
+      mark_queries(p, listed ? blocks.item(chunk.sequence(i), 0) : WorkItem{});
     }
   });
 }

@@ -3,7 +3,7 @@
 // are in L2. A slice has as many rows of a sequence and kv head as there are slices of it, one a tile, and goes by its tile's
 // number in the order of work. What is left to finish when a math warp has no more tiles it finishes itself.
 //
-// Who prepares is ahead of who multiplies by about a slice a CTA, or by as much as it takes: a tile is begun when all slices of
+// Who prepares is ahead of who multiplies by two slices a CTA, or by as much as it takes: a tile is begun when all slices of
 // its sequence and kv head are prepared, and until then its CTA prepares what is next. Nothing waits for ever: a slice that is
 // claimed waits for no tile but those claimed before, by CTAs that run, each of which was prepared when it was begun.
 #pragma once
@@ -84,7 +84,7 @@ struct RowTasks {
   // The rows that go with a tile.
   __device__ __forceinline__ static RowSlice slice_of(const BackwardParams& p, const Claims& claims, const Tile& tile, RowTask task) {
     const WorkItem& item = tile.item;
-    const int slices = (item.k_length + kBlockN - 1) / kBlockN;
+    const int slices = pair_tiles(claims, item);
     const int each = ((item.q_length + slices - 1) / slices + kTokens - 1) / kTokens * kTokens;
     const int first = item.row / kBlockN * each;
     RowSlice slice;
@@ -95,7 +95,7 @@ struct RowTasks {
     slice.end_head = slice.head + p.gqa_ratio;
     slice.q_begin = item.q_begin;
     slice.pair = pair_number(p, item, tile.head);
-    slice.tiles = pair_tiles(claims, item);
+    slice.tiles = slices;
     slice.summed = item.k_length > kBlockN;
     return slice;
   }

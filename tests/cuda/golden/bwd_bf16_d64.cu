@@ -27,7 +27,7 @@
 //   warp 2      copies lse and delta of every block
 //   warp 3      adds dQ to its sums in global memory (bulk reductions)
 //   warps 4...  S^T = K Q^T, dP^T = V dO^T, P and dS in registers, dV += P^T dO, dK += dS^T Q, dQ = dS K (wgmma);
-//               dK and dV leave through K's and V's buffers (TMA), dQ from registers where the tile has all keys
+//               dK and dV leave through dS^T's and dQ's buffers (TMA), dQ from registers where the tile has all keys
 // P and dS are packed when both are there, so that P is never in registers twice.
 // dK is still being multiplied when the next block's S^T begins.
 //
@@ -85,7 +85,7 @@ using Stats = StatsInMemory;
 using Sums = DqSums<kHeadDim>;
 using KeyTile = KeyTiles</*kCausal=*/false, kBlockM, kBlockN, /*kAdders=*/1>;
 
-constexpr int kAhead = 4;  // what the next tile is looked for: finding one takes longer where rows are worked on meanwhile
+constexpr int kAhead = 5;  // blocks of queries, before which the next tile is looked for: it takes longer beside work on rows
 using Units = RowUnits<Sums, kHeadDimV, 8192>;
 using Rows = RowTasks<kBlockN, Units::kTokens>;
 
@@ -304,9 +304,9 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1(const 
         load_tile<kPanelsV, kKVPanelBytes>(v_tile, p.map_v, control.v.full[0], item.row, kv_head,
                                            item.k_begin, keys, kEvictFirst);
         int left = item.q_blocks * p.gqa_ratio;
-        if (left <= kAhead) control.loaded.arrive_full({});
+        if (left < kAhead) control.loaded.arrive_full({});
         KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
-          if (left-- == kAhead + 1) control.loaded.arrive_full({});
+          if (left-- == kAhead) control.loaded.arrive_full({});
           control.q.wait_empty(at);
           load_tile<kPanels, kQPanelBytes>(q_tiles + at.slot * kQBytes, p.map_q, control.q.full[at.slot], row, head,
                                            item.q_begin, item.q_length, kEvictLast);
