@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # philox.py
 
 _CACHE = "JAGTILE_CACHE_DIR"
 _KEPT = "JAGTILE_TEST_CACHE"  # where set, kernels (and nothing else) are kept there from run to run
+_GPU_BYTES = 10 << 30  # of a worker: the largest batches with their float64 oracles, and what torch keeps
 _owned: list[Path] = []
 
 
@@ -33,6 +34,17 @@ def pytest_configure(config: pytest.Config) -> None:
         kernels = Path(kept).absolute() / "v1"
         kernels.mkdir(parents=True, exist_ok=True)
         (cache / "v1").symlink_to(kernels)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """A GPU's memory limits the workers as cores do: ten of them met the end of 80 GB."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    gpu_bytes = torch.cuda.get_device_properties(0).total_memory
+    return max(1, min(len(os.sched_getaffinity(0)), gpu_bytes // _GPU_BYTES))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
