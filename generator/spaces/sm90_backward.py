@@ -198,17 +198,13 @@ def row_buffer_bytes(spec: KernelSpec) -> int:
 
 
 def frees_kv(spec: KernelSpec, config: Sm90BackwardConfig) -> bool:
-    """Whether dK and dV leave through the buffers of dS^T and dQ, so that the next tile's K and V don't wait."""
-    rows = 64 * 128  # a warpgroup's of a panel
-    split, part = dq_split(spec, config), 64 * dq_columns(spec, config) * 4
-    return (
-        config.dq == "bulk"
-        and config.kv_stages == 1
-        and split != "alternate"
-        and config.warpgroups * part <= smem_layout(spec, config).dq_bytes
-        and panel_count(spec.head_dim_v) * rows <= part
-        and panel_count(spec.head_dim) <= 2 * panel_count(config.block_m)
-    )
+    """Whether dK and dV leave through the buffers of dS^T and dQ, so that the next tile's K and V don't wait.
+
+    Two buffers of dS^T have room for the two panels that dK has at most; dV may need more than a warpgroup's dQ part.
+    """
+    if config.dq != "bulk" or config.kv_stages > 1 or dq_split(spec, config) == "alternate":
+        return False
+    return panel_count(spec.head_dim_v) * 64 * 128 <= 64 * dq_columns(spec, config) * 4
 
 
 def dq_adders(config: Sm90BackwardConfig) -> int:

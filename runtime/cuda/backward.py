@@ -129,10 +129,7 @@ class CudaBackwardKernel:
         items = found or work_list.allocate(cu_seqlens_q, plan.max_items, plan.list_ints)
         scratch = q.new_empty(plan.scratch_floats, dtype=torch.float32)
         list_address, dq_sums = items.address, scratch.data_ptr()
-        mapped = (
-            *(q_address, dout_address, k_address, v_address, dk_address, dv_address),
-            *(out_address, dout_address),
-        )
+        mapped = (q_address, dout_address, k_address, v_address, dk_address, dv_address, out_address, dout_address)
         block, arguments = fill(self._block, plan.block, mapped if plan.movable else None)
         backward_params.ADDRESSES.pack_into(
             block,
