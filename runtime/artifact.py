@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-ABI_VERSION = 7  # of kernels' names and parameter blocks (templates/cuda/include/*params.cuh, templates/cpu/params.h)
+ABI_VERSION = 8  # of kernels' names and parameter blocks (templates/cuda/include/*params.cuh, templates/cpu/params.h)
 
 
 class CompileReport(msgspec.Struct, frozen=True, kw_only=True):

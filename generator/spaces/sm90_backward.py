@@ -22,8 +22,8 @@ MAX_HEAD_DIM = 128  # dK and dV of a block of keys are accumulators
 # Registers for accumulators and fragments that ptxas 13.0 schedules without serialising wgmma (C7512) or spilling, by
 # (math warpgroups, CTAs an SM): fifteen pairs of head dims compiled at and around these limits.
 FRAGMENT_LIMIT = {(1, 1): 208, (1, 2): 160, (2, 1): 208, (3, 1): 128}
-# Where a warp that feeds also works on rows (row_tasks.cuh) it needs registers: (producer, consumer).
-FUSED_REGISTERS = {**REGISTERS, (2, 1): (40, 232), (3, 1): (56, 152)}
+# Beside a warpgroup that works on rows (row_tasks.cuh), which has as many as the one that feeds: (producer, consumer).
+FUSED_REGISTERS = {(1, 1): (56, 256), (1, 2): (24, 192), (2, 1): (24, 232), (3, 1): (24, 144)}
 Split = Literal["rows", "columns", "alternate"]
 
 
@@ -173,15 +173,17 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
 
     Without it, dQ of the step before is multiplied when S and dP are gone, and dP when the dS of the step before is.
     What counts beside them, with and without ``overlap``, is what compiling shows; so is what is added for ``fused``,
-    with which math warps have 8 registers less.
+    with which math warps have 8 registers less, of three warpgroups 16, with two CTAs an SM 24.
     """
     kept = spec.head_dim // 2 + spec.head_dim_v // 2 + held_registers(spec, config)
     if config.fused and config.warpgroups == 3:
-        kept += 14 if config.kv_stages == 1 else 6
+        kept += 16 if config.kv_stages == 1 else 12
+        if config.late_dq and not config.early_dv:
+            kept += 16
     scores, packed, dq = config.block_m // 2, config.block_m // 4, dq_columns(spec, config) // 2
     if not config.early_dv:
         beside = 10 if not config.overlap else 40 if config.block_m == 64 else 16
-        if config.fused and config.held != "none" and not config.late_dq:
+        if config.fused and (config.late_dq if config.block_m == 128 else config.held != "none" and not config.late_dq):
             beside += 8
         return kept + max(2 * scores, dq + 2 * packed) + beside
     with_p = 2 * scores + packed
@@ -189,7 +191,14 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     lasting = config.late_dq or config.held == "kv" or frees_kv(spec, config)
     if config.fused or (config.kv_stages == 1 and lasting):
         most += 2
+    if config.fused and config.held != "none":
+        most += 8
     return kept + most + (packed if config.overlap else 0)
+
+
+def num_threads(config: Sm90BackwardConfig) -> int:
+    """Of a CTA: the math warpgroups, one that feeds them and, where it is fused, one that works on rows."""
+    return 128 * (config.warpgroups + 1 + config.fused)
 
 
 def row_buffer_bytes(spec: KernelSpec) -> int:
@@ -290,7 +299,8 @@ class Sm90BackwardSpace:
         split, columns = dq_split(spec, config), dq_columns(spec, config)
         return {
             "warpgroups": config.warpgroups,
-            "num_threads": 128 * (config.warpgroups + 1),
+            "num_threads": num_threads(config),
+            "feeding_warps": 4 * (1 + config.fused),
             "panels": panel_count(spec.head_dim),
             "panels_v": panel_count(spec.head_dim_v),
             "query_panels": panel_count(config.block_m),
@@ -322,11 +332,12 @@ class Sm90BackwardSpace:
             "block_m": config.block_m,
             "block_n": config.block_n,
             "store_rows": 64,
-            "num_threads": 128 * (config.warpgroups + 1),
+            "num_threads": num_threads(config),
             "smem_bytes": smem_layout(spec, config).total,
             "ctas_per_sm": config.ctas_per_sm,
             "causal": int(spec.causal),
             "dq_adders": dq_adders(config),
+            "first_stores": int(config.dq == "bulk"),  # of a sequence's tiles, so that sums need no zeros
             "fused": int(config.fused),
         }
 
@@ -337,4 +348,4 @@ class Sm90BackwardSpace:
     def predicted_registers(self, spec: KernelSpec, config: TileConfig) -> int:
         """The launch allocation."""
         config = cast(Sm90BackwardConfig, config)
-        return launch_registers(128 * (config.warpgroups + 1), config.ctas_per_sm)
+        return launch_registers(num_threads(config), config.ctas_per_sm)

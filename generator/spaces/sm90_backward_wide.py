@@ -307,6 +307,7 @@ class Sm90BackwardWideSpace:
             "ctas_per_sm": 1,
             "causal": int(spec.causal),
             "dq_adders": _dq_adders(config),
+            "first_stores": int(config.dq == "bulk"),  # of a sequence's tiles, so that sums need no zeros
         }
 
     def compile_flags(self, spec: KernelSpec, config: TileConfig) -> tuple[str, ...]:

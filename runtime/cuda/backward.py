@@ -38,7 +38,7 @@ class _Plan(NamedTuple):
     list_key: tuple[object, ...]
     scratch_floats: int
     delta: int  # bytes of the scratch before it
-    turns: int | None  # likewise, where dQ's sums have an order
+    turns: int | None  # likewise, where tiles wait for others before they add to dQ's sums
     progress: int | None  # likewise, where the attention kernel makes the passes over rows
     direct: int  # bytes of the work list's buffer before it
     summed: int  # likewise
@@ -54,7 +54,7 @@ class CudaBackwardKernel:
         self._block_m, self._block_n = launch["block_m"], launch["block_n"]
         self._threads, self._smem = launch["num_threads"], launch["smem_bytes"]
         self._causal, self._dq_adders = launch["causal"], launch["dq_adders"]
-        self._fused = bool(launch.get("fused"))
+        self._fused, self._first_stores = bool(launch.get("fused")), bool(launch["first_stores"])
         block_m, block_n, store_rows = self._block_m, self._block_n, launch["store_rows"]
         rows = (*(block_m,) * 2, *(block_n,) * 2, *(store_rows,) * 2, *(backward_params.UNIT_ROWS,) * 2)
         sms: int = torch.cuda.get_device_properties(self._device).multi_processor_count
@@ -189,7 +189,7 @@ class CudaBackwardKernel:
         batch, deterministic = cu_seqlens_q.shape[0] - 1, torch.are_deterministic_algorithms_enabled()
         max_items = work_list.capacity(total_k, batch, self._block_n)
         tiles = max_items * heads_kv
-        turn_count = tiles * self._dq_adders if deterministic else 0
+        turn_count = tiles * self._dq_adders if deterministic or self._first_stores else 0
         progress_count = backward_params.progress_ints(tiles) if self._fused else 0
         if (most := max(tiles, turn_count, progress_count // 2)) > work_list.MAX_TILES:
             raise UnsupportedError(f"up to {most} tiles of keys and heads; served: {work_list.MAX_TILES}")
@@ -214,6 +214,7 @@ class CudaBackwardKernel:
             self._causal,
             turn_count,
             progress_count,
+            deterministic,
             scale,
             scale * _LOG2_E,
         )
@@ -235,7 +236,7 @@ class CudaBackwardKernel:
             ),
             scratch_floats=backward_params.scratch_bytes(total_q, heads, head_dim, turn_count + progress_count) // 4,
             delta=delta,
-            turns=turns if deterministic else None,
+            turns=turns if turn_count else None,
             progress=turns + 4 * turn_count if self._fused else None,
             direct=direct,
             summed=direct + 4 * bit_words,

@@ -28,6 +28,7 @@ INTEGERS = (
     "causal",
     "turn_count",
     "progress_count",
+    "in_order",
 )
 FLOATS = ("scale", "scale_log2")
 SCALARS = struct.Struct(f"<{len(POINTERS)}Q{len(STRIDES)}q{len(INTEGERS)}i{len(FLOATS)}f")
@@ -58,6 +59,6 @@ def progress_ints(tiles: int) -> int:
 
 def scratch_bytes(total_q: int, heads: int, head_dim: int, counters: int = 0) -> int:
     """Device memory of one backward beside its inputs, gradients and work list; ``counters``: int32 numbers, one a tile
-    for each that adds to dQ where additions have an order, and ``progress_ints`` where a kernel makes all passes.
+    for each that adds to dQ where tiles wait for others, and ``progress_ints`` where a kernel makes all passes.
     """
     return 4 * (sum_floats(total_q, heads, head_dim) + delta_floats(total_q, heads) + counters)

@@ -201,7 +201,7 @@ FUSED = tuple(
 FUSED += tuple(
     (name, config("bulk", early_dv=False, fused=True, **knobs))
     for name, knobs in (
-        ("bwd_bf16_d32", {"keys": 192, "kv": 2, "held": "kv", "late_dq": True}),
+        ("bwd_bf16_d32", {"keys": 192, "kv": 2}),
         ("bwd_fp16_d64_causal", {"keys": 64, "ctas": 2, "held": "v", "late_dq": True}),
         ("bwd_bf16_d32_causal", {"keys": 128, "kv": 3, "late_dq": True}),
     )

@@ -56,7 +56,7 @@ def _members(name: str, packing: ModuleType) -> list[str]:
 def test_parameters_of_other_names_are_another_abi() -> None:
     """Packs outlive the jagtile that made them, and work lists are shared: a new meaning has a new name and version."""
     names = " ".join((*NAMES, *BACKWARD_NAMES))
-    assert (ABI_VERSION, hashlib.sha256(names.encode()).hexdigest()[:8]) == (7, "e8dc4322")
+    assert (ABI_VERSION, hashlib.sha256(names.encode()).hexdigest()[:8]) == (8, "a557d362")
 
 
 @STRUCTS

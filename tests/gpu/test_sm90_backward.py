@@ -72,7 +72,7 @@ CASES = (
     ("bwd_fp16_d128", {"dq": "red", "fused": False}),
     ("bwd_fp16_d128_causal", {"num_stages": 3, "fused": False}),
     ("bwd_fp16_d128_causal", {}),
-    ("bwd_bf16_d32", SHORT_STEPS | {"block_n": 192, "kv_stages": 2, "held": "kv", "fused": True}),
+    ("bwd_bf16_d32", SHORT_STEPS | {"block_n": 192, "kv_stages": 2, "late_dq": False, "fused": True}),
     ("bwd_fp16_d64_causal", SHORT_STEPS | {"block_n": 64, "ctas_per_sm": 2, "held": "v", "fused": True}),
     ("bwd_bf16_d64", LONG_STEPS | {"kv_stages": 1, "late_dq": False, "fused": True}),
     ("bwd_bf16_d96_causal", EARLY_DV | {"block_n": 64}),

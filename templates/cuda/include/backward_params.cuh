@@ -1,10 +1,11 @@
 // The parameter block of every CUDA backward (runtime/cuda/backward_params.py packs the same bytes). A backward's cubin
 // has four kernels that take it, launched in this order on one stream:
 //   jagtile_build_work_list     once a batch: the list of key blocks, `direct` and `summed`
-//   jagtile_backward_prepare    delta = rowsum(dO * O) - dlse; zeroes turns, and dq_sums of `summed` queries; or, where the
-//                               variant does that itself (row_tasks.cuh), zeroes progress, turns, and dq of other queries
-//   <the variant's symbol>      dK, dV and dq of `direct` queries, which it writes whole; adds dQ / scale of `summed` ones
-//                               to dq_sums
+//   jagtile_backward_prepare    delta = rowsum(dO * O) - dlse; zeroes turns and, where the variant adds to dq_sums from
+//                               registers, those of `summed` queries; or, where the variant computes delta itself
+//                               (row_tasks.cuh), zeroes progress, turns, and dq of queries that are neither
+//   <the variant's symbol>      dK, dV and dq of `direct` queries, which it writes whole; stores and adds dQ / scale of
+//                               `summed` ones to dq_sums
 //   jagtile_backward_finish     dq = scale * dq_sums, or 0, of queries that are not `direct`; not of such a variant
 // dq_sums has no padding: head_dim floats a query and head, in an order that is between main kernel and finish. Only those
 // of `summed` queries are used.
@@ -31,7 +32,7 @@ struct alignas(64) BackwardParams {
   void* dq;                  // (total_q, heads, head_dim), rows of 16-byte pieces
   float* delta;              // (heads, total_q)
   float* dq_sums;            // heads * total_q * head_dim
-  int* turns;                // deterministic: (heads_kv, max_items, adders), steps that a tile has added to the sums; or null
+  int* turns;                // (heads_kv, max_items, adders), steps that a tile has added to the sums; null where none waits
   int* progress;             // of a launch's tasks over rows (row_tasks.cuh), or null
   unsigned* direct;          // a bit a query: dQ is complete in one block of keys
   unsigned* summed;          // a bit a query: dQ has sums; of queries with neither bit it is zero
@@ -53,6 +54,7 @@ struct alignas(64) BackwardParams {
   int causal;
   int turn_count;            // ints of turns
   int progress_count;        // ints of progress
+  int in_order;              // deterministic: additions to the sums have the order of the key blocks
   float scale;               // of any sign
   float scale_log2;          // times log2(e)
 };

@@ -90,12 +90,12 @@ __device__ __forceinline__ void zero_counters(int* counters, int count) {
   for (long long i = thread; i < count; i += static_cast<long long>(gridDim.x) * kRowThreads) counters[i] = 0;
 }
 
-// Writes delta; turns, and sums that are used, become zero.
-template <typename Sums, int kHeadDimV, Unpack kUnpack>
+// Writes delta; turns become zero, and sums that are used, where no tile stores its part of them.
+template <typename Sums, int kHeadDimV, Unpack kUnpack, bool kStored>
 __device__ __forceinline__ void prepare_rows(const BackwardParams& p) {
   const RowBlock rows = row_block(p);
   if (rows.count > 0) write_delta<kHeadDimV, kUnpack>(p, rows);
-  if (rows.summed != 0) {
+  if (!kStored && rows.summed != 0) {
 #pragma unroll
     for (int panel = 0; panel < Sums::kPanels; ++panel) {
       float4* sums = reinterpret_cast<float4*>(Sums::row(p.dq_sums, p.total_q, rows.head, panel, rows.token));
@@ -107,6 +107,27 @@ __device__ __forceinline__ void prepare_rows(const BackwardParams& p) {
     }
   }
   zero_counters(p.turns, p.turn_count);
+}
+
+// Quad number `quad` of a token's row of a panel of sums, as dq has it: whether it is of a last group of 8 columns, which are
+// in order, and the first of the four columns that its lane writes.
+template <typename Sums, int kPanel>
+__device__ __forceinline__ bool is_in_order(unsigned quad) {
+  return Sums::columns(kPanel) % 16 != 0 && quad / 4 == Sums::columns(kPanel) / 16;
+}
+template <typename Sums, int kPanel>
+__device__ __forceinline__ unsigned column_of(unsigned quad, int token) {
+  return is_in_order<Sums, kPanel>(quad) ? 4 * quad : (quad / 4 * 16 ^ Sums::group_swap(kPanel, token)) + first_neighbour(quad);
+}
+
+// dq = scale * sums, a quad a lane. All lanes of a warp.
+template <typename Sums, Pack kPack, int kPanel>
+__device__ __forceinline__ void write_quad(uint16_t* dq, uint4 sums, float scale, unsigned quad, bool exists) {
+  const uint32_t low = kPack(scale * __uint_as_float(sums.x), scale * __uint_as_float(sums.y));
+  const uint32_t high = kPack(scale * __uint_as_float(sums.z), scale * __uint_as_float(sums.w));
+  uint2 words = neighbouring_columns(low, high, quad);
+  if (is_in_order<Sums, kPanel>(quad)) words = {low, high};
+  if (exists) *reinterpret_cast<uint2*>(dq) = words;
 }
 
 // A panel of dq = scale * sums, four columns a lane and load, zeros where there are no sums; so many loads at once.
@@ -129,15 +150,9 @@ __device__ __forceinline__ void finish_panel(const BackwardParams& p, const RowB
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       const unsigned place = base + 32 * i, row = place / kQuads, quad = place % kQuads;
-      const uint32_t low = kPack(p.scale * __uint_as_float(values[i].x), p.scale * __uint_as_float(values[i].y));
-      const uint32_t high = kPack(p.scale * __uint_as_float(values[i].z), p.scale * __uint_as_float(values[i].w));
-      uint2 words = neighbouring_columns(low, high, quad);
-      unsigned column = (quad / 4 * 16 ^ Sums::group_swap(kPanel, rows.token + row)) + first_neighbour(quad);
-      if (quad / 4 == kColumns / 16) {  // a group of 8: as it is
-        words = {low, high};
-        column = 4 * quad;
-      }
-      if (row < rows.count && !(rows.direct >> row & 1)) *reinterpret_cast<uint2*>(dq + row * p.dq_token + column) = words;
+      const bool exists = row < rows.count && !(rows.direct >> row & 1);
+      uint16_t* to = dq + row * p.dq_token + column_of<Sums, kPanel>(quad, rows.token + row);
+      write_quad<Sums, kPack, kPanel>(to, values[i], p.scale, quad, exists);
     }
   }
 }

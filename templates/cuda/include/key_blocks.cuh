@@ -47,7 +47,7 @@ struct KeyBlocks {
   // less than 16 steps come by so soon after each other that they would wait, and have more pairs.
   __device__ __forceinline__ float pairs(float steps) const {
     const float root = rsqrtf(fmaxf(steps, 1.0f));
-    return p.turns == nullptr ? 32.0f * root : fmaxf(128.0f * root, 512.0f * root * root);
+    return !p.in_order ? 32.0f * root : fmaxf(128.0f * root, 512.0f * root * root);
   }
 };
 

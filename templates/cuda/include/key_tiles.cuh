@@ -14,7 +14,7 @@ struct Claims {
   WorkListHeader* list;
   int heads;  // of keys
   int tiles;
-  int first;  // tiles that are taken without the counter: one a CTA, or none where additions have an order
+  int first;  // tiles that are taken without the counter: one a CTA, or none where tiles wait for others
 };
 
 __device__ __forceinline__ void set_claims(Claims& claims, const BackwardParams& p) {
@@ -47,8 +47,8 @@ __device__ __forceinline__ void claim_key_tile(Tile& tile, const Claims& claims,
 
 // Fills the ring of `control` with this CTA's tiles, in one lane of a warp, and calls load(item, kv head) for each. Each is
 // claimed when the last queries of the one before are on their way, no sooner: tiles that are neighbours in the order of work
-// read the same from L2 only if they start together, and where additions have an order others would wait for a tile that
-// nobody works on.
+// read the same from L2 only if they start together, and where tiles wait for others these would wait for a tile that nobody
+// works on.
 template <int kBlockN, typename Control, typename Load>
 __device__ __forceinline__ void claim_key_tiles(Control& control, Load load) {
   const Claims& claims = control.claims;
@@ -91,6 +91,9 @@ __device__ __forceinline__ void load_tile(uint32_t buffer, const TensorMap& map,
 // A tile's mask, its blocks of queries, and the order of additions to their dQ, which `kAdders` make, each to a part of it.
 template <bool kCausal, int kBlockM, int kBlockN, int kAdders>
 struct KeyTiles {
+  static constexpr int kKeys = kBlockN;
+  static constexpr int kCounters = kAdders;  // of a tile's steps
+
   // How many keys more than queries there are before a query's last one.
   __device__ __forceinline__ static int causal_shift(const BackwardParams& p, const WorkItem& item) {
     return kCausal && p.bottom_right ? item.k_length - item.q_length : 0;
@@ -130,10 +133,11 @@ struct KeyTiles {
     }
   }
 
-  // Where additions have an order, the key blocks of a sequence add to a block's dQ one after the other. A tile says how many
-  // steps it has added, each of its adders for itself, and goes no further than the tile of the key block before has come.
+  // Where additions have an order, the key blocks of a sequence add to a block's dQ one after the other; else, where they are
+  // bulk copies, all after the first one, which stores instead: sums need no zeros. A tile says how many steps it has added,
+  // each of its adders for itself, and goes no further than the tile that it follows has come.
   // It does not wait for ever: tiles are claimed from a counter, in the order of the list; each CTA works off its claims in
-  // that order; and the key block before comes before in the list. So what the first of the tiles that are not done waits
+  // that order; and key blocks before come before in the list. So what the first of the tiles that are not done waits
   // for is done, and a tile that is done has told of all its steps.
   __device__ __forceinline__ static int* turn(const BackwardParams& p, const WorkItem& item, int kv_head, int adder) {
     return p.turns + (static_cast<long long>(kv_head) * p.max_items + item.turn) * kAdders + adder;
@@ -156,35 +160,52 @@ struct KeyTiles {
   }
 };
 
-// The turns of one thread that adds all of a tile's dQ by bulk copies. To say that an addition is complete takes about as long
-// as a step: it is said of several at once when there is nothing to add, or before waiting. In shared memory, as claims.
+// The turns of one thread that stores or adds all of a tile's dQ by bulk copies. To say that an addition is complete takes
+// about as long as a step: it is said of several at once when there is nothing to add, or before waiting. In shared memory, as
+// claims.
 struct BulkTurns {
   static constexpr int kMostUnknown = 4;
 
-  int* turn;
-  int before;  // steps that the key block before is known to have added
-  int added;   // steps that this one has ...
-  int passed;  // ... and those of them that others know of
+  int* own;           // counts the tile's steps
+  int distance;       // to the counter of the tile that it follows
+  bool told;          // whether others follow
+  int before;         // steps that the tile it follows is known to have added
+  int added;          // steps that this one has stored or added ...
+  int passed;         // ... and those of them that others know of
 
   template <typename KeyTile>
   __device__ __forceinline__ void begin(const BackwardParams& p, const WorkItem& item, int kv_head) {
-    turn = KeyTile::turn(p, item, kv_head, 0);
+    static_assert(KeyTile::kCounters == 1);
+    own = KeyTile::turn(p, item, kv_head, 0);
+    distance = p.in_order ? 1 : item.row / KeyTile::kKeys;
+    told = p.in_order || item.row == 0;
     before = item.row == 0 ? 0x7fffffff : 0;
     added = passed = 0;
   }
 
   // `ready`: the next addition could be made at once.
   __device__ __forceinline__ void await(bool ready) {
-    if (before <= added) before = load_acquire(turn - 1);
+    const bool unknown = before <= added;
+    if (unknown) before = load_acquire(own - distance);
     if (before <= added || !ready || added - passed == kMostUnknown) pass();
-    while (before <= added) before = load_acquire(turn - 1);
+    while (before <= added) before = load_acquire(own - distance);
+    if (unknown) fence_async_proxy_global();  // this one's copies come after the other's
     ++added;
   }
 
   __device__ __forceinline__ void pass() {
-    if (passed == added) return;
+    if (passed == added || !told) return;
     tma_store_wait();
-    add_release(turn, added - passed);
+    add_release(own, added - passed);
     passed = added;
   }
 };
+
+// Numbers of a tile's dQ to their sums: the first tile's are stored, the others' added.
+__device__ __forceinline__ void put_sums(float* sums, uint32_t from, uint32_t bytes, const WorkItem& item) {
+  if (item.row == 0) {
+    bulk_store(sums, from, bytes);
+  } else {
+    bulk_add(sums, from, bytes);
+  }
+}

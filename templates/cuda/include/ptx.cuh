@@ -151,6 +151,11 @@ __device__ __forceinline__ void bulk_load(uint32_t smem, const void* from, uint3
       : "memory");
 }
 
+// `bytes` of shared memory into global memory, likewise.
+__device__ __forceinline__ void bulk_store(void* to, uint32_t smem, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(smem), "r"(bytes) : "memory");
+}
+
 // Adds `bytes` / 4 float32 numbers in shared memory to those in global memory; both addresses and `bytes` in steps of 16.
 __device__ __forceinline__ void bulk_add(float* sums, uint32_t smem, uint32_t bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(sums), "r"(smem),
@@ -392,19 +397,6 @@ __device__ __forceinline__ void store_transposed_x4(uint32_t smem, uint32_t r0, 
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(r0), "r"(r1),
                "r"(r2), "r"(r3)
                : "memory");
-}
-
-// sums += a b, of 16 rows of a, 8 columns of b and 16 products a sum.
-__device__ __forceinline__ void multiply_add_bf16(float (&sums)[4], const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
-}
-
-__device__ __forceinline__ void multiply_add_fp16(float (&sums)[4], const uint32_t (&a)[4], uint32_t b_low, uint32_t b_high) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));
 }
 
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], uint32_t smem) {

@@ -1,11 +1,13 @@
-// The passes over rows (backward_rows.cuh) beside the tiles: the warp that claims tiles prepares rows of tiles that come later,
-// and finishes those to whose dQ all has been added, while the math warps multiply. Sums are zeroed and mostly read while they
-// are in L2. A slice has as many rows of a sequence and kv head as there are slices of it, one a tile, and goes by its tile's
-// number in the order of work. What is left to finish when a math warp has no more tiles it finishes itself.
+// The passes over rows (backward_rows.cuh) beside the tiles: a warpgroup of its own prepares rows of tiles that come later, and
+// finishes those to whose dQ all has been added, while the math warps multiply: sums are mostly read while they are in L2. A
+// slice has as many rows of a sequence and kv head as there are slices of it, one a tile, and goes by its tile's number in the
+// order of work. The thread that claims tiles also claims slices, and copies their rows to shared memory, a unit at a time.
+// What is left to finish when a math warp has no more tiles it finishes itself.
 //
 // Who prepares is ahead of who multiplies by two slices a CTA, or by as much as it takes: a tile is begun when all slices of
-// its sequence and kv head are prepared, and until then its CTA prepares what is next. Nothing waits for ever: a slice that is
-// claimed waits for no tile but those claimed before, by CTAs that run, each of which was prepared when it was begun.
+// its sequence and kv head are prepared, and until then its CTA prepares what is next. Nothing waits for ever: to prepare waits
+// for nothing, so a tile's rows become prepared; the thread that claims looks at what a slice to finish waits for and goes on;
+// and a math warp waits for that when every tile is claimed, by CTAs that run.
 #pragma once
 #include <cstdint>
 
@@ -19,7 +21,7 @@
 // How far a launch has come, from BackwardParams.progress on; zeros at first.
 struct Progress {
   struct Pair {  // of a sequence and a kv head
-    int prepared;  // slices
+    int prepared;  // slices, counted by each warp that works on rows
     int added;     // tiles, all of them to dQ
   };
   int next_to_prepare;  // slices
@@ -36,16 +38,15 @@ struct alignas(16) RowSlice {
   RowTask task;
   int q_begin;
   int pair;
-  bool summed;
-  int tiles;  // of the pair
+  bool summed;  // else dQ is complete in one tile
+  int tiles;    // of the pair
 
   __device__ __forceinline__ bool ended() const { return row >= end; }
 
   // The next rows, where there are any.
   __device__ __forceinline__ RowUnit unit(int tokens) const {
-    const RowSlice now = *this;
-    const bool last = now.task == kPrepareRows && now.head + 1 == now.end_head && now.row + tokens >= now.end;
-    return {now.task, now.head, now.q_begin + now.row, min(now.end - now.row, tokens), last ? now.pair : -1, now.summed};
+    const bool last = task == kPrepareRows && head + 1 == end_head && row + tokens >= end;
+    return {task, head, q_begin + row, min(end - row, tokens), last ? pair : -1};
   }
 
   // Past them.
@@ -56,7 +57,7 @@ struct alignas(16) RowSlice {
   }
 };
 
-// What one lane of the warp claims by; in shared memory, where the others see it.
+// What one thread claims by; in shared memory, since it has few registers.
 template <int kBlockN, int kTokens>
 struct RowTasks {
   static constexpr int kNone = -1;
@@ -65,8 +66,9 @@ struct RowTasks {
   Tile tile;       // that of a slice which is claimed
   RowSlice slice;  // to work on
   RowSlice to_finish;
-  RowUnit units[2];  // that are copied
+  RowUnit units[kRowBuffers];  // that are copied
   int claimed;   // the tile that is begun next, or kNone
+  int adding;    // the pair to whose dQ the CTA adds
   int begun;     // tiles
   int prepared;  // slices claimed
   bool no_tiles, none_to_prepare, none_to_finish;  // left to claim
@@ -82,7 +84,8 @@ struct RowTasks {
   }
 
   // The rows that go with a tile.
-  __device__ __forceinline__ static RowSlice slice_of(const BackwardParams& p, const Claims& claims, const Tile& tile, RowTask task) {
+  __device__ __forceinline__ static RowSlice slice_of(const BackwardParams& p, const Claims& claims, const Tile& tile,
+                                                      RowTask task) {
     const WorkItem& item = tile.item;
     const int slices = pair_tiles(claims, item);
     const int each = ((item.q_length + slices - 1) / slices + kTokens - 1) / kTokens * kTokens;
@@ -108,12 +111,13 @@ struct RowTasks {
     no_tiles = none_to_prepare = none_to_finish = false;
   }
 
-  // The tile has added all of its dQ.
-  __device__ __forceinline__ void add_tile(const BackwardParams& p, const WorkItem& item, int kv_head) {
-    add_release(&progress->pair(pair_number(p, item, kv_head)).added, 1);
+  // Before a tile's first addition to dQ, and when all are complete, in the thread that makes them.
+  __device__ __forceinline__ void begin_adding(const BackwardParams& p, const WorkItem& item, int kv_head) {
+    adding = pair_number(p, item, kv_head);
   }
+  __device__ __forceinline__ void end_adding() { add_release(&progress->pair(adding).added, 1); }
 
-  __device__ __forceinline__ void tell_prepared(int pair) { add_release(&progress->pair(pair).prepared, 1); }
+  __device__ __forceinline__ void tell_prepared(int pair, int warps) { add_release(&progress->pair(pair).prepared, warps); }
 
   // Whether pass_tile has something to do.
   template <typename Control>
@@ -142,7 +146,7 @@ struct RowTasks {
       claim_key_tile<kBlockN>(next, claims, claimed);
     }
     const int pair = pair_number(p, next.item, next.head);
-    if (load_acquire(&progress->pair(pair).prepared) < pair_tiles(claims, next.item)) return true;
+    if (load_acquire(&progress->pair(pair).prepared) < kRowWarps * pair_tiles(claims, next.item)) return true;
     control.tile.arrive_full(at);
     claimed = kNone;
     ++begun;
@@ -158,7 +162,7 @@ struct RowTasks {
         claim_key_tile<kBlockN>(tile, claims, index);
         slice = slice_of(p, claims, tile, kPrepareRows);
         ++prepared;
-        if (slice.ended()) tell_prepared(slice.pair);
+        if (slice.ended()) tell_prepared(slice.pair, kRowWarps);
         return;
       }
     }
@@ -179,51 +183,52 @@ struct RowTasks {
   __device__ __forceinline__ bool done() const { return no_tiles && slice.ended() && to_finish.ended() && none_to_finish; }
 };
 
-// Fills the ring of `control` as claim_key_tiles does, where another warp loads all of a tile, with work on rows meanwhile: in
-// every turn a unit's rows begin to be copied, and those of the turn before are worked on. All lanes of a warp; `buffers`: two,
-// one after the other.
-template <typename Units, int kBufferBytes, MultiplyAdd kMultiplyAdd, Pack kPack, typename Control>
+// Fills the ring of `control` as claim_key_tiles does, where another warp loads all of a tile, and begins to copy units of rows
+// meanwhile. One thread.
+template <typename Units, typename Control>
 __device__ __forceinline__ void claim_tiles_and_rows(const BackwardParams& p, Control& control, uint32_t buffers) {
   auto& rows = control.rows;
-  uint32_t copies = 0;  // of units, begun
-  bool copied = false;  // whether the turn before began one
-  for (;;) {
-    if (__any_sync(0xffffffff, rows.slice.ended() || rows.is_tile_due(control))) {
-      if (lane_here() == 0) {
-        const bool tile_waits = rows.pass_tile(p, control);
-        if (rows.slice.ended()) rows.find_slice(p, control.claims, tile_waits);
-      }
-      __syncwarp();
+  RingPosition<kRowBuffers> at;
+  while (!rows.done()) {
+    const bool tile_waits = rows.pass_tile(p, control);
+    if (rows.slice.ended()) rows.find_slice(p, control.claims, tile_waits);
+    if (rows.slice.ended() || !control.row_units.is_empty(at)) {
+      __nanosleep(50);
+      continue;
     }
-    const bool copies_next = !rows.slice.ended();
-    if (!copied && !copies_next) {
-      if (rows.done()) break;
-      __nanosleep(100);
-    }
-    __syncwarp();
-    if (copies_next && lane_here() == 0) {
-      const RowUnit next = rows.slice.unit(Units::kTokens);
-      rows.units[copies % 2] = next;
-      rows.slice.advance(p, Units::kTokens);
-      Units::copy(p, next, buffers + copies % 2 * kBufferBytes, smem_address(&control.rows_copied.full[copies % 2]));
-    }
-    if (copied) {
-      const auto at = RingPosition<2>::after(copies - 1);
-      control.rows_copied.wait_full(at);
-      const RowUnit& unit = rows.units[at.slot];
-      if (unit.task == kPrepareRows) {
-        Units::template prepare<kMultiplyAdd>(p, unit, buffers + at.slot * kBufferBytes);
-      } else {
-        Units::template finish<kPack>(p, unit, buffers + at.slot * kBufferBytes);
-      }
-      __syncwarp();
-      if (lane_here() == 0 && unit.ends >= 0) rows.tell_prepared(unit.ends);
-    }
-    copies += copies_next;
-    copied = copies_next;
-    __syncwarp();
+    RowUnit& next = rows.units[at.slot];
+    next = rows.slice.unit(Units::kTokens);
+    rows.slice.advance(p, Units::kTokens);
+    Units::copy(p, next, buffers + at.slot * Units::kBytes, smem_address(&control.row_units.full[at.slot]));
+    at.advance();
   }
-  if (lane_here() == 0) rewind_work_list(control.claims.list);
+  control.row_units.wait_empty(at);
+  rows.units[at.slot].task = kNoRows;
+  control.row_units.arrive_full(at);
+  rewind_work_list(control.claims.list);
+}
+
+// Works on the units that are copied, in every warp of a warpgroup.
+template <typename Units, Unpack kUnpack, Pack kPack, typename Control>
+__device__ __forceinline__ void work_on_rows(const BackwardParams& p, Control& control, uint32_t buffers, int warp) {
+  for (uint32_t units = 0;; ++units) {
+    const auto at = RingPosition<kRowBuffers>::after(computed_here(units));  // one register through a unit's work
+    control.row_units.wait_full(at);
+    const RowUnit& unit = control.rows.units[at.slot];
+    if (unit.task == kNoRows) break;
+    const uint32_t buffer = buffers + at.slot * Units::kBytes;
+    const int own = computed_here(warp);  // or what follows from it takes registers all the time
+    if (unit.task == kPrepareRows) {
+      Units::template prepare<kUnpack>(p, unit, buffer, own);
+    } else {
+      Units::template finish<kPack>(p, unit, buffer, own);
+    }
+    __syncwarp();
+    if (lane_here() == 0) {
+      if (unit.ends >= 0) control.rows.tell_prepared(unit.ends, 1);
+      control.row_units.arrive_empty(RingPosition<kRowBuffers>::after(computed_here(units)));
+    }
+  }
 }
 
 // A warp that has no tiles any more finishes slices that are left. Its sums come straight to registers, of which it has enough.

@@ -1,15 +1,17 @@
 // Rows of a head on their way through shared memory, where the passes over rows (backward_rows.cuh) are made beside the tiles
-// (row_tasks.cuh): copied (TMA, bulk copies) while the warp works on the rows before.
+// (row_tasks.cuh): copied (TMA, bulk copies) while four warps work on the rows before, 8 of them each.
 #pragma once
 #include <cstdint>
 
 #include "cuda/include/backward_params.cuh"
+#include "cuda/include/backward_rows.cuh"
 #include "cuda/include/fragments.cuh"
 #include "cuda/include/ptx.cuh"
 
-using MultiplyAdd = void (*)(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);  // multiply_add_bf16 or _fp16
+constexpr int kRowWarps = 4;
+constexpr int kRowBuffers = 2;
 
-enum RowTask { kPrepareRows, kFinishRows };
+enum RowTask { kPrepareRows, kFinishRows, kNoRows };
 
 // Rows of one head that are worked on at once.
 struct alignas(16) RowUnit {
@@ -17,20 +19,14 @@ struct alignas(16) RowUnit {
   int head;
   int token;  // the first
   int count;
-  int ends;     // the pair whose slice is prepared with these rows, or -1
-  bool summed;  // else dQ is complete in one tile
+  int ends;  // the pair whose slice is prepared with these rows, or -1
 };
-
-// What a lane reads of a buffer at once.
-__device__ __forceinline__ uint4 copied(uint32_t place) {
-  uint32_t words[4];
-  load_shared_x4(words, place);
-  return {words[0], words[1], words[2], words[3]};
-}
 
 template <typename Sums, int kHeadDimV, int kBufferBytes>
 struct RowUnits {
-  static constexpr int kTokens = 32;  // of a unit, at most: a box of the maps
+  static constexpr int kBytes = kBufferBytes;
+  static constexpr int kRows = 8;  // a warp
+  static constexpr int kTokens = kRowWarps * kRows;  // of a unit, at most: a box of the maps
 
   // In a buffer O and dO are panels of 64 columns, of rows of 128 bytes, swizzled.
   static constexpr int kPanelBytes = kTokens * 128;
@@ -60,84 +56,63 @@ struct RowUnits {
     }
   }
 
-  // delta = rowsum(dO * O) - dlse: the diagonal of O dO^T, of 8 rows at a time. The product has twice these rows of O.
-  template <MultiplyAdd kMultiplyAdd>
-  __device__ __forceinline__ static void prepare(const BackwardParams& p, const RowUnit& unit, uint32_t buffer) {
-    if (unit.summed) zero_sums(p, unit);
+  // delta = rowsum(dO * O) - dlse, of the warp's rows.
+  template <Unpack kUnpack>
+  __device__ __forceinline__ static void prepare(const BackwardParams& p, const RowUnit& unit, uint32_t buffer, int warp) {
+    const int begin = kRows * warp, rows = min(unit.count - begin, kRows);
+    float delta = row_product<kUnpack>(buffer + 128 * begin);
+    delta += __shfl_xor_sync(0xffffffff, delta, 8);
+    delta += __shfl_xor_sync(0xffffffff, delta, 16);
+    const int row = lane_here();
+    if (row >= rows) return;
+    const long long at = static_cast<long long>(unit.head) * p.total_q + unit.token + begin + row;
+    p.delta[at] = delta - (p.dlse == nullptr ? 0.0f : p.dlse[at]);
+  }
+
+  // A lane's part of rowsum(dO * O) of row lane % 8: every fourth piece of 8 columns. Eight lanes read eight pieces' places.
+  template <Unpack kUnpack>
+  __device__ __forceinline__ static float row_product(uint32_t rows) {
     const unsigned lane = lane_here();
-#pragma unroll 2
-    for (int begin = 0; begin < kTokens; begin += 8) {
-      // Lanes 8 i to 8 i + 7 point to the rows of a matrix of columns 8 i on, of each 32.
-      const uint32_t place = buffer + 128 * (begin + lane % 8) + 16 * (lane / 8 ^ lane % 8);
-      float sums[4] = {};
+    const uint32_t place = rows + 128 * (lane % 8) + 16 * (lane / 8 ^ lane % 8);
+    float sum = 0.0f;
 #pragma unroll
-      for (int column = 0; column < kHeadDimV; column += 32) {
-        uint32_t out[4], dout[4];
-        const uint32_t at = (place ^ 2 * (column % 64)) + column / 64 * kPanelBytes;
-        load_matrix_x4(out, at);
-        load_matrix_x4(dout, at + kOutputBytes);
-        kMultiplyAdd(sums, {out[0], out[0], out[1], out[1]}, dout[0], dout[1]);
-        kMultiplyAdd(sums, {out[2], out[2], out[3], out[3]}, dout[2], dout[3]);
-      }
-      const int row = begin + lane / 4;
-      if (row >= unit.count || lane % 4 != lane / 8) continue;  // who has the diagonal's number of a row
-      const long long at = static_cast<long long>(unit.head) * p.total_q + unit.token + row;
-      p.delta[at] = (row % 2 ? sums[1] : sums[0]) - (p.dlse == nullptr ? 0.0f : p.dlse[at]);
+    for (int column = 0; column < kHeadDimV; column += 32) {
+      uint32_t out[4], dout[4];
+      const uint32_t at = (place ^ 2 * (column % 64)) + column / 64 * kPanelBytes;
+      load_shared_x4(out, at);
+      load_shared_x4(dout, at + kOutputBytes);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum += dot_x2<kUnpack>(out[i], dout[i]);
     }
+    return sum;
   }
 
-  template <int kPanel = 0>
-  __device__ __forceinline__ static void zero_sums(const BackwardParams& p, const RowUnit& unit) {
-    constexpr int kQuads = Sums::columns(kPanel) / 4;
-    const int lane = lane_here(), count = unit.count;
-    float4* sums = reinterpret_cast<float4*>(Sums::row(p.dq_sums, p.total_q, unit.head, kPanel, unit.token)) + lane;
-    if (count == kTokens) {
-#pragma unroll
-      for (int i = 0; i < kQuads; ++i) sums[32 * i] = {};
-    } else {
-#pragma unroll 1
-      for (int left = count * kQuads - lane; left > 0; left -= 32, sums += 32) *sums = {};
-    }
-    if constexpr (kPanel + 1 < Sums::kPanels) zero_sums<kPanel + 1>(p, unit);
-  }
-
-  // dq = scale * sums. A lane has whole groups of 16 columns, four pieces of 16 bytes; a panel's last group may have 8.
+  // dq = scale * sums, of the warp's rows, a quad a lane: what lanes read of shared memory lies side by side.
   template <Pack kPack, int kPanel = 0>
-  __device__ __forceinline__ static void finish(const BackwardParams& p, const RowUnit& unit, uint32_t buffer) {
-    constexpr int kColumns = Sums::columns(kPanel), kGroups = (kColumns + 15) / 16;
-    const auto address_of = [&](unsigned group) {
-      const int token = unit.token + group / kGroups, column = 16 * (group % kGroups) ^ Sums::group_swap(kPanel, token);
-      return static_cast<uint16_t*>(p.dq) + token * p.dq_token + unit.head * p.dq_head + Sums::first_column(kPanel) + column;
+  __device__ __forceinline__ static void finish(const BackwardParams& p, const RowUnit& unit, uint32_t buffer, int warp) {
+    constexpr int kQuads = Sums::columns(kPanel) / 4;
+    const auto address_of = [&](unsigned place) {
+      const int token = unit.token + place / kQuads;
+      const int column = Sums::first_column(kPanel) + column_of<Sums, kPanel>(place % kQuads, token);
+      return static_cast<uint16_t*>(p.dq) + token * p.dq_token + unit.head * p.dq_head + column;
     };
-    unsigned group = lane_here();
-    uint16_t* dq = address_of(group);
-#pragma unroll 1
-    for (int round = 0; round < kGroups; ++round, group += 32) {
-      const unsigned row = group / kGroups;
-      const uint32_t place = buffer + kTokens * Sums::first_column(kPanel) * 4 + 4 * kColumns * row + 64 * (group % kGroups);
-      const bool half = kColumns % 16 != 0 && group % kGroups == kGroups - 1;
-      uint32_t low[4], high[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint4 sums = copied(place + (i < 2 || !half ? 16 * i : 0));
-        low[i] = kPack(p.scale * __uint_as_float(sums.x), p.scale * __uint_as_float(sums.y));
-        high[i] = kPack(p.scale * __uint_as_float(sums.z), p.scale * __uint_as_float(sums.w));
-      }
-      if (row < unit.count) {
-        if (half) {  // as they are
-          *reinterpret_cast<uint4*>(dq) = {low[0], high[0], low[1], high[1]};
-        } else {
-          reinterpret_cast<uint4*>(dq)[0] = {low[0], low[1], low[2], low[3]};
-          reinterpret_cast<uint4*>(dq)[1] = {high[0], high[1], high[2], high[3]};
-        }
-      }
-      // Most panels have a lane's groups in the same columns, an even number of rows apart.
-      if constexpr (32 % kGroups == 0) {
-        dq += 32 / kGroups * p.dq_token;
+    const int first = kRows * warp, quads = kQuads * min(unit.count - first, kRows);
+    const uint32_t sums_at = buffer + kTokens * Sums::first_column(kPanel) * 4 + 16 * kQuads * first;
+    unsigned place = lane_here();
+    uint16_t* dq = address_of(kQuads * first + place);
+#pragma unroll 1  // there are few registers
+    for (int left = kRows * kQuads; left > 0; left -= 32, place += 32) {
+      const bool exists = static_cast<int>(place) < quads;
+      uint32_t sums[4] = {};
+      if (exists) load_shared_x4(sums, sums_at + 16 * place);
+      write_quad<Sums, kPack, kPanel>(dq, {sums[0], sums[1], sums[2], sums[3]}, p.scale, place % kQuads, exists);
+      // Most panels have a lane's quads in the same columns, an even number of rows apart.
+      if constexpr (32 % kQuads == 0) {
+        dq += 32 / kQuads * p.dq_token;
       } else {
-        dq = address_of(group + 32);
+        dq = address_of(kQuads * first + place + 32);
       }
     }
-    if constexpr (kPanel + 1 < Sums::kPanels) finish<kPack, kPanel + 1>(p, unit, buffer);
+    if constexpr (kPanel + 1 < Sums::kPanels) finish<kPack, kPanel + 1>(p, unit, buffer, warp);
   }
 };

@@ -19,7 +19,7 @@
 //   warp 0      claims tiles from the work list and copies their K and V (TMA, clipped at the sequence's end)
 //   warp 1      copies Q, block by block
 //   warp 2      copies dO
-//   warp 3      adds dQ to its sums in global memory (bulk reductions)
+//   warp 3      stores dQ to its sums in global memory or adds it to them (bulk copies)
 //   warps 4-7   S = Q K^T, P = exp(S - lse), dV^T += dO^T P (wgmma); dV leaves through V's buffer (TMA)
 //   warps 8-11  dP = dO V^T, dS = P (dP - delta), dK^T += Q^T dS; dK leaves through K's buffer
 // dQ = dS K, by warps 8-11, goes through shared memory to its sums, or from registers to dq where the tile has all keys.
@@ -203,21 +203,21 @@ __device__ __forceinline__ void issue_dq(float (&d)[32], uint32_t a, uint32_t b)
   wgmma_commit();
 }
 
-// Adds what is handed over of every tile's dQ to its sums, in one lane of a warp.
-__device__ __forceinline__ void add_to_sums(const BackwardParams& p, Control& control, uint32_t dq) {
+// Stores what is handed over of every tile's dQ to its sums, or adds it to them, in one lane of a warp.
+__device__ __forceinline__ void put_to_sums(const BackwardParams& p, Control& control, uint32_t dq) {
   RingPosition<kDqStages> at;
   for_each_tile(control, [&](const WorkItem& item, int kv_head) {
     if (KeyTile::has_all_keys(item)) return;
-    if (p.turns != nullptr) control.turns.begin<KeyTile>(p, item, kv_head);
+    control.turns.begin<KeyTile>(p, item, kv_head);
     KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
-      if (p.turns != nullptr) control.turns.await(control.dq.is_full(at));
+      control.turns.await(control.dq.is_full(at));
       const int rows = min(item.q_length - row, kBlockM);
       RingPosition<kDqStages> leaving;
 #pragma unroll
       for (int panel = 0; panel < Sums::kPanels; ++panel) {
         control.dq.wait_full(at);
-        bulk_add(Sums::row(p.dq_sums, p.total_q, head, panel, item.q_begin + row), dq + at.slot * kDqBytes,
-                 rows * Sums::columns(panel) * 4);
+        put_sums(Sums::row(p.dq_sums, p.total_q, head, panel, item.q_begin + row), dq + at.slot * kDqBytes,
+                 rows * Sums::columns(panel) * 4, item);
         tma_store_commit();
         tma_store_wait_read<1>();
         if (panel > 0) control.dq.arrive_empty(leaving);
@@ -227,7 +227,7 @@ __device__ __forceinline__ void add_to_sums(const BackwardParams& p, Control& co
       tma_store_wait_read();
       control.dq.arrive_empty(leaving);
     });
-    if (p.turns != nullptr) control.turns.pass();
+    control.turns.pass();
   });
   tma_store_wait();
 }
@@ -465,7 +465,7 @@ __device__ __forceinline__ void make_dk_and_dq(const BackwardParams& p, Control&
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kRowThreads) jagtile_backward_prepare(const __grid_constant__ BackwardParams p) {
-  prepare_rows<Sums, kHeadDimV, unpack_bf16>(p);
+  prepare_rows<Sums, kHeadDimV, unpack_bf16, /*kStored=*/true>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(kRowThreads) jagtile_backward_finish(const __grid_constant__ BackwardParams p) {
@@ -522,7 +522,7 @@ jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2_d0_abulk(const __grid_constan
     } else if (warp == 2 && elect_one()) {
       load_query_blocks<kPanelsV>(p, control, control.dout, smem.dout, p.map_dout);
     } else if (warp == 3 && elect_one()) {
-      add_to_sums(p, control, smem_address(smem.dq));
+      put_to_sums(p, control, smem_address(smem.dq));
     }
   } else if (warp < 8) {
     grow_registers<208>();

@@ -20,13 +20,14 @@
 // Generated; edit the template, not this text. To see it again:
 //   jagtile generate sm_90a/bwd_bf16_d64/keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1
 //
-// One persistent CTA an SM: 2 math warpgroups of 64 keys each, one warpgroup that feeds them. K and V of a tile
+// One persistent CTA an SM: 2 math warpgroups of 64 keys each, one warpgroup that feeds them, one that has rows. K and V of a tile
 // stay; the queries that see its keys go by from the last, those of every head that shares the kv head.
 //   warp 0      copies K and V, then Q and dO block by block (TMA, clipped at the sequence's end)
-//   warp 1      claims tiles from the work list; prepares rows and finishes dQ meanwhile
+//   warp 1      claims tiles from the work list; copies rows to be prepared or finished
 //   warp 2      copies lse and delta of every block
-//   warp 3      adds dQ to its sums in global memory (bulk reductions)
-//   warps 4...  S^T = K Q^T, dP^T = V dO^T, P and dS in registers, dV += P^T dO, dK += dS^T Q, dQ = dS K (wgmma);
+//   warp 3      stores dQ to its sums in global memory or adds it to them (bulk copies)
+//   warps 4-7   prepare rows and finish dQ
+//   warps 8...  S^T = K Q^T, dP^T = V dO^T, P and dS in registers, dV += P^T dO, dK += dS^T Q, dQ = dS K (wgmma);
 //               dK and dV leave through dS^T's and dQ's buffers (TMA), dQ from registers where the tile has all keys
 // P and dS are packed when both are there, so that P is never in registers twice.
 // dK is still being multiplied when the next block's S^T begins.
@@ -85,7 +86,6 @@ using Stats = StatsInMemory;
 using Sums = DqSums<kHeadDim>;
 using KeyTile = KeyTiles</*kCausal=*/false, kBlockM, kBlockN, /*kAdders=*/1>;
 
-constexpr int kAhead = 5;  // blocks of queries, before which the next tile is looked for: it takes longer beside work on rows
 using Units = RowUnits<Sums, kHeadDimV, 8192>;
 using Rows = RowTasks<kBlockN, Units::kTokens>;
 
@@ -94,8 +94,8 @@ struct Control {
   Claims claims;
   Rows rows;
   RingBarriers<kTileSlots> tile;
-  RingBarriers<2> rows_copied;  // full ones
-  RingBarriers<1> loaded;  // all of the tile is on its way, but for kAhead blocks of queries
+  RingBarriers<kRowBuffers> row_units;
+  RingBarriers<1> loaded;  // all of the tile is on its way
   RingBarriers<kKVStages> k, v;
   RingBarriers<kStages> q, dout, stats;
   RingBarriers<kDqStages> dq[kParts];
@@ -221,16 +221,16 @@ __device__ __forceinline__ void issue_dq(float (&d)[32], uint32_t a, uint32_t b)
   wgmma_commit();
 }
 
-// A part from its buffer to its sums, in one thread; committed.
-__device__ __forceinline__ void add_part(const BackwardParams& p, const WorkItem& item, int head, int row, int part,
+// A part from its buffer to its sums, stored or added, in one thread; committed.
+__device__ __forceinline__ void put_part(const BackwardParams& p, const WorkItem& item, int head, int row, int part,
                                          uint32_t buffer) {
   const int first = row + 64 * part;
   const int rows = min(item.q_length - first, 64);
   if (rows > 0) {
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
-      bulk_add(Sums::row(p.dq_sums, p.total_q, head, panel, item.q_begin + first), buffer + panel * 64 * 64 * 4,
-               rows * Sums::columns(panel) * 4);
+      put_sums(Sums::row(p.dq_sums, p.total_q, head, panel, item.q_begin + first), buffer + panel * 64 * 64 * 4,
+               rows * Sums::columns(panel) * 4, item);
     }
   }
   tma_store_commit();
@@ -256,7 +256,7 @@ extern "C" __global__ void __launch_bounds__(kRowThreads) jagtile_backward_prepa
   begin_tasks<kHeadDim>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(512, 1)
 jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1(const __grid_constant__ BackwardParams p) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t k_tile = smem_address(shared);
@@ -279,15 +279,15 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1(const 
     control.dout.init(1, kWarpgroups);
     control.stats.init(32, 128 * kWarpgroups);
     for (int part = 0; part < kParts; ++part) control.dq[part].init(4, 1);
-    control.rows_copied.init(1, 1);
+    control.row_units.init(1, kRowWarps);
     control.rows.begin(p);
     mbarrier_init_fence();
     set_claims(control.claims, p);
   }
   __syncthreads();
 
-  if (warp < 4) {
-    shrink_registers<40>();
+  if (warp < 8) {
+    shrink_registers<24>();
     if (warp == 0 && elect_one()) {
       tma_prefetch_map(&p.map_k);
       tma_prefetch_map(&p.map_q);
@@ -303,10 +303,7 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1(const 
         control.v.wait_empty(kv_at);
         load_tile<kPanelsV, kKVPanelBytes>(v_tile, p.map_v, control.v.full[0], item.row, kv_head,
                                            item.k_begin, keys, kEvictFirst);
-        int left = item.q_blocks * p.gqa_ratio;
-        if (left < kAhead) control.loaded.arrive_full({});
         KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
-          if (left-- == kAhead) control.loaded.arrive_full({});
           control.q.wait_empty(at);
           load_tile<kPanels, kQPanelBytes>(q_tiles + at.slot * kQBytes, p.map_q, control.q.full[at.slot], row, head,
                                            item.q_begin, item.q_length, kEvictLast);
@@ -315,10 +312,11 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1(const 
                                             head, item.q_begin, item.q_length, kEvictLast);
           at.advance();
         });
+        control.loaded.arrive_full({});
         kv_at.advance();
       });
-    } else if (warp == 1) {
-      claim_tiles_and_rows<Units, 8192, multiply_add_bf16, pack_bf16>(p, control, smem_address(shared) + 196608);
+    } else if (warp == 1 && elect_one()) {
+      claim_tiles_and_rows<Units>(p, control, smem_address(shared) + 196608);
     } else if (warp == 2) {
       const int lane = threadIdx.x % 32;
       RingPosition<kStages> at;
@@ -349,14 +347,14 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1(const 
       RingPosition<1> at;
       for_each_tile(control, [&](const WorkItem& item, int kv_head) {
         if (KeyTile::has_all_keys(item)) return;
-        fence_async_proxy_global();  // its sums are zeros
-        if (p.turns != nullptr) control.turns.begin<KeyTile>(p, item, kv_head);
+        control.rows.begin_adding(p, item, kv_head);
+        control.turns.begin<KeyTile>(p, item, kv_head);
         KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
-          if (p.turns != nullptr) control.turns.await(control.dq[0].is_full(at));
+          control.turns.await(control.dq[0].is_full(at));
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
             control.dq[part].wait_full(at);
-            add_part(p, item, head, row, part, smem_address(dq_parts) + part * kPartBytes);
+            put_part(p, item, head, row, part, smem_address(dq_parts) + part * kPartBytes);
           }
           tma_store_wait_read<1>();
           control.dq[0].arrive_empty(at);
@@ -364,18 +362,20 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1(const 
           control.dq[1].arrive_empty(at);
           at.advance();
         });
-        if (p.turns != nullptr) control.turns.pass();
+        control.turns.pass();
         tma_store_wait();
         fence_async_proxy_global();
-        control.rows.add_tile(p, item, kv_head);
+        control.rows.end_adding();
       });
       tma_store_wait();
+    } else if (warp >= 4) {
+      work_on_rows<Units, unpack_bf16, pack_bf16>(p, control, smem_address(shared) + 196608, warp - 4);
     }
     return;
   }
 
   grow_registers<232>();
-  const int warpgroup = warp / 4 - 1;
+  const int warpgroup = warp / 4 - 2;
   const unsigned thread = computed_here(threadIdx.x);  // or it is read anew in every step
   const int lane = thread % 32, quad = lane % 4;
   const bool leader = thread % 128 == 0;
@@ -482,7 +482,8 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1(const 
       control.k.arrive_empty(kv_at);
       control.v.arrive_empty(kv_at);
     }
-    const uint32_t dv_rows = smem_address(dq_parts) + warpgroup * kPartBytes, dk_rows = ds_tiles + warpgroup * kRowsBytes;
+    const uint32_t dv_rows = smem_address(dq_parts) + warpgroup * kPartBytes;
+    const uint32_t dk_rows = ds_tiles + computed_here(warpgroup) * kRowsBytes;  // not a register through the loop
     control.dq[part].wait_empty(dq_at);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) dk[i] *= p.scale;

@@ -353,6 +353,7 @@ void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barri
   Cta* cta = current().cta;
   check_usable_by_copies(*cta, barrier);
   if (bytes) copy_lands(*cta, smem, bytes, barrier);
+  global_access(*current().warp, global, bytes, Access::kRead, current().caller);  // of what is there by now
   queue(*cta, true, [=] {
     check_global(global, bytes, false);
     std::memcpy(window(*cta, smem, bytes), global, bytes);

@@ -1,0 +1,86 @@
+"""Mistakes put into the generated backward, one at a time, where CTAs wait for each other: the emulator finds each."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from emulator import kernels
+from emulator.backward_checks import assert_right
+from emulator.driver import EmulatorError
+
+from jagtile.generator.spaces.sm90_backward import Sm90BackwardConfig
+from jagtile.generator.spec import KernelSpec
+from jagtile.generator.tile import Variant
+from jagtile.generator.workloads import Workload
+
+SPEC = KernelSpec.parse("bwd_bf16_d32")
+FUSED = Sm90BackwardConfig(64, 64, 2, 1, "bulk", False, 1, "none", True, early_dv=False, fused=True)
+LENGTHS = (300, 40, 0, 200)
+MISTAKES: dict[str, tuple[str, str, str]] = {
+    "the first tile adds to sums that nobody has zeroed": (
+        "  if (item.row == 0) {\n    bulk_store",
+        "  if (false) {\n    bulk_store",
+        "race on global|^wrong$",
+    ),
+    "other tiles do not wait until the first has stored": (
+        "before = item.row == 0 ? 0x7fffffff : 0;",
+        "before = 0x7fffffff;",
+        "race on global",
+    ),
+    "steps are told before they are stored": (
+        "    tma_store_wait();\n    add_release(own",
+        "    add_release(own",
+        "race on global",
+    ),
+    "a tile is told to be complete before its additions are": (
+        "        tma_store_wait();\n        fence_async_proxy_global();\n        control.rows.end_adding();",
+        "        control.rows.end_adding();",
+        "race on global",
+    ),
+    "rows are finished before all tiles have added": (
+        "load_acquire(&progress->pair(to_finish.pair).added) < to_finish.tiles",
+        "false",
+        "race on global",
+    ),
+    "a tile begins before its rows are prepared": (
+        "load_acquire(&progress->pair(pair).prepared) < kRowWarps * pair_tiles(claims, next.item)",
+        "false",
+        "race on global",
+    ),
+    "rows are told to be prepared by the first warp that is done": (
+        "< kRowWarps * pair_tiles",
+        "< pair_tiles",
+        "race on global",
+    ),
+    "rows are copied into a buffer that is worked on": (
+        "rows.slice.ended() || !control.row_units.is_empty(at)",
+        "rows.slice.ended()",
+        "not ordered after|arrivals more than",
+    ),
+}
+
+
+def outcome(mistake: tuple[str, str] | None) -> str | None:
+    """What the emulator reports of two launches; None, if nothing; "wrong", if nothing but the numbers are."""
+    change = kernels.substitution(*mistake) if mistake is not None else None
+    w = Workload("some", LENGTHS, LENGTHS, 2, 1, SPEC.head_dim, SPEC.head_dim_v, SPEC.causal)
+    try:
+        assert_right(kernels.artifact(Variant("sm_90a", SPEC, FUSED), change), w, launches=2)
+    except EmulatorError as error:
+        return str(error)
+    except AssertionError:
+        return "wrong"
+    return None
+
+
+def test_nothing_is_found_in_the_kernel_as_it_is() -> None:
+    assert [outcome(None) for _ in range(4)] == [None] * 4
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_it_is_found(mistake: str) -> None:
+    old, new, report = MISTAKES[mistake]
+    found = outcome((old, new))
+    assert found is not None
+    assert re.search(report, found, re.DOTALL), found
