@@ -16,6 +16,7 @@ import jinja2
 from jagtile.generator.tile import Variant
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
+_STRING_OR_COMMENT = re.compile(r'("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"(?P<path>[^"]+)"', re.MULTILINE)
 
 
@@ -29,11 +30,20 @@ class Source:
 
     @property
     def sha256(self) -> str:
-        """Over the text and every header: what the machine code depends on besides the compiler and its flags."""
-        digest = hashlib.sha256(self.text.encode())
+        """Over the code of the text and of every header, without comments and layout: what the machine code depends on
+        besides the compiler and its flags. What was measured outlives an edit of comments.
+        """
+        digest = hashlib.sha256(code_of(self.text).encode())
         for path, text in self.headers:
-            digest.update(f"\0{path}\0{text}".encode())
+            digest.update(f"\0{path}\0{code_of(text)}".encode())
         return digest.hexdigest()
+
+
+@lru_cache(maxsize=256)
+def code_of(text: str) -> str:
+    """The lines of a C++ text that are not empty, without comments, indentation and spaces at their ends."""
+    code = _STRING_OR_COMMENT.sub(lambda found: found[1] or " ", text)
+    return "\n".join(line for line in map(str.strip, code.splitlines()) if line)
 
 
 @lru_cache(maxsize=1)

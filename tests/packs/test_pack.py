@@ -109,7 +109,7 @@ def test_kernels_of_other_sources_than_todays_are_told(world, whole, monkeypatch
 
     def changed(variant):
         source = real(variant)
-        return source if variant != world.long else render.Source(source.text + "//", source.suffix, source.headers)
+        return source if variant != world.long else render.Source(source.text + "int;", source.suffix, source.headers)
 
     monkeypatch.setattr(render, "render_unchecked", changed)
     assert outdated_sources(whole) == [world.long.name]
