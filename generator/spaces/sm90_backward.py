@@ -183,8 +183,8 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     scores, packed, dq = config.block_m // 2, config.block_m // 4, dq_columns(spec, config) // 2
     if not config.early_dv:
         beside = 10 if not config.overlap else 40 if config.block_m == 64 else 16
-        if config.fused and (config.late_dq if config.block_m == 128 else config.held != "none" and not config.late_dq):
-            beside += 8
+        if config.fused:
+            beside += _beside_rows(config)
         return kept + max(2 * scores, dq + 2 * packed) + beside
     with_p = 2 * scores + packed
     most = with_p + dq if config.late_dq else max(with_p, dq + 2 * packed)
@@ -194,6 +194,14 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     if config.fused and config.held != "none":
         most += 8
     return kept + most + (packed if config.overlap else 0)
+
+
+def _beside_rows(config: Sm90BackwardConfig) -> int:
+    """What counts more without ``early_dv`` for a warpgroup with rows, as compiling shows."""
+    held = config.held != "none"
+    if config.block_m == 128:
+        return 24 if held and config.overlap else 8 if held or config.late_dq else 0
+    return 0 if not held else 4 if config.late_dq else 8
 
 
 def num_threads(config: Sm90BackwardConfig) -> int:
