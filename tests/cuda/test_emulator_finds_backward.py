@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from emulator import kernels
 from emulator.backward_checks import assert_right
 from emulator.driver import EmulatorError
@@ -59,6 +60,16 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "not ordered after|arrivals more than",
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is often zeros, which would hide that a sum is used before it is written."""
+
+    def new_empty(like: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full((size,), float("nan"), dtype=dtype)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
 
 
 def outcome(mistake: tuple[str, str] | None) -> str | None:
