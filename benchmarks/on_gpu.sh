@@ -71,7 +71,7 @@ tuner() {
     return "$failed"
 }
 
-models() { # a part a program, all in one file; compiled training took 330 s to start and check on an H100
+models() { # a part a program, all in one file; compiled training took about 330 s to start and check on an H100
     local failed=0 mode model task
     for mode in eager compiled; do
         for model in encoder decoder; do

@@ -137,8 +137,8 @@ struct KeyTiles {
   // bulk copies, all after the first one, which stores instead: sums need no zeros. A tile says how many steps it has added,
   // each of its adders for itself, and goes no further than the tile that it follows has come.
   // It does not wait for ever: tiles are claimed from a counter, in the order of the list; each CTA works off its claims in
-  // that order; and key blocks before come before in the list. So what the first of the tiles that are not done waits
-  // for is done, and a tile that is done has told of all its steps.
+  // that order; and the key blocks before a tile's come before it in the list. So what the first of the tiles that are not done
+  // waits for is done, and a tile that is done has told of all its steps.
   __device__ __forceinline__ static int* turn(const BackwardParams& p, const WorkItem& item, int kv_head, int adder) {
     return p.turns + (static_cast<long long>(kv_head) * p.max_items + item.turn) * kAdders + adder;
   }
@@ -166,12 +166,12 @@ struct KeyTiles {
 struct BulkTurns {
   static constexpr int kMostUnknown = 4;
 
-  int* own;           // counts the tile's steps
-  int distance;       // to the counter of the tile that it follows
-  bool told;          // whether others follow
-  int before;         // steps that the tile it follows is known to have added
-  int added;          // steps that this one has stored or added ...
-  int passed;         // ... and those of them that others know of
+  int* own;      // counts the tile's steps
+  int distance;  // to the counter of the tile that it follows
+  bool told;     // whether others follow
+  int before;    // steps that the tile it follows is known to have added
+  int added;     // steps that this one has stored or added ...
+  int passed;    // ... and those of them that others know of
 
   template <typename KeyTile>
   __device__ __forceinline__ void begin(const BackwardParams& p, const WorkItem& item, int kv_head) {

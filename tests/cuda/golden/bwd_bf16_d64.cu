@@ -20,7 +20,7 @@
 // Generated; edit the template, not this text. To see it again:
 //   jagtile generate sm_90a/bwd_bf16_d64/keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1
 //
-// One persistent CTA an SM: 2 math warpgroups of 64 keys each, one warpgroup that feeds them, one that has rows. K and V of a tile
+// One persistent CTA an SM: 2 math warpgroups of 64 keys each, one that feeds them, one with rows. K and V of a tile
 // stay; the queries that see its keys go by from the last, those of every head that shares the kv head.
 //   warp 0      copies K and V, then Q and dO block by block (TMA, clipped at the sequence's end)
 //   warp 1      claims tiles from the work list; copies rows to be prepared or finished
