@@ -41,10 +41,10 @@ def in_processes(batches: Sequence[Sequence[Variant]]) -> list[list[tuple[str, s
     return answers
 
 
-def wait_for(path: Path) -> None:
+def wait_for_lines(path: Path, count: int) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (path.exists() and path.read_text().endswith("\n")):
-        assert time.monotonic() < deadline, f"{path} did not appear"
+    while not (path.exists() and path.read_text().count("\n") == count):
+        assert time.monotonic() < deadline, f"{path} did not get {count} lines"
         time.sleep(0.02)
 
 
@@ -108,11 +108,13 @@ def _build_interruptibly(variants) -> None:
 
 
 def _start_hanging_build(toy, compiler, tmp_path: Path):
+    """A builder whose two compilations both run: one begun after it is killed would be counted as its successor's."""
     compiler.hook(HANG)
-    process = FORK.Process(target=_build_interruptibly, args=([toy(1), toy(2)],))
+    variants = [toy(1), toy(2)]
+    process = FORK.Process(target=_build_interruptibly, args=(variants,))
     process.start()
     pids = tmp_path / "compilations.pids"
-    wait_for(pids)
+    wait_for_lines(pids, len(variants))
     return process, pids
 
 
