@@ -3,8 +3,8 @@
     PYTHONPATH=.pkg python benchmarks/backward_variants.py --peers fa4,torch-varlen \\
         "u4k-d128: m64_n128_s2_c1_dbulk_o0_k1_hnone_l0_e1 m64_n128_s2_c1_dred_o0_k1_hnone_l0_e1" "u4k-d64-causal:"
 
-Each argument names a workload and configs (a template's name in front may be left out; none: the default), or is a
-file of such lines. Every variant is compared with the float64 oracle's gradients on small nasty batches and on the
+Each argument names a workload and configs (the first template's name in front may be left out; none: its default), or
+is a file of such lines. Every variant is compared with the float64 oracle's gradients on small nasty batches and on the
 workload itself, with and without an order of additions. Then forward and backward of all take turns in shuffled order
 with a cold L2: the variants behind the forward that dispatch chooses, the peers through autograd; and so do the
 variants' backwards alone, in a race of their own, in-order ones among them. Prints medians, and the ratio of the
@@ -64,10 +64,9 @@ def _parse(line: str, dtype: str) -> tuple[Workload, list[Variant]]:
     name, _, configs = line.partition(":")
     workload = named()[name.strip()]
     spec = replace(workload.spec(dtype), direction="bwd")  # type: ignore[arg-type]
-    space = spaces_of(TARGET, spec)[0]
-    full = [
-        config if config.startswith(space.algorithm) else f"{space.algorithm}_{config}" for config in configs.split()
-    ]
+    space, *others = spaces_of(TARGET, spec)
+    algorithms = tuple(each.algorithm for each in (space, *others))
+    full = [config if config.startswith(algorithms) else f"{space.algorithm}_{config}" for config in configs.split()]
     return workload, [
         Variant(TARGET, spec, parse_config(TARGET, config)) for config in full or [space.default(spec).name]
     ]

@@ -21,6 +21,7 @@ from jagtile.generator.spaces.sm90 import panel_count
 from jagtile.generator.spaces.sm90_backward import Sm90BackwardConfig, dq_split
 from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig
 from jagtile.generator.spaces.sm90_packed import BLOCK_M, Sm90PackedConfig
+from jagtile.generator.spaces.sm90_packed_backward import TILE_ROWS, Sm90PackedBackwardConfig
 from jagtile.generator.spaces.sm90_split import Sm90SplitConfig
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import TileConfig, Variant
@@ -62,6 +63,7 @@ _TENSOR_SUMS = 0.98
 # Of wide heads: bytes a clock of additions from registers, which nothing hides, and clocks to hand over a panel of dQ.
 _WIDE_REDUCTION_BYTES = 21
 _WIDE_HANDOVER = 90.0
+_PACKED_BACKWARD_ISSUE = 12.0  # instructions of the packed backward for an element of P and dS, by reading its loop
 _KNEE = 4  # how sharply the roof bends: where arithmetic and memory take alike they hide each other only in part
 
 
@@ -83,6 +85,8 @@ def roofline(variant: Variant, workload: Workload, device: Facts) -> Roofline | 
         return _hopper_backward(variant, variant.config, workload, device)
     if isinstance(variant.config, wide.Sm90BackwardWideConfig):
         return _hopper_backward_wide(variant, variant.config, workload, device)
+    if isinstance(variant.config, Sm90PackedBackwardConfig):
+        return _hopper_packed_backward(variant, variant.config, workload, device)
     return None
 
 
@@ -166,6 +170,37 @@ def _hopper_packed(variant: Variant, config: Sm90PackedConfig, workload: Workloa
     runs = -(-pairs // slots) * slots / max(pairs, 1)  # the longest run over the mean one
     compute_us = clocks / slots * runs / CLOCK_GHZ / 1e3
     return _with_memory(compute_us, "latency" if alone > busy else bound, variant, workload, device)
+
+
+def _hopper_packed_backward(
+    variant: Variant, config: Sm90PackedBackwardConfig, workload: Workload, device: Facts
+) -> Roofline:
+    """Tiles of 64 packed queries and a head, of 64 packed keys and a kv head; each CTA has its run of both."""
+    dim, dim_v, ctas = variant.spec.head_dim, variant.spec.head_dim_v, config.ctas_per_sm
+    elements = TILE_ROWS * config.block_n
+    exp, issue = elements / EXPONENTIALS, elements * _PACKED_BACKWARD_ISSUE / 32 / ISSUE_SLOTS
+    l2 = 2 * config.block_n * (dim + dim_v) / L2_BYTES
+
+    def step(columns: int, products: int) -> float:
+        """A product waits for the one before; CTAs overlap each other."""
+        tensor = 2 * elements * columns / MMA_FLOPS
+        busy = max(tensor, exp, issue, l2) * _OVERLAP_LOSS * ctas
+        return max(busy, tensor + exp + issue + products * _STEP_LATENCY)
+
+    hides = config.num_stages > 1
+    tile = _TILE_CLOCKS * (0.5 if hides else 1.0) + _FILL_CLOCKS * (_HIDDEN_FILL if hides else 1.0)
+    of_queries, of_keys = step(2 * dim + dim_v, 2), step(2 * (dim + dim_v), 3)
+    group = workload.num_heads // workload.num_heads_kv
+    clocks = 0.0
+    for keys, tiles in packed_tiles(workload).items():
+        clocks += tiles * (-(-keys // config.block_n) * of_queries + tile)
+    for queries, tiles in packed_key_tiles(workload).items():
+        clocks += tiles * (-(-queries // config.block_n) * group * of_keys + tile)
+    compute_us = clocks / (device.units * ctas) / CLOCK_GHZ / 1e3
+    rows = (workload.total_q * workload.num_heads + workload.total_k * workload.num_heads_kv) * (dim + dim_v)
+    passes = 2 * rows + 2 * 2 * workload.total_q * workload.num_heads * dim_v  # gradients written, out and dout read
+    found = _with_memory(compute_us, "latency", variant, workload, device)
+    return Roofline(found.us + passes / (device.bandwidth_gbs or float("inf")) / 1e3, found.bound)
 
 
 def _hopper_backward(variant: Variant, config: Sm90BackwardConfig, workload: Workload, device: Facts) -> Roofline:
@@ -341,6 +376,24 @@ def packed_tiles(workload: Workload) -> Counter[int]:
             diagonal = seen - len_q if workload.causal_alignment == "bottom_right" else 0
             seen = min(seen, max(0, last - (ends_q[end] - len_q) + 1 + diagonal))
         found[begins_k[end] + seen - begins_k[begin]] += workload.num_heads
+    return found
+
+
+@lru_cache(maxsize=64)
+def packed_key_tiles(workload: Workload) -> Counter[int]:
+    """How many tiles of packed keys are seen by how many queries, over all kv heads."""
+    ends_k = list(accumulate(workload.seqlens_k))
+    begins_q = list(accumulate(workload.seqlens_q, initial=0))
+    found: Counter[int] = Counter()
+    for first in range(0, workload.total_k, TILE_ROWS):
+        last = min(first + TILE_ROWS, workload.total_k) - 1
+        begin, end = bisect_right(ends_k, first), bisect_right(ends_k, last)
+        blind = 0  # queries of the first key's sequence that come before those that see it
+        if workload.is_causal:
+            len_q, len_k = workload.seqlens_q[begin], workload.seqlens_k[begin]
+            diagonal = len_k - len_q if workload.causal_alignment == "bottom_right" else 0
+            blind = min(len_q, max(0, first - (ends_k[begin] - len_k) - diagonal))
+        found[begins_q[end + 1] - begins_q[begin] - blind] += workload.num_heads_kv
     return found
 
 

@@ -10,20 +10,17 @@ import torch
 from jagtile.runtime.artifact import Artifact, ArtifactMeta
 from jagtile.runtime.cuda import backward_params, driver, tensor_map, work_list
 from jagtile.runtime.cuda.block import ParameterBlock, fill, map_addresses
+from jagtile.runtime.cuda.delta_rows import PREPARE, ROW_THREADS, check_rows, row_ctas
 from jagtile.runtime.cuda.list_builder import ListBuilder
+from jagtile.runtime.cuda.operands import backward_copies
 from jagtile.runtime.cuda.params import work_list_bytes
 from jagtile.runtime.cuda.plans import Plans
-from jagtile.runtime.cuda.tensor_map import addressable
 from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
 
 _LOG2_E = 1.4426950408889634
 _BUILDER = "jagtile_build_work_list"
-_PREPARE = "jagtile_backward_prepare"
 _FINISH = "jagtile_backward_finish"
-_ROW_THREADS = 256  # of prepare and finish (templates/cuda/include/backward_rows.cuh)
-_ROW_TOKENS = 16  # of one head, a warp
-_MAX_ROWS = 1 << 31
 
 
 class _Plan(NamedTuple):
@@ -64,7 +61,7 @@ class CudaBackwardKernel:
             module = driver.load_module(artifact.path.read_bytes())
             self._kernel = driver.function(module, self.meta.symbol, self._smem)
             self._builder = ListBuilder(module, _BUILDER)
-            self._prepare = driver.function(module, _PREPARE)
+            self._prepare = driver.function(module, PREPARE)
             self._finish = None if self._fused else driver.function(module, _FINISH)
         self._launch = driver.Launcher(self._device)
         self._maps = tensor_map.MapCache(self.meta.spec.split("_")[1], rows)
@@ -116,8 +113,9 @@ class CudaBackwardKernel:
         if plan is None or (of_operands | dq_address | dk_address | dv_address) & (tensor_map.ALIGNMENT - 1):
             plan = self._plan(call, q, k, v, cu_seqlens_q, cu_seqlens_k, out, dout, dq, dk, dv, scale, bottom_right)
             if plan is None:
-                self._backward_copies(
-                    q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, dq, dk, dv, scale, bottom_right
+                backward_copies(
+                    self.backward,
+                    *(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, dq, dk, dv, scale, bottom_right),
                 )
                 return
         lse = lse if lse.is_contiguous() else lse.contiguous()
@@ -153,10 +151,10 @@ class CudaBackwardKernel:
         if found is None:
             self._builder.build(launch, cu_seqlens_q.shape[0] - 1, plan.max_items, stream, arguments)
             work_list.keep(cu_seqlens_q, cu_seqlens_k, key, items)
-        launch(self._prepare, plan.row_ctas, _ROW_THREADS, 0, stream, arguments)
+        launch(self._prepare, plan.row_ctas, ROW_THREADS, 0, stream, arguments)
         launch(self._kernel, plan.grid, self._threads, self._smem, stream, arguments)
         if self._finish is not None:
-            launch(self._finish, plan.row_ctas, _ROW_THREADS, 0, stream, arguments)
+            launch(self._finish, plan.row_ctas, ROW_THREADS, 0, stream, arguments)
 
     def _plan(
         self,
@@ -183,8 +181,7 @@ class CudaBackwardKernel:
         maps = self._maps.find(layout, (q, dout, k, v, dk, dv, out, dout), (dq,))
         if maps is None:
             return None
-        if total_q * heads >= _MAX_ROWS:
-            raise UnsupportedError(f"{total_q} queries of {heads} heads; served: fewer than {_MAX_ROWS} in all")
+        check_rows(total_q, heads)
         work_list.check_tokens(total_q, total_k)
         batch, deterministic = cu_seqlens_q.shape[0] - 1, torch.are_deterministic_algorithms_enabled()
         max_items = work_list.capacity(total_k, batch, self._block_n)
@@ -221,13 +218,12 @@ class CudaBackwardKernel:
         bit_words, offsets = backward_params.bit_words(total_q), 2 * (batch + 1)
         delta = 4 * backward_params.sum_floats(total_q, heads, head_dim)
         turns = delta + 4 * backward_params.delta_floats(total_q, heads)
-        row_ctas = -(-(-(-total_q // _ROW_TOKENS) * heads) // (_ROW_THREADS // 32))
-        direct = work_list_bytes(max_items, offsets)
+        ctas, direct = row_ctas(total_q, heads), work_list_bytes(max_items, offsets)
         plan = _Plan(
             block=bytes(block),
             movable=tensor_map.address_comes_first(),
             grid=min(self._slots, tiles),
-            row_ctas=min(self._sms, row_ctas) if self._fused else row_ctas,
+            row_ctas=min(self._sms, ctas) if self._fused else ctas,
             max_items=max_items,
             list_ints=offsets + 2 * bit_words,
             list_key=(
@@ -242,35 +238,3 @@ class CudaBackwardKernel:
             summed=direct + 4 * bit_words,
         )
         return self._plans.remember(call, plan)
-
-    def _backward_copies(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cu_seqlens_q: torch.Tensor,
-        cu_seqlens_k: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        dout: torch.Tensor,
-        dlse: torch.Tensor | None,
-        dq: torch.Tensor,
-        dk: torch.Tensor,
-        dv: torch.Tensor,
-        scale: float,
-        bottom_right: bool,
-    ) -> None:
-        """Layouts that TMA cannot address, or that have no 16-byte pieces, are copied; gradients are copied back."""
-        q, k, v, out, dout = (
-            t if addressable(t) else t.clone(memory_format=torch.contiguous_format) for t in (q, k, v, out, dout)
-        )
-        grads = (dq, dk, dv)
-        new_dq, new_dk, new_dv = (
-            t if addressable(t) else torch.empty_like(t, memory_format=torch.contiguous_format) for t in grads
-        )
-        self.backward(
-            *(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, new_dq, new_dk, new_dv), scale, bottom_right
-        )
-        for grad, found in zip(grads, (new_dq, new_dk, new_dv), strict=True):
-            if found is not grad:
-                grad.copy_(found)

@@ -1,4 +1,4 @@
-"""q, k, v and out of a forward call as a parameter block describes them."""
+"""Tensors of a call as a parameter block describes them, or copies of those that it can't describe."""
 
 from __future__ import annotations
 
@@ -41,3 +41,31 @@ def forward_copies(
     forward(q, k, v, cu_seqlens_q, cu_seqlens_k, target, *rest)
     if target is not out:
         out.copy_(target)
+
+
+def backward_copies(
+    backward: Callable[..., None],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    *rest: object,
+) -> None:
+    """``backward`` with copies of what TMA cannot address, or has no 16-byte pieces; gradients are copied back."""
+    q, k, v, out, dout = (
+        t if addressable(t) else t.clone(memory_format=torch.contiguous_format) for t in (q, k, v, out, dout)
+    )
+    grads = (dq, dk, dv)
+    targets = [t if addressable(t) else torch.empty_like(t, memory_format=torch.contiguous_format) for t in grads]
+    backward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, *targets, *rest)
+    for grad, found in zip(grads, targets, strict=True):
+        if found is not grad:
+            grad.copy_(found)

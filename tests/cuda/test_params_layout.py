@@ -14,7 +14,7 @@ import pytest
 from jagtile.generator.render import TEMPLATES
 from jagtile.generator.toolchain import find_cxx
 from jagtile.runtime.artifact import ABI_VERSION
-from jagtile.runtime.cuda import backward_params, list_builder, params
+from jagtile.runtime.cuda import backward_params, list_builder, packed_backward_params, params
 
 
 def _struct_fields(text: str, name: str) -> list[str]:
@@ -32,17 +32,22 @@ NAMES = [
     *params.SPLIT_POINTERS,
     *params.ROW_TENSORS,
 ]
-BACKWARD_NAMES = [
-    *backward_params.MAPS,
-    *backward_params.POINTERS,
-    *backward_params.STRIDES,
-    *backward_params.INTEGERS,
-    *backward_params.FLOATS,
-]
+
+
+def _names_of_backward(packing: ModuleType) -> list[str]:
+    return [*packing.MAPS, *packing.POINTERS, *packing.STRIDES, *packing.INTEGERS, *packing.FLOATS]
+
+
+BACKWARD_NAMES = _names_of_backward(backward_params)
+PACKED_BACKWARD_NAMES = _names_of_backward(packed_backward_params)
 STRUCTS = pytest.mark.parametrize(
     ("header", "struct", "names", "packing"),
-    [("params", "Params", NAMES, params), ("backward_params", "BackwardParams", BACKWARD_NAMES, backward_params)],
-    ids=["forward", "backward"],
+    [
+        ("params", "Params", NAMES, params),
+        ("backward_params", "BackwardParams", BACKWARD_NAMES, backward_params),
+        ("packed_backward_params", "PackedBackwardParams", PACKED_BACKWARD_NAMES, packed_backward_params),
+    ],
+    ids=["forward", "backward", "packed backward"],
 )
 
 
@@ -55,8 +60,8 @@ def _members(name: str, packing: ModuleType) -> list[str]:
 
 def test_parameters_of_other_names_are_another_abi() -> None:
     """Packs outlive the jagtile that made them, and work lists are shared: a new meaning has a new name and version."""
-    names = " ".join((*NAMES, *BACKWARD_NAMES))
-    assert (ABI_VERSION, hashlib.sha256(names.encode()).hexdigest()[:8]) == (8, "a557d362")
+    names = " ".join((*NAMES, *BACKWARD_NAMES, *PACKED_BACKWARD_NAMES))
+    assert (ABI_VERSION, hashlib.sha256(names.encode()).hexdigest()[:8]) == (8, "4f4467de")
 
 
 @STRUCTS

@@ -14,15 +14,16 @@ from jagtile.generator.oracle_gradients import Gradients
 from jagtile.generator.workloads import JaggedBatch, Workload
 from jagtile.runtime import cuda
 from jagtile.runtime.artifact import Artifact
-from jagtile.runtime.cuda import CudaBackwardKernel
+from jagtile.runtime.cuda import CudaBackwardKernel, CudaPackedBackwardKernel
+from jagtile.runtime.kernel import BackwardKernel
 
 
 @contextmanager
-def loaded(artifact: Artifact, processors: int = 2) -> Iterator[CudaBackwardKernel]:
+def loaded(artifact: Artifact, processors: int = 2) -> Iterator[BackwardKernel]:
     """The kernel, on an emulated device of so many processors."""
     with emulated(processors=processors, seed=next_seed()):
         kernel = cuda.load(artifact, torch.device("cuda", 0))
-        assert isinstance(kernel, CudaBackwardKernel)
+        assert isinstance(kernel, CudaBackwardKernel | CudaPackedBackwardKernel)
         yield kernel
 
 

@@ -101,7 +101,7 @@ EDGES = (0, 1, 63, 64, 65, 0, 129, 300, 1, 127, 128, 577)
 @cache
 def loaded(name: str, change: tuple[tuple[str, Knob], ...] = ()) -> CudaBackwardKernel:
     spec = KernelSpec.parse(name)
-    (space,) = spaces_of("sm_90a", spec)
+    space, *_ = spaces_of("sm_90a", spec)
     config = config_from_dict("sm_90a", {**space.default(spec).to_dict(), **dict(change)})
     kernel = cuda.load(build_one(Variant("sm_90a", spec, config)), torch.device("cuda", torch.cuda.current_device()))
     assert isinstance(kernel, CudaBackwardKernel)

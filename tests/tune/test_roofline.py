@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from fakes import DEVICE, SPEC, TARGET
 
-from jagtile.generator.roofline import CLOCK_GHZ, MMA_FLOPS, packed_tiles, roofline
+from jagtile.generator.roofline import CLOCK_GHZ, MMA_FLOPS, packed_key_tiles, packed_tiles, roofline
 from jagtile.generator.roofline_check import agreements, rank_correlation
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant, legal_configs, parse_config, spaces_of
@@ -20,6 +20,7 @@ from jagtile.runtime.problem import REGIMES
 from jagtile.tuning_db.store import Database
 
 TILE = Variant(TARGET, SPEC, parse_config(TARGET, "persistent_m128_n128_s2_q2_c1"))
+BACKWARD = replace(SPEC, direction="bwd")
 SQUARE = Workload("square", (8192,) * 4, (8192,) * 4, 16, 16, 128, 128)
 
 
@@ -69,13 +70,15 @@ def test_a_template_without_a_model_has_no_prediction():
 
 
 def test_rows_of_many_short_sequences_in_one_tile_pay_and_those_of_long_ones_do_not():
-    def best(algorithm: str, workload: Workload) -> float:
-        (space,) = (space for space in spaces_of(TARGET, SPEC) if space.algorithm == algorithm)
-        return min(roofline(Variant(TARGET, SPEC, c), workload, DEVICE).us for c in legal_configs(space, SPEC))
+    def best(algorithm: str, workload: Workload, spec: KernelSpec = SPEC) -> float:
+        (space,) = (space for space in spaces_of(TARGET, spec) if space.algorithm == algorithm)
+        return min(roofline(Variant(TARGET, spec, c), workload, DEVICE).us for c in legal_configs(space, spec))
 
     tokens = Workload("tokens", (1, 2, 3, 4) * 2000, (1, 2, 3, 4) * 2000, 8, 8, 128, 128)
     assert best("packed", tokens) < best("persistent", tokens) / 4
     assert best("packed", SQUARE) > best("persistent", SQUARE)
+    assert best("packedrows", tokens, BACKWARD) < best("keyblocks", tokens, BACKWARD) / 2
+    assert best("packedrows", SQUARE, BACKWARD) > best("keyblocks", SQUARE, BACKWARD)
 
 
 def ranked(name: str, workload: Workload) -> list[str]:
@@ -124,6 +127,25 @@ def test_the_keys_of_tiles_of_packed_rows(causal, alignment):
     tiles = [seen[first : first + 64] for first in range(0, len(seen), 64)]
     expected = Counter(max(end for _, end in rows) - rows[0][0] for rows in tiles)
     assert packed_tiles(w) == Counter({keys: 2 * count for keys, count in expected.items()})
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("alignment", ["top_left", "bottom_right"])
+def test_the_queries_of_tiles_of_packed_keys(causal, alignment):
+    rng = random.Random(6)
+    seqlens_q, seqlens_k = ([rng.choice((0, 0, 1, 3, 20, 150)) for _ in range(60)] for _ in range(2))
+    w = Workload("w", tuple(seqlens_q), tuple(seqlens_k), 2, 2, 64, 64, causal, causal_alignment=alignment)
+    seen = []  # of every key, its first query and the last one's successor
+    begin = 0
+    for len_q, len_k in zip(seqlens_q, seqlens_k, strict=True):
+        shift = len_k - len_q if alignment == "bottom_right" else 0
+        for key in range(len_k):
+            blind = sum(key > row + shift for row in range(len_q)) if causal else 0
+            seen.append((begin + blind, begin + len_q))
+        begin += len_q
+    tiles = [seen[first : first + 64] for first in range(0, len(seen), 64)]
+    expected = Counter(keys[-1][1] - keys[0][0] for keys in tiles)
+    assert packed_key_tiles(w) == Counter({queries: 2 * count for queries, count in expected.items()})
 
 
 def test_rank_correlation():

@@ -9,34 +9,15 @@
 #include "cuda/include/ptx.cuh"
 #include "cuda/include/softmax.cuh"
 
-// What a warp's rows see of a block, in columns; the same in all lanes, and known to be.
-struct WarpColumns {
-  KeyRange of_any;   // all that some row sees lies in this range
-  KeyRange of_each;  // every row sees all of this one
-
-  __device__ __forceinline__ explicit WarpColumns(const KeyRange (&seen)[2])
-      : of_any{__reduce_min_sync(0xffffffff, min(seen[0].begin, seen[1].begin)),
-               __reduce_max_sync(0xffffffff, max(seen[0].end, seen[1].end))},
-        of_each{__reduce_max_sync(0xffffffff, max(seen[0].begin, seen[1].begin)),
-                __reduce_min_sync(0xffffffff, min(seen[0].end, seen[1].end))} {}
-
-  __device__ __forceinline__ bool unseen(int column) const {
-    return column + 16 <= of_any.begin || column >= of_any.end;
-  }
-  __device__ __forceinline__ bool seen_whole(int column) const {
-    return column >= of_each.begin && column + 16 <= of_each.end;
-  }
-};
-
 // Scores become packed probabilities relative to the rows' new maxima, zeros where a row does not see the key; earlier
 // results must be multiplied by `rescale`. `seen` counts from the block's first key.
 template <Pack kPack, int kSteps>
 __device__ __forceinline__ void range_softmax(float (&scores)[8 * kSteps], uint32_t (&probabilities)[kSteps][4],
-                                              const KeyRange (&seen)[2], RowState& rows, float (&rescale)[2],
+                                              const RowRange (&seen)[2], RowState& rows, float (&rescale)[2],
                                               float scale_log2) {
   const WarpColumns columns(seen);
   const int thread_column = threadIdx.x % 4 * 2;
-  const KeyRange own[2] = {seen[0].from(thread_column), seen[1].from(thread_column)};
+  const RowRange own[2] = {seen[0].from(thread_column), seen[1].from(thread_column)};
   float maximum[2] = {rows.reference[0], rows.reference[1]};
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {

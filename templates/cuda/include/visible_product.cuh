@@ -22,7 +22,7 @@ __device__ __forceinline__ bool any_nan(const float (&values)[kRegisters]) {
 // V's columns lie in one swizzled panel of 128-byte rows. Slow, short, and seldom called.
 template <Unpack kUnpack, int kSteps, int kRegisters>
 __device__ __forceinline__ void multiply_seen(float (&product)[kRegisters], const uint32_t (&probabilities)[kSteps][4],
-                                              uint32_t panel, const KeyRange (&seen)[2]) {
+                                              uint32_t panel, const RowRange (&seen)[2]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int group = 0; group < kRegisters / 4; ++group) {  // of eight columns

@@ -128,8 +128,8 @@ __device__ __forceinline__ void add_product(float (&output)[kOutRegisters], uint
   pin_registers(product);
   pin_registers(probabilities);
   if (__any_sync(0xffffffff, any_nan(product))) {
-    const ThreadRows seen(in, first_key);
-    multiply_seen<unpack_bf16>(product, probabilities, panel, seen.keys);
+    const ThreadRows own(in, first_key);
+    multiply_seen<unpack_bf16>(product, probabilities, panel, own.seen);
   }
 #pragma unroll
   for (int i = 0; i < kColumns / 2; ++i) {
@@ -190,7 +190,7 @@ jagtile_fwd_bf16_d64_packed_n96_s2_c3(const __grid_constant__ Params p) {
       tma_prefetch_map(&p.map_v);
       tma_prefetch_map(&p.map_out);
     }
-    TileFinder<kBlockM, false> found;
+    TileFinder<kBlockM, QueryRows<false>> found;
     for (int pair = pairs.begin; pair < pairs.end; ++pair) {
       if (pair == pairs.begin || head == 0) found.find(p, tile);
       control.q.wait_empty(q_at);
@@ -241,7 +241,7 @@ jagtile_fwd_bf16_d64_packed_n96_s2_c3(const __grid_constant__ Params p) {
 
     control.q.wait_full(q_at);
     const PackedTile<kBlockM>& in = control.tiles[q_at.slot];
-    for (int first_key = 0; first_key < in.keys; first_key += kBlockN, kv_at.advance()) {
+    for (int first_key = 0; first_key < in.length; first_key += kBlockN, kv_at.advance()) {
       float scores[kBlockN / 2];
       control.k.wait_full(kv_at);
       issue_scores(scores, q_tile, k_tiles + kv_at.slot * kKBytes);
@@ -251,8 +251,8 @@ jagtile_fwd_bf16_d64_packed_n96_s2_c3(const __grid_constant__ Params p) {
       release(control.k, kv_at);
       float rescale[2];
       uint32_t probabilities[kStepsPV][4];
-      const ThreadRows seen(in, first_key);
-      range_softmax<pack_bf16>(scores, probabilities, seen.keys, rows, rescale, scale_log2);
+      const ThreadRows own(in, first_key);
+      range_softmax<pack_bf16>(scores, probabilities, own.seen, rows, rescale, scale_log2);
 
       const uint32_t v_tile = v_tiles + kv_at.slot * kVBytes;
       control.v.wait_full(kv_at);
