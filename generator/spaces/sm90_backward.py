@@ -24,6 +24,7 @@ MAX_HEAD_DIM = 128  # dK and dV of a block of keys are accumulators
 FRAGMENT_LIMIT = {(1, 1): 208, (1, 2): 160, (2, 1): 208, (3, 1): 128}
 # Beside a warpgroup that works on rows (row_tasks.cuh), which has as many as the one that feeds: (producer, consumer).
 FUSED_REGISTERS = {(1, 1): (56, 256), (1, 2): (24, 192), (2, 1): (24, 232), (3, 1): (24, 144)}
+MOST_AHEAD = 8  # blocks of queries
 Split = Literal["rows", "columns", "alternate"]
 
 
@@ -43,6 +44,8 @@ class Sm90BackwardConfig(TileConfig):
     late_dq: bool = field(metadata={"short": "l"})  # dQ of a step is multiplied in the next one
     early_dv: bool = field(metadata={"short": "e"})  # dV is multiplied before dP is there: P is packed before dS
     fused: bool = field(default=False, metadata={"short": "f"})  # passes over rows beside the tiles, not as kernels
+    claim_ahead: int = field(default=0, metadata={"short": "a"})  # blocks of queries before a tile's last loads
+    row_buffers: int = field(default=2, metadata={"short": "r"})  # of rows beside the tiles
 
     @property
     def warpgroups(self) -> int:
@@ -113,7 +116,7 @@ def smem_layout(spec: KernelSpec, config: Sm90BackwardConfig) -> SmemLayout:
         dout_bytes=config.num_stages * config.block_m * v_panels * 128,
         ds_bytes=2 * config.block_n * panel_count(config.block_m) * 128,
         dq_bytes=_dq_bytes(spec, config),
-        rows_bytes=2 * row_buffer_bytes(spec) if config.fused else 0,
+        rows_bytes=config.row_buffers * row_buffer_bytes(spec) if config.fused else 0,
         stats_bytes=config.num_stages * 2 * config.block_m * 4,
         control_bytes=CONTROL_BYTES,
     )
@@ -259,6 +262,8 @@ class Sm90BackwardSpace:
             "late_dq": (True, False),
             "early_dv": (False, True),
             "fused": (True, False),
+            "claim_ahead": (0, 2, 5),
+            "row_buffers": (2, 4),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
@@ -277,6 +282,10 @@ class Sm90BackwardSpace:
             return f"dq must be bulk or red, got {config.dq}"
         if config.fused and config.dq != "bulk":
             return "fused: the warp that adds dQ by bulk copies tells of complete tiles: dq must be bulk"
+        if not 0 <= config.claim_ahead <= MOST_AHEAD:
+            return f"claim_ahead must be 0 to {MOST_AHEAD}, got {config.claim_ahead}"
+        if config.row_buffers not in (2, 4) or (config.row_buffers > 2 and not config.fused):
+            return f"row_buffers must be 2, or 4 where fused, got {config.row_buffers}"
         if config.kv_stages not in (1, 2, 3):
             return f"kv_stages must be 1, 2 or 3, got {config.kv_stages}"
         if config.held not in ("none", "v", "kv"):

@@ -248,6 +248,32 @@ def test_slices_of_fewer_tiles_than_processors() -> None:
             gradient_checks.assert_right(kernel, w, seed, with_dlse=False)
 
 
+# Tiles claimed some blocks of queries early, more than most tiles have; four buffers of rows.
+EAGER = tuple(
+    (name, replace(tile, **knobs))
+    for (name, tile), knobs in (
+        (CASES[0], {"claim_ahead": 2}),
+        (CASES[1], {"claim_ahead": 5}),
+        (FUSED[0], {"claim_ahead": 2}),
+        (FUSED[-2], {"claim_ahead": 5}),
+        (FUSED[-1], {"claim_ahead": 2, "row_buffers": 4}),
+    )
+)
+
+
+@pytest.mark.parametrize("case", EAGER, ids=lambda case: case[1].name)
+@pytest.mark.parametrize("in_order", [False, True])
+def test_tiles_that_are_claimed_early(case: tuple[str, Sm90BackwardConfig], in_order: bool) -> None:
+    torch.use_deterministic_algorithms(in_order)
+    try:
+        assert_right(built(*case), workload(case[0], QUERIES, KEYS, (4, 2), "bottom_right"), with_dlse=False)
+        for seed in range(3):
+            w = workload(case[0], (500, 20, 130, 0), (400, 260, 70, 5), (3, 1))
+            assert_right(built(*case), w, seed, with_dlse=False, launches=2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_slices_beside_additions_in_order(deterministic: None) -> None:
     for case in FUSED[:2]:
         assert_right(built(*case), workload(case[0], (300, 200, 5), (300, 400, 70), (2, 2)), with_dlse=False)

@@ -58,7 +58,7 @@ struct alignas(16) RowSlice {
 };
 
 // What one thread claims by; in shared memory, since it has few registers.
-template <int kBlockN, int kTokens>
+template <int kBlockN, typename Units>
 struct RowTasks {
   static constexpr int kNone = -1;
 
@@ -66,7 +66,7 @@ struct RowTasks {
   Tile tile;       // that of a slice which is claimed
   RowSlice slice;  // to work on
   RowSlice to_finish;
-  RowUnit units[kRowBuffers];  // that are copied
+  RowUnit units[Units::kBuffers];  // that are copied
   int claimed;   // the tile that is begun next, or kNone
   int adding;    // the pair to whose dQ the CTA adds
   int begun;     // tiles
@@ -88,7 +88,7 @@ struct RowTasks {
                                                       RowTask task) {
     const WorkItem& item = tile.item;
     const int slices = pair_tiles(claims, item);
-    const int each = ((item.q_length + slices - 1) / slices + kTokens - 1) / kTokens * kTokens;
+    const int each = ((item.q_length + slices - 1) / slices + Units::kTokens - 1) / Units::kTokens * Units::kTokens;
     const int first = item.row / kBlockN * each;
     RowSlice slice;
     slice.task = task;
@@ -188,7 +188,7 @@ struct RowTasks {
 template <typename Units, typename Control>
 __device__ __forceinline__ void claim_tiles_and_rows(const BackwardParams& p, Control& control, uint32_t buffers) {
   auto& rows = control.rows;
-  RingPosition<kRowBuffers> at;
+  RingPosition<Units::kBuffers> at;
   while (!rows.done()) {
     const bool tile_waits = rows.pass_tile(p, control);
     if (rows.slice.ended()) rows.find_slice(p, control.claims, tile_waits);
@@ -212,7 +212,7 @@ __device__ __forceinline__ void claim_tiles_and_rows(const BackwardParams& p, Co
 template <typename Units, Unpack kUnpack, Pack kPack, typename Control>
 __device__ __forceinline__ void work_on_rows(const BackwardParams& p, Control& control, uint32_t buffers, int warp) {
   for (uint32_t units = 0;; ++units) {
-    const auto at = RingPosition<kRowBuffers>::after(computed_here(units));  // one register through a unit's work
+    const auto at = RingPosition<Units::kBuffers>::after(computed_here(units));  // one register through a unit's work
     control.row_units.wait_full(at);
     const RowUnit& unit = control.rows.units[at.slot];
     if (unit.task == kNoRows) break;
@@ -226,7 +226,7 @@ __device__ __forceinline__ void work_on_rows(const BackwardParams& p, Control& c
     __syncwarp();
     if (lane_here() == 0) {
       if (unit.ends >= 0) control.rows.tell_prepared(unit.ends, 1);
-      control.row_units.arrive_empty(RingPosition<kRowBuffers>::after(computed_here(units)));
+      control.row_units.arrive_empty(RingPosition<Units::kBuffers>::after(computed_here(units)));
     }
   }
 }

@@ -9,7 +9,6 @@
 #include "cuda/include/ptx.cuh"
 
 constexpr int kRowWarps = 4;
-constexpr int kRowBuffers = 2;
 
 enum RowTask { kPrepareRows, kFinishRows, kNoRows };
 
@@ -22,9 +21,10 @@ struct alignas(16) RowUnit {
   int ends;  // the pair whose slice is prepared with these rows, or -1
 };
 
-template <typename Sums, int kHeadDimV, int kBufferBytes>
+template <typename Sums, int kHeadDimV, int kBufferBytes, int kCount>
 struct RowUnits {
   static constexpr int kBytes = kBufferBytes;
+  static constexpr int kBuffers = kCount;
   static constexpr int kRows = 8;  // a warp
   static constexpr int kTokens = kRowWarps * kRows;  // of a unit, at most: a box of the maps
 

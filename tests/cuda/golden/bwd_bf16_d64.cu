@@ -86,15 +86,15 @@ using Stats = StatsInMemory;
 using Sums = DqSums<kHeadDim>;
 using KeyTile = KeyTiles</*kCausal=*/false, kBlockM, kBlockN, /*kAdders=*/1>;
 
-using Units = RowUnits<Sums, kHeadDimV, 8192>;
-using Rows = RowTasks<kBlockN, Units::kTokens>;
+using Units = RowUnits<Sums, kHeadDimV, 8192, 2>;
+using Rows = RowTasks<kBlockN, Units>;
 
 struct Control {
   Tile tiles[kTileSlots];
   Claims claims;
   Rows rows;
   RingBarriers<kTileSlots> tile;
-  RingBarriers<kRowBuffers> row_units;
+  RingBarriers<Units::kBuffers> row_units;
   RingBarriers<1> loaded;  // all of the tile is on its way
   RingBarriers<kKVStages> k, v;
   RingBarriers<kStages> q, dout, stats;
