@@ -192,12 +192,16 @@ def _hopper_packed_backward(
     tile = _TILE_CLOCKS * (0.5 if hides else 1.0) + _FILL_CLOCKS * (_HIDDEN_FILL if hides else 1.0)
     of_queries, of_keys = step(2 * dim + dim_v, 2), step(2 * (dim + dim_v), 3)
     group = workload.num_heads // workload.num_heads_kv
-    clocks = 0.0
-    for keys, tiles in packed_tiles(workload).items():
-        clocks += tiles * (-(-keys // config.block_n) * of_queries + tile)
-    for queries, tiles in packed_key_tiles(workload).items():
-        clocks += tiles * (-(-queries // config.block_n) * group * of_keys + tile)
-    compute_us = clocks / (device.units * ctas) / CLOCK_GHZ / 1e3
+    slots = device.units * ctas
+
+    def longest_run(tiles: Counter[int], each: float) -> float:
+        clocks = sum(count * (-(-seen // config.block_n) * each + tile) for seen, count in tiles.items())
+        return clocks / max(tiles.total(), 1) * -(-tiles.total() // slots)
+
+    queries, keys = packed_tiles(workload), packed_key_tiles(workload)
+    runs = longest_run(queries, of_queries), longest_run(keys, group * of_keys)
+    side_by_side = queries.total() + keys.total() <= slots
+    compute_us = (max(runs) if side_by_side else sum(runs)) / CLOCK_GHZ / 1e3
     rows = (workload.total_q * workload.num_heads + workload.total_k * workload.num_heads_kv) * (dim + dim_v)
     passes = 2 * rows + 2 * 2 * workload.total_q * workload.num_heads * dim_v  # gradients written, out and dout read
     found = _with_memory(compute_us, "latency", variant, workload, device)

@@ -24,7 +24,7 @@ MAX_HEAD_DIM = 128  # dK and dV of a block of keys are accumulators
 FRAGMENT_LIMIT = {(1, 1): 208, (1, 2): 160, (2, 1): 208, (3, 1): 128}
 # Beside a warpgroup that works on rows (row_tasks.cuh), which has as many as the one that feeds: (producer, consumer).
 FUSED_REGISTERS = {(1, 1): (56, 256), (1, 2): (24, 192), (2, 1): (24, 232), (3, 1): (24, 144)}
-MOST_AHEAD = 8  # blocks of queries
+MOST_AHEAD = 8  # steps
 Split = Literal["rows", "columns", "alternate"]
 
 
@@ -44,7 +44,7 @@ class Sm90BackwardConfig(TileConfig):
     late_dq: bool = field(metadata={"short": "l"})  # dQ of a step is multiplied in the next one
     early_dv: bool = field(metadata={"short": "e"})  # dV is multiplied before dP is there: P is packed before dS
     fused: bool = field(default=False, metadata={"short": "f"})  # passes over rows beside the tiles, not as kernels
-    claim_ahead: int = field(default=0, metadata={"short": "a"})  # blocks of queries before a tile's last loads
+    claim_ahead: int = field(default=0, metadata={"short": "a"})  # steps before a tile's last loads
     row_buffers: int = field(default=2, metadata={"short": "r"})  # of rows beside the tiles
 
     @property

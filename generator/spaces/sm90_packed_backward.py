@@ -17,8 +17,9 @@ THREADS = 128 + 32  # of the math warpgroup, and of the warp that loads
 PANEL = 64  # columns of a block that are multiplied at a time
 # Registers a thread, by CTAs an SM: registers are dealt out to whole groups of four warps, and a CTA has five.
 REGISTERS = {1: 255, 2: 168, 3: 128}
-# Accumulators and fragments that ptxas 13.0 fits into these without spilling.
-REGISTER_LIMIT = {1: 192, 2: 128, 3: 96}
+# Accumulators and fragments that ptxas 13.0 fits into these without spilling: some 560 configs compiled at and around
+# the limits, of all kinds of head dims.
+REGISTER_LIMIT = {1: 192, 2: 128, 3: 88}
 
 
 @dataclass(frozen=True, order=True)
@@ -46,7 +47,7 @@ class SmemLayout:
 
 
 # block_n, num_stages, ctas_per_sm; the last is legal for every head dim
-_DEFAULTS = ((64, 2, 2), (64, 2, 1), (32, 2, 1), (32, 1, 1))
+_DEFAULTS = ((64, 2, 2), (32, 2, 2), (64, 2, 1), (32, 2, 1), (32, 1, 1))
 
 
 def smem_layout(spec: KernelSpec, config: Sm90PackedBackwardConfig) -> SmemLayout:
@@ -62,10 +63,15 @@ def smem_layout(spec: KernelSpec, config: Sm90PackedBackwardConfig) -> SmemLayou
 
 
 def registers(spec: KernelSpec, config: Sm90PackedBackwardConfig) -> int:
-    """Registers a thread for dK and dV and the largest of S and dP, P and dS packed and a panel's product."""
-    panel = min(max(spec.head_dim, spec.head_dim_v), PANEL) // 2
+    """Registers a thread for dK and dV and the largest of S and dP, P and dS packed and a panel's product.
+
+    With two CTAs an SM more count, as compiling shows, where one head dim has a second panel and the other has not.
+    """
+    dim, dim_v = spec.head_dim, spec.head_dim_v
+    panel = min(max(dim, dim_v), PANEL) // 2
     fragments = 2 * config.block_n // 4
-    return (spec.head_dim + spec.head_dim_v) // 2 + max(config.block_n, fragments + panel)
+    unlike = config.ctas_per_sm == 2 and (dim > PANEL) != (dim_v > PANEL) and max(dim, dim_v) >= 88
+    return (dim + dim_v) // 2 + max(config.block_n, fragments + panel) + (12 if dim_v >= 112 else 8) * unlike
 
 
 class Sm90PackedBackwardSpace:
@@ -76,7 +82,6 @@ class Sm90PackedBackwardSpace:
     algorithm = Sm90PackedBackwardConfig.algorithm
     template = "cuda/sm90/packed_backward.cu.j2"
     config_type: type[TileConfig] = Sm90PackedBackwardConfig
-    regimes = ("tiny",)  # in which its default goes before the other backward's
 
     def serves(self, spec: KernelSpec) -> str | None:
         """bf16 and fp16, head dims that are multiples of 8, up to what registers have room for."""

@@ -74,7 +74,7 @@ class CudaPackedBackwardKernel:
     ) -> None:
         """Launch on the current stream of the tensors' device (see BackwardKernel)."""
         q_shape, v_shape = q.shape, v.shape
-        if q_shape[0] == 0 or v_shape[0] == 0:
+        if q_shape[0] == 0 or v_shape[0] == 0 or cu_seqlens_q.shape[0] == 1:
             for grad in (dq, dk, dv):
                 grad.zero_()
             return
@@ -149,7 +149,7 @@ class CudaPackedBackwardKernel:
             return None
         check_rows(total_q, heads)
         work_list.check_tokens(total_q, total_k)
-        tiles = max(-(-total_q // self._tile_rows) * heads, -(-total_k // self._tile_rows) * heads_kv)
+        tiles = -(-total_q // self._tile_rows) * heads + -(-total_k // self._tile_rows) * heads_kv
         if tiles > work_list.MAX_TILES:
             raise UnsupportedError(f"{tiles} tiles of rows and heads; served: {work_list.MAX_TILES}")
         block = bytearray(packed_backward_params.BLOCK_BYTES)

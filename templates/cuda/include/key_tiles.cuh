@@ -46,7 +46,7 @@ __device__ __forceinline__ void claim_key_tile(Tile& tile, const Claims& claims,
 }
 
 // Fills the ring of `control` with this CTA's tiles, in one lane of a warp, and calls load(item, kv head) for each. Each is
-// claimed when the last queries of the one before are on their way, or a few blocks sooner, as whoever loads them says by
+// claimed when the last queries of the one before are on their way, or a few steps sooner, as whoever loads them says by
 // `loaded`; not much sooner: tiles that are neighbours in the order of work read the same from L2 only if they start together,
 // and where tiles wait for others these would wait for a tile that nobody works on.
 template <int kBlockN, typename Control, typename Load>
