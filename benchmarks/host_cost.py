@@ -32,7 +32,9 @@ except ImportError:  # an older torch, whose rows then show the error
     varlen_attn = None
 
 import jagtile
-from jagtile.runtime import checks, ops, routes
+from jagtile.runtime import ops, routes
+from jagtile.runtime.checks import check_tensors
+from jagtile.runtime.layouts import checked
 from jagtile.runtime.njt_form import form_of
 from jagtile.runtime.problem import LOOK_UPS
 
@@ -197,13 +199,12 @@ def show_profiles(calls: dict[str, tuple[bool, Call]], device: str) -> None:
 def main(device: str, profile: bool) -> None:
     torch.set_num_threads(1)  # torch's own operations on the CPU must not wait for other threads
     case = Case(device)
-    call = (case.q, case.k, case.v, case.cu, case.cu, None, None, False, False, 0.125, False)
+    tensors = (case.q, case.k, case.v, case.cu, case.cu)
+    call = (*tensors, None, None, False, False, 0.125, False, 0.0, None)
+    layout = checked(check_tensors, *tensors)
     parts: dict[str, tuple[bool, Call]] = {
-        "  argument checks": (
-            False,
-            lambda: checks.check_batch(case.q, case.k, case.v, case.cu, case.cu, None, None),
-        ),
-        "  allocate, route, launch nothing": (False, lambda: ops.forward(*call)),
+        "  checks of tensors, remembered": (False, lambda: checked(check_tensors, *tensors)),
+        "  allocate, route, launch nothing": (False, lambda: ops.forward(*call, layout)),
         "  the same through the torch operator": (False, lambda: torch.ops.jagtile.forward.default(*call)),
         "  sdpa on nested tensors": (False, lambda: jagtile.sdpa(*case.nested)),
     }

@@ -9,22 +9,10 @@ from typing import Any, cast
 
 import torch
 
+from jagtile.runtime.eager import is_eager, is_real
 from jagtile.runtime.errors import UnsupportedError
+from jagtile.runtime.layouts import Layout
 from jagtile.runtime.ops import backward, forward
-
-
-def is_eager() -> bool:
-    """Whether no compiler, mode or transform looks on."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
-def is_real(x: torch.Tensor | None) -> bool:
-    """Whether it is no tensor subclass, and of a CPU or a CUDA device."""
-    return x is None or ((type(x) is torch.Tensor or type(x) is torch.nn.Parameter) and (x.is_cuda or x.is_cpu))
 
 
 def keep_for_backward(
@@ -76,12 +64,13 @@ class PackedAttention(torch.autograd.Function):
         options: tuple[Any, ...],
         return_lse: bool,
         dropout_state: torch.Tensor | None,
+        layout: Layout | None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """As ``ops.forward``. Each tensor that autograd looks at costs host time: offsets come in a tuple, and an lse
         that nobody asked for is kept without being an output.
         """
         operands = (q, k, v, *offsets)
-        out, lse = cast(Any, forward)(*operands, *options[:5], True, options[5], dropout_state)
+        out, lse = cast(Any, forward)(*operands, *options[:5], True, options[5], dropout_state, layout)
         keep_for_backward(ctx, operands, options, dropout_state, out, lse)
         return (out, lse) if return_lse else out
 
@@ -112,7 +101,8 @@ def packed_attention(
     options: tuple[Any, ...],
     return_lse: bool,
     dropout_state: torch.Tensor | None,
+    layout: Layout | None,
 ) -> Any:
     """``PackedAttention`` in an eager call (``is_eager``)."""
     offsets = (_unwrapped(cu_seqlens_q), _unwrapped(cu_seqlens_k))
-    return _apply(_unwrapped(q), _unwrapped(k), _unwrapped(v), offsets, options, return_lse, dropout_state)
+    return _apply(_unwrapped(q), _unwrapped(k), _unwrapped(v), offsets, options, return_lse, dropout_state, layout)
