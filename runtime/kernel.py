@@ -47,7 +47,8 @@ class BackwardKernel(Protocol):
 
     Shapes as in ``ForwardKernel``: out and lse are what the forward gave; dout (total_q, H, D_v) is the gradient of a
     loss by out, dlse (H, total_q) float32 that by lse, None for zeros; dq, dk and dv are shaped as q, k and v. All but
-    lse and dlse are of the spec's dtype, last stride 1.
+    lse and dlse are of the spec's dtype, last stride 1. layout: what stands for q, k, v, the offsets, out and dout
+    where it is known; dq, dk and dv are contiguous then.
     """
 
     meta: ArtifactMeta
@@ -69,6 +70,7 @@ class BackwardKernel(Protocol):
         scale: float,
         bottom_right: bool,
         dropout: Dropout | None = None,
+        layout: Layout | None = None,
     ) -> None:
         """Compute the gradients by q, k and v into ``dq``, ``dk`` and ``dv``, zeros for tokens without partners."""
         ...

@@ -12,7 +12,7 @@ import torch
 
 from jagtile.runtime.eager import is_eager, is_real
 
-_MAX_LAYOUTS = 1024  # there is one for every batch
+_MAX_LAYOUTS = 2048  # there are two for every batch: of its forward, and its backward
 
 Sizes = tuple[int, int, int, int, int, int, int]
 Check = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -86,9 +86,41 @@ def checked(
     check(q, k, v, cu_seqlens_q, cu_seqlens_k)
     if not (eager and all(map(is_real, (q, k, v, cu_seqlens_q, cu_seqlens_k)))):
         return None
+    return _remember(alike, sizes_of(q, v, cu_seqlens_q))
+
+
+def layout_of_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    out: torch.Tensor,
+    dout: torch.Tensor,
+) -> Layout | None:
+    """The layout of a backward's operands, of whatever device and dtype; None where a last stride is not 1."""
+    alike = (
+        q.shape,
+        v.shape,
+        cu_seqlens_q.shape,
+        q.stride(),
+        k.stride(),
+        v.stride(),
+        out.stride(),
+        dout.stride(),
+        cu_seqlens_q.dtype,
+        cu_seqlens_k.dtype,
+    )
+    known = _KNOWN.get(alike)
+    if known is not None or any(x.stride(2) != 1 for x in (q, k, v, out, dout)):
+        return known
+    return _remember(alike, sizes_of(q, v, cu_seqlens_q))
+
+
+def _remember(alike: Hashable, sizes: Sizes) -> Layout:
     if len(_KNOWN) >= _MAX_LAYOUTS:
         _KNOWN.clear()
-    return _KNOWN.setdefault(alike, Layout(sizes_of(q, v, cu_seqlens_q)))
+    return _KNOWN.setdefault(alike, Layout(sizes))
 
 
 def _facts(x: torch.Tensor) -> Hashable:

@@ -9,7 +9,7 @@ import torch
 
 from jagtile.runtime.checks import check_offsets_on_host
 from jagtile.runtime.dropout import dropout_of
-from jagtile.runtime.layouts import Layout, sizes_of
+from jagtile.runtime.layouts import Layout, layout_of_backward, sizes_of
 from jagtile.runtime.problem import regime_index
 from jagtile.runtime.routes import BACKWARD_ROUTES, ROUTES, resolve, resolve_backward
 
@@ -83,11 +83,11 @@ def backward(
 
     Shapes as in BackwardKernel; tensors whose last stride is not 1 are copied. Tokens without partners have zeros.
     """
-    if not (q.stride(2) == k.stride(2) == v.stride(2) == out.stride(2) == dout.stride(2) == 1):
+    layout = layout_of_backward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, dout)
+    if layout is None:
         q, k, v, out, dout = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v, out, dout))
-    total_q, heads, head_dim = q.shape
-    total_k, heads_kv, head_dim_v = v.shape
-    batch = cu_seqlens_q.shape[0] - 1
+    sizes = sizes_of(q, v, cu_seqlens_q) if layout is None else layout.sizes
+    batch, total_q, heads, head_dim, total_k, heads_kv, head_dim_v = sizes
     dq = q.new_empty(total_q, heads, head_dim)  # a shape as one argument would be twice as dear
     dk = k.new_empty(total_k, heads_kv, head_dim)
     dv = v.new_empty(total_k, heads_kv, head_dim_v)
@@ -96,8 +96,8 @@ def backward(
         dropout = dropout_of(dropout_p, dropout_state) if dropout_p else None
         route = (q.dtype, head_dim, head_dim_v, is_causal, q.get_device(), regime, dropout is not None)
         kernel = BACKWARD_ROUTES.get(route) or resolve_backward(route)
-        launch = (q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, dq, dk, dv, scale, bottom_right)
-        kernel.backward(*launch) if dropout is None else kernel.backward(*launch, dropout)
+        operands = (q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse)
+        kernel.backward(*operands, dq, dk, dv, scale, bottom_right, dropout, layout)
     else:
         for grad in (dq, dk, dv):
             grad.zero_()

@@ -42,6 +42,25 @@ def forward_layout(
     )
 
 
+def backward_layout(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    out: torch.Tensor,
+    dout: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+) -> Hashable:
+    """Likewise, a backward's."""
+    return (
+        *(q.shape, v.shape, q.stride(), k.stride(), v.stride(), out.stride(), dout.stride()),
+        *(dq.stride(), dk.stride(), dv.stride(), cu_seqlens_q.shape, cu_seqlens_q.dtype, cu_seqlens_k.dtype),
+    )
+
+
 class Plans(dict[Hashable, P]):
     """The plans of a kernel by all that they depend on."""
 

@@ -46,7 +46,8 @@ class OracleKernel:
             lse[:, :covered] = expected_lse[:, :covered].float()
 
     def backward(self, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, *rest) -> None:
-        grads, options = rest[:3], rest[3:]
+        *grads_and_options, _layout = rest
+        grads, options = grads_and_options[:3], grads_and_options[3:]
         meaning = self.meaning(q, k, *options)
         expected = reference_gradients(q, k, v, cu_seqlens_q, cu_seqlens_k, dout, dlse, **meaning)
         for grad, want in zip(grads, expected, strict=True):

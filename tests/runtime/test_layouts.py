@@ -8,7 +8,7 @@ from test_arguments import CU, ERRORS, call
 
 from jagtile.runtime import layouts
 from jagtile.runtime.checks import check_tensors
-from jagtile.runtime.layouts import checked
+from jagtile.runtime.layouts import checked, layout_of_backward
 
 
 @pytest.fixture(autouse=True)
@@ -88,3 +88,27 @@ def test_as_many_layouts_are_remembered_as_fit(monkeypatch):
     for total in range(5, 15):
         assert layout_of(*tensors(total=total)).sizes[1] == total
     assert 0 < len(layouts._KNOWN) <= 3
+
+
+def operands_of_backward() -> dict[str, torch.Tensor]:
+    q, k, v, cu, _ = tensors()
+    return {"q": q, "k": k, "v": v, "cu_seqlens_q": cu, "cu_seqlens_k": cu, "out": q.clone(), "dout": q.clone()}
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "out", "dout"])
+def test_a_backwards_layout_goes_by_all_strides_and_is_there_only_where_the_last_is_1(name):
+    usual = operands_of_backward()
+    layout = layout_of_backward(**usual)
+    assert layout.sizes == (2, 5, 4, 8, 5, 2, 8)
+    assert layout_of_backward(**operands_of_backward()) is layout
+    head_major = usual[name].transpose(0, 1).contiguous().transpose(0, 1)
+    assert layout_of_backward(**{**usual, name: head_major}) not in (None, layout)
+    strided = usual[name].mT.contiguous().mT
+    assert layout_of_backward(**{**usual, name: strided}) is None
+
+
+def test_a_backwards_layout_goes_by_both_offsets():
+    usual = operands_of_backward()
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        assert layout_of_backward(**{**usual, name: CU.long()}) is not layout_of_backward(**usual)
+    assert layout_of_backward(**{**usual, "cu_seqlens_q": CU[:2]}).sizes[0] == 1
