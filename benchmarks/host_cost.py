@@ -3,7 +3,8 @@
     PYTHONPATH=.pkg python benchmarks/host_cost.py [cpu|cuda] [--profile]
 
 Prints medians of 1000 calls in microseconds. "Dispatch" is with kernels that do nothing. "Floor" is what torch takes
-for the same graph: a node whose output and gradients are there beforehand takes the place of attention. On a GPU, where
+for the same graph: a node whose output and gradients are there beforehand takes the place of attention. "Launchers", on
+the CPU, are calls through a GPU's launchers up to the driver, and a stand-in for that does nothing. On a GPU, where
 a launch does not wait for the kernel, there are also "launch", real calls; "one thread", these and the floor with
 autograd's backward in the caller's thread instead of the device's; "no driver", all that real calls do but the driver's
 cuLaunchKernel; and "torch", its own. With --profile the dearest functions of each call follow, by cProfile, which sees
@@ -18,9 +19,11 @@ import pstats
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import accumulate, product
+from types import SimpleNamespace
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch.nested._internal.nested_tensor import NestedTensor
@@ -32,7 +35,13 @@ except ImportError:  # an older torch, whose rows then show the error
     varlen_attn = None
 
 import jagtile
-from jagtile.runtime import checks, ops, routes
+from jagtile.generator.spec import Direction, KernelSpec
+from jagtile.runtime import ops, routes
+from jagtile.runtime.artifact import Artifact
+from jagtile.runtime.checks import check_tensors
+from jagtile.runtime.cuda import driver, load, tensor_map
+from jagtile.runtime.dispatch import default_variant
+from jagtile.runtime.layouts import checked
 from jagtile.runtime.njt_form import form_of
 from jagtile.runtime.problem import LOOK_UPS
 
@@ -56,18 +65,51 @@ class NoKernel:
 
 
 @contextmanager
-def no_kernels(dtype: torch.dtype, device_index: int) -> Iterator[None]:
-    """Every call launches nothing."""
-    kernel, tables = NoKernel(), (routes.ROUTES, routes.BACKWARD_ROUTES)
+def served_by(forward: Any, backward: Any, device_index: int) -> Iterator[None]:
+    """Every call is served by one of two kernels."""
+    tables = (routes.ROUTES, routes.BACKWARD_ROUTES)
     before = [dict(table) for table in tables]
-    for table, causal, look_up in product(tables, (False, True), range(len(LOOK_UPS))):
-        table[dtype, HEAD_DIM, HEAD_DIM, causal, device_index, look_up, False] = kernel
+    for (table, kernel), look_up in product(zip(tables, (forward, backward), strict=True), range(len(LOOK_UPS))):
+        cast(Any, table)[torch.bfloat16, HEAD_DIM, HEAD_DIM, False, device_index, look_up, False] = kernel
     try:
         yield
     finally:
         for table, kept in zip(tables, before, strict=True):
             table.clear()
             table.update(kept)
+
+
+@contextmanager
+def launchers_alone() -> Iterator[None]:
+    """Every call on the CPU goes through launchers of a GPU, to a driver that does nothing."""
+    results = SimpleNamespace(CUDA_SUCCESS=0, CUDA_ERROR_INVALID_CONTEXT=201)
+    bindings = SimpleNamespace(CUresult=results, cuLaunchKernel=lambda *arguments: (results.CUDA_SUCCESS,))
+    properties = SimpleNamespace(multi_processor_count=132)
+    cuda = {
+        "_cuda_getDevice": lambda: 0,
+        "_cuda_getCurrentRawStream": lambda device: 0,
+        "_cuda_isCurrentStreamCapturing": lambda: False,
+    }
+    with (
+        mock.patch.multiple(torch._C, create=True, **cuda),
+        mock.patch.multiple(torch.cuda, device=lambda _: nullcontext(), get_device_properties=lambda _: properties),
+        mock.patch.multiple(driver, bindings=lambda: bindings, call=lambda *_: 0, function=lambda *_: 0),
+        mock.patch.multiple(
+            tensor_map, encode=lambda *_: bytes(tensor_map.MAP_BYTES), address_comes_first=lambda: True
+        ),
+        served_by(launcher("fwd"), launcher("bwd"), -1),
+    ):
+        yield
+
+
+def launcher(direction: Direction) -> Any:
+    """A GPU's, of the default kernel, which is not built."""
+    spec = KernelSpec(direction, "bf16", HEAD_DIM, HEAD_DIM, causal=False)
+    variant = default_variant(spec, "sm_90a")
+    launch, config = variant.space.launch(spec, variant.config), variant.config.to_dict()
+    meta = SimpleNamespace(launch=launch, config=config, spec=spec.name, symbol="")
+    artifact = SimpleNamespace(meta=meta, path=SimpleNamespace(read_bytes=bytes))
+    return load(cast(Artifact, artifact), torch.device("cuda", 0))
 
 
 @contextmanager
@@ -197,13 +239,12 @@ def show_profiles(calls: dict[str, tuple[bool, Call]], device: str) -> None:
 def main(device: str, profile: bool) -> None:
     torch.set_num_threads(1)  # torch's own operations on the CPU must not wait for other threads
     case = Case(device)
-    call = (case.q, case.k, case.v, case.cu, case.cu, None, None, False, False, 0.125, False)
+    tensors = (case.q, case.k, case.v, case.cu, case.cu)
+    call = (*tensors, None, None, False, False, 0.125, False, 0.0, None)
+    layout = checked(check_tensors, *tensors)
     parts: dict[str, tuple[bool, Call]] = {
-        "  argument checks": (
-            False,
-            lambda: checks.check_batch(case.q, case.k, case.v, case.cu, case.cu, None, None),
-        ),
-        "  allocate, route, launch nothing": (False, lambda: ops.forward(*call)),
+        "  checks of tensors, remembered": (False, lambda: checked(check_tensors, *tensors)),
+        "  allocate, route, launch nothing": (False, lambda: ops.forward(*call, layout)),
         "  the same through the torch operator": (False, lambda: torch.ops.jagtile.forward.default(*call)),
         "  sdpa on nested tensors": (False, lambda: jagtile.sdpa(*case.nested)),
     }
@@ -225,11 +266,14 @@ def main(device: str, profile: bool) -> None:
 
     print(f"torch {torch.__version__}, {device}, median of {CALLS} calls, us")
     with jagtile.enabled():
-        with no_kernels(case.q.dtype, case.q.get_device()):
+        with served_by(NoKernel(), NoKernel(), case.q.get_device()):
             show("dispatch", calls | parts, device)
             show("floor", floors, device)
             if profile and device == "cpu":
                 show_profiles(calls, device)
+        if device == "cpu":
+            with launchers_alone():
+                show("launchers", calls, device)
         if device == "cuda":
             show("launch", calls, device)
             with torch.autograd.set_multithreading_enabled(False):

@@ -10,14 +10,16 @@ import torch
 from jagtile.generator.spec import Direction, KernelSpec
 from jagtile.runtime.checks import (
     bottom_right,
-    check_batch,
     check_flag,
+    check_hints,
+    check_tensors,
     softmax_scale,
 )
 from jagtile.runtime.device import resolved
 from jagtile.runtime.dropout import arguments_of, check_dropout_p
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.fallback import attention, why_no_kernel
+from jagtile.runtime.layouts import Layout, checked
 from jagtile.runtime.operators import forward_for
 from jagtile.runtime.problem import DTYPE_NAMES, REGIMES
 from jagtile.runtime.routes import prepare
@@ -27,6 +29,8 @@ CausalAlignment = Literal["top_left", "bottom_right"]
 
 # q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int | None, int | None]
+
+_NO_DROPOUT = (0.0, None)
 
 
 @overload
@@ -109,7 +113,8 @@ def varlen_attention(
         UnsupportedError: (a NotImplementedError) a dtype that is not served, or dropout on a GPU.
         NoKernelError, CompilerNotFoundError, BuildError: no kernel can be had; the message says the ways out.
     """
-    check_batch(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    layout = checked(check_tensors, q, k, v, cu_seqlens_q, cu_seqlens_k)
+    check_hints(max_seqlen_q, max_seqlen_k)
     check_flag("is_causal", is_causal)
     check_flag("return_lse", return_lse)
     outputs = attend(
@@ -119,20 +124,30 @@ def varlen_attention(
         softmax_scale(scale, q.shape[2]),
         check_dropout_p(dropout_p),
         return_lse,
+        layout,
     )
     return (outputs[0], outputs[1]) if return_lse else outputs[0]
 
 
 def attend(
-    batch: Batch, is_causal: bool, bottom_right: bool, scale: float, dropout_p: float, return_lse: bool
+    batch: Batch,
+    is_causal: bool,
+    bottom_right: bool,
+    scale: float,
+    dropout_p: float,
+    return_lse: bool,
+    layout: Layout | None,
 ) -> list[torch.Tensor]:
     """[out] or [out, lse] of checked arguments, by a kernel or by plain operations. UnsupportedError as above."""
     q, k, v = batch[:3]
     trained = requires_grad(q, k, v)
-    reason = why_no_kernel(q, v, is_causal, trained=trained)
-    dropout = arguments_of(dropout_p, q, v, is_causal, by_kernel=not reason) if dropout_p else ()
-    serve = attention if reason else forward_for(q, k, v, trained=trained)
-    return serve(*batch, is_causal, bottom_right, scale, return_lse, *dropout)
+    reason = why_no_kernel(q, v, is_causal, trained, layout)
+    dropout = arguments_of(dropout_p, q, v, is_causal, by_kernel=not reason) if dropout_p else _NO_DROPOUT
+    call = (*batch, is_causal, bottom_right, scale, return_lse, *dropout)
+    if reason:
+        return attention(*call)
+    serve = forward_for(q, k, v, trained, layout)
+    return serve(*call) if layout is None else serve(*call, layout)
 
 
 def warmup(

@@ -5,26 +5,16 @@ Compilers, modes, transforms and tensor subclasses see the operators instead.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 
+from jagtile.runtime.eager import is_eager, is_real
 from jagtile.runtime.errors import UnsupportedError
+from jagtile.runtime.layouts import Layout
 from jagtile.runtime.ops import backward, forward
 
-
-def is_eager() -> bool:
-    """Whether no compiler, mode or transform looks on."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
-def is_real(x: torch.Tensor | None) -> bool:
-    """Whether it is no tensor subclass, and of a CPU or a CUDA device."""
-    return x is None or ((type(x) is torch.Tensor or type(x) is torch.nn.Parameter) and (x.is_cuda or x.is_cpu))
+_forward: Any = forward  # of arguments in tuples
 
 
 def keep_for_backward(
@@ -48,10 +38,9 @@ def gradients(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
     q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dropout_state = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     direct = not torch.is_grad_enabled() and is_eager() and is_real(dout) and is_real(dlse)
-    differentiate = cast(Any, backward if direct else torch.ops.jagtile.backward.default)
-    found: tuple[torch.Tensor, ...] = differentiate(
-        dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, *ctx.options, dropout_state
-    )
+    differentiate: Any = backward if direct else torch.ops.jagtile.backward.default
+    operands = (q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse)
+    found: tuple[torch.Tensor, ...] = differentiate(dout, dlse, *operands, *ctx.options, dropout_state)
     return found
 
 
@@ -72,16 +61,14 @@ class PackedAttention(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        offsets: tuple[torch.Tensor, torch.Tensor],
-        options: tuple[Any, ...],
-        return_lse: bool,
-        dropout_state: torch.Tensor | None,
+        rest: tuple[torch.Tensor, torch.Tensor, tuple[Any, ...], bool, torch.Tensor | None, Layout | None],
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """As ``ops.forward``. Each tensor that autograd looks at costs host time: offsets come in a tuple, and an lse
-        that nobody asked for is kept without being an output.
+        """As ``ops.forward``. What autograd looks at costs host time: ``rest`` is one argument, and an lse that nobody
+        asked for is kept without being an output.
         """
-        operands = (q, k, v, *offsets)
-        out, lse = cast(Any, forward)(*operands, *options[:5], True, options[5], dropout_state)
+        cu_seqlens_q, cu_seqlens_k, options, return_lse, dropout_state, layout = rest
+        operands = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+        out, lse = _forward(*operands, *options[:5], True, options[5], dropout_state, layout)
         keep_for_backward(ctx, operands, options, dropout_state, out, lse)
         return (out, lse) if return_lse else out
 
@@ -112,7 +99,9 @@ def packed_attention(
     options: tuple[Any, ...],
     return_lse: bool,
     dropout_state: torch.Tensor | None,
+    layout: Layout | None,
 ) -> Any:
     """``PackedAttention`` in an eager call (``is_eager``)."""
     offsets = (_unwrapped(cu_seqlens_q), _unwrapped(cu_seqlens_k))
-    return _apply(_unwrapped(q), _unwrapped(k), _unwrapped(v), offsets, options, return_lse, dropout_state)
+    rest = (*offsets, options, return_lse, dropout_state, layout)
+    return _apply(_unwrapped(q), _unwrapped(k), _unwrapped(v), rest)

@@ -27,6 +27,14 @@ def check_batch(
     max_seqlen_k: int | None,
 ) -> None:
     """The packed batch of ``varlen_attention``: its tensors and the two hints."""
+    check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    check_hints(max_seqlen_q, max_seqlen_k)
+
+
+def check_tensors(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor
+) -> None:
+    """The tensors of a packed batch. What is found follows from their types, shapes, strides, dtypes and devices."""
     check_packed("q", q, "(total_q, H, D)")
     check_packed("k", k, "(total_k, H_kv, D)")
     check_packed("v", v, "(total_k, H_kv, D_v)")
@@ -40,10 +48,6 @@ def check_batch(
                 f"cu_seqlens_q has {offsets_q} offsets, cu_seqlens_k {offsets_k}: both must have one more than there "
                 f"are sequences"
             )
-    if max_seqlen_q is not None:
-        check_max_seqlen("max_seqlen_q", max_seqlen_q)
-    if max_seqlen_k is not None:
-        check_max_seqlen("max_seqlen_k", max_seqlen_k)
 
 
 def check_operands(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, names: tuple[str, str, str]) -> None:
@@ -102,6 +106,14 @@ def check_cu_seqlens(name: str, cu_seqlens: object, device: torch.device) -> int
     if not cu_seqlens.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got the stride {cu_seqlens.stride(0)}: use .contiguous()")
     return shape[0]
+
+
+def check_hints(max_seqlen_q: int | None, max_seqlen_k: int | None) -> None:
+    """Both hints of a packed batch."""
+    if max_seqlen_q is not None:
+        check_max_seqlen("max_seqlen_q", max_seqlen_q)
+    if max_seqlen_k is not None:
+        check_max_seqlen("max_seqlen_k", max_seqlen_k)
 
 
 def check_max_seqlen(name: str, max_seqlen: object) -> None:

@@ -94,7 +94,7 @@ def explain(
     check_flag("is_causal", is_causal)
     drops = check_dropout_p(dropout_p) > 0
     if isinstance(q, torch.Tensor) and q.is_nested:
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = pack(q, k, v, enable_gqa=enable_gqa)
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k = pack(q, k, v, enable_gqa=enable_gqa)[0]
     elif cu_seqlens_q is None or cu_seqlens_k is None:
         raise TypeError("cu_seqlens_q and cu_seqlens_k must be tensors of B+1 offsets; only nested tensors go without")
     else:

@@ -23,6 +23,7 @@ from jagtile.runtime.checks import check_offsets_on_host
 from jagtile.runtime.device import device_id
 from jagtile.runtime.dropout import Dropout, dropout_of, keep_mask
 from jagtile.runtime.errors import JagtileWarning, UnsupportedError
+from jagtile.runtime.layouts import Layout
 from jagtile.runtime.problem import DTYPE_NAMES
 
 _BLOCK_BYTES = 1 << 28  # of one block of scores; several such blocks are alive at a time
@@ -34,20 +35,24 @@ _REASONS: dict[Case, str | None] = {}
 _NO_TARGET: dict[torch.device, str | None] = {}
 
 
-def why_no_kernel(q: torch.Tensor, v: torch.Tensor, is_causal: bool, *, trained: bool) -> str | None:
+def why_no_kernel(
+    q: torch.Tensor, v: torch.Tensor, is_causal: bool, trained: bool, layout: Layout | None
+) -> str | None:
     """Why no kernel serves the packed operands q (total_q, H, D) and v (total_k, H_kv, D_v); None where one does.
 
     ``trained``: gradients are wanted, which takes a backward kernel too. Fake and meta tensors need no kernel. A
-    JagtileWarning tells each reason once.
+    JagtileWarning tells each reason once. Where one serves, the layout remembers it.
     """
+    if layout is not None and (is_causal, trained) in layout.served:
+        return None
     dtype, head_dim, head_dim_v, device = q.dtype, q.shape[2], v.shape[2], q.device
     if torch.compiler.is_compiling():
         return _reason_of(dtype, index(head_dim), index(head_dim_v), is_causal, device, trained)  # index: no symbols
     case = (dtype, head_dim, head_dim_v, is_causal, device, trained)
-    try:
-        return _REASONS[case]
-    except KeyError:
-        return _reason_of(*case)
+    reason = _REASONS[case] if case in _REASONS else _reason_of(*case)
+    if layout is not None and reason is None:
+        layout.served.add((is_causal, trained))
+    return reason
 
 
 def no_kernel(q: torch.Tensor, v: torch.Tensor, is_causal: bool, *, trained: bool) -> str | None:

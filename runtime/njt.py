@@ -13,12 +13,13 @@ import torch
 from torch.nested._internal.nested_tensor import NestedTensor, nested_view_from_values_offsets_lengths
 
 from jagtile.runtime.api import CausalAlignment, attend
-from jagtile.runtime.autograd import is_eager, is_real
 from jagtile.runtime.checks import bottom_right, check_flag, check_operands, softmax_scale
 from jagtile.runtime.dropout import arguments_of, check_dropout_p
+from jagtile.runtime.eager import is_eager, is_real
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.fallback import why_no_kernel
 from jagtile.runtime.holes import close_holes, offsets_of, open_holes
+from jagtile.runtime.layouts import Layout, checked
 from jagtile.runtime.njt_answers import answer_at_once
 from jagtile.runtime.njt_autograd import nested_attention
 from jagtile.runtime.njt_form import form_of
@@ -87,7 +88,7 @@ def sdpa(
     if trained:
         torch._C._set_grad_enabled(False)  # torch.no_grad at a fifth of its host time
     try:
-        packed = pack(query, key, value, enable_gqa=enable_gqa)
+        packed, layout = pack(query, key, value, enable_gqa=enable_gqa)
     finally:
         if trained:
             torch._C._set_grad_enabled(True)
@@ -97,15 +98,15 @@ def sdpa(
     kind = (is_causal, bottom_right(causal_alignment), softmax_scale(scale, packed.q.shape[2]))
     dropout_p = check_dropout_p(dropout_p)
     if trained:
-        if why_no_kernel(packed.q, packed.v, is_causal, trained=True) is None:
+        if why_no_kernel(packed.q, packed.v, is_causal, True, layout) is None:
             answer_at_once(cast(NestedTensor, query))
             state = None
             if dropout_p:
                 dropout_p, state = arguments_of(dropout_p, packed.q, packed.v, is_causal, by_kernel=True)
             options = (*packed[5:], *kind, dropout_p)
-            return cast(torch.Tensor, nested_attention(query, key, value, packed[:5], options, state))
-        packed = pack(query, key, value, enable_gqa=enable_gqa)  # once more, for autograd to see
-    return wrap(attend(packed, *kind, dropout_p, False)[0], cast(NestedTensor, query))
+            return cast(torch.Tensor, nested_attention(query, key, value, packed[:5], options, state, layout))
+        packed, layout = pack(query, key, value, enable_gqa=enable_gqa)  # once more, for autograd to see
+    return wrap(attend(packed, *kind, dropout_p, False, layout)[0], cast(NestedTensor, query))
 
 
 def _trained_as_one_node(query: object, key: object, value: object) -> bool:
@@ -120,8 +121,12 @@ def _trained_as_one_node(query: object, key: object, value: object) -> bool:
         return nested[0].requires_grad or nested[1].requires_grad or nested[2].requires_grad
 
 
-def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_gqa: bool) -> Packed:
-    """Check three NJTs of one form and take their packed views, cast as autocast asks. Errors as ``sdpa``."""
+def pack(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_gqa: bool
+) -> tuple[Packed, Layout | None]:
+    """Check three NJTs of one form and take their packed views, cast as autocast asks, and the views' layout. Errors as
+    ``sdpa``.
+    """
     _check_njts(query, key, value)
     query, key, value = cast(NestedTensor, query), cast(NestedTensor, key), cast(NestedTensor, value)
     if torch.compiler.is_compiling():
@@ -143,16 +148,16 @@ def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, enable_
     if key._lengths is not None or value._lengths is not None:
         rows = min(k.shape[0], v.shape[0])
         k, v = (close_holes(x, t._offsets, _lengths(t), rows) for x, t in ((k, key), (v, value)))
-    check_operands(q, k, v, _NAMES)
+    cu_seqlens_q = _cu_seqlens(query)
+    same = key._offsets is query._offsets and key._lengths is query._lengths
+    cu_seqlens_k = cu_seqlens_q if same else _cu_seqlens(key)
+    layout = checked(_check_packed, q, k, v, cu_seqlens_q, cu_seqlens_k)
     if q.shape[1] != k.shape[1] and not enable_gqa:
         raise ValueError(
             f"query has {q.shape[1]} heads, key and value {k.shape[1]}: pass enable_gqa=True to share key and value "
             f"heads among query heads"
         )
-    cu_seqlens_q = _cu_seqlens(query)
-    same = key._offsets is query._offsets and key._lengths is query._lengths
-    cu_seqlens_k = cu_seqlens_q if same else _cu_seqlens(key)
-    return Packed(q, k, v, cu_seqlens_q, cu_seqlens_k, _max_seqlen(query), _max_seqlen(key))
+    return Packed(q, k, v, cu_seqlens_q, cu_seqlens_k, _max_seqlen(query), _max_seqlen(key)), layout
 
 
 def wrap(out: torch.Tensor, query: NestedTensor) -> torch.Tensor:
@@ -212,6 +217,10 @@ def _check_njts(query: object, key: object, value: object) -> None:
     if not query._ragged_idx == key._ragged_idx == value._ragged_idx:
         ragged = [tensor._ragged_idx for tensor in (query, key, value)]
         raise ValueError(f"query, key and value must be ragged on the same dimension, got {ragged}")
+
+
+def _check_packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *offsets: torch.Tensor) -> None:
+    check_operands(q, k, v, _NAMES)
 
 
 def _check_form(name: str, dims: int, ragged_idx: int) -> None:

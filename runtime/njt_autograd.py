@@ -13,8 +13,11 @@ import torch
 from torch.nested._internal.nested_tensor import NestedTensor
 
 from jagtile.runtime.autograd import gradients, keep_for_backward, refuse_second_derivative
+from jagtile.runtime.layouts import Layout
 from jagtile.runtime.njt_form import form_of
 from jagtile.runtime.ops import forward
+
+_NO_GRADS = (None,) * 4  # by what is no nested operand
 
 
 class NestedAttention(torch.autograd.Function):
@@ -32,9 +35,10 @@ class NestedAttention(torch.autograd.Function):
         operands: tuple[torch.Tensor, ...],
         options: tuple[Any, ...],
         dropout_state: torch.Tensor | None,
+        layout: Layout | None,
     ) -> NestedTensor:
         """The output, of query's form."""
-        out, lse = cast(Any, forward)(*operands, *options[:5], True, options[5], dropout_state)
+        out, lse = cast(Any, forward)(*operands, *options[:5], True, options[5], dropout_state, layout)
         keep_for_backward(ctx, operands, options, dropout_state, out, lse)
         nested = form_of(query).nest(out)
         ctx.versions = _versions((query, key, value, nested), (*operands[:3], out))
@@ -46,13 +50,13 @@ class NestedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
         """Nested gradients of the forms and dtypes of the operands."""
         if grads[0] is None:
-            return (None,) * 6
+            return (None, None, None, *_NO_GRADS)
         if not torch.is_grad_enabled():
-            return (*_gradients(ctx, grads[0]), None, None, None)
+            return (*_gradients(ctx, grads[0]), *_NO_GRADS)
         with torch.no_grad():  # create_graph=True
             found = _gradients(ctx, grads[0])
         last = [None if grad is None else _Last.apply(grad.requires_grad_(), grads[0]) for grad in found]  # type: ignore[no-untyped-call]
-        return (*last, None, None, None)
+        return (*last, *_NO_GRADS)
 
 
 # Past the questions of ``Function.apply``, as in autograd.py.

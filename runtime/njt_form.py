@@ -13,7 +13,7 @@ import torch
 from torch._C import DispatchKey, DispatchKeySet
 from torch.nested._internal.nested_tensor import NestedTensor
 
-from jagtile.runtime.autograd import is_eager, is_real
+from jagtile.runtime.eager import is_eager, is_real
 
 _ATTRIBUTES = ("_ragged_idx", "_size", "_strides", "_values", "_offsets", "_lengths", "_metadata_cache")
 _KEYS = DispatchKeySet(DispatchKey.NestedTensor).add(DispatchKey.AutogradNestedTensor)

@@ -14,13 +14,13 @@ from torch.autograd import forward_ad
 
 from jagtile.runtime.autograd import (
     PackedAttention,
-    is_eager,
-    is_real,
     keep_for_backward,
     packed_attention,
     refuse_second_derivative,
 )
+from jagtile.runtime.eager import is_eager, is_real
 from jagtile.runtime.errors import UnsupportedError
+from jagtile.runtime.layouts import Layout
 from jagtile.runtime.ops import backward, forward
 
 Forward = Callable[..., list[torch.Tensor]]
@@ -28,15 +28,16 @@ Forward = Callable[..., list[torch.Tensor]]
 _DROPOUT_AT = 10  # arguments of ``differentiable_forward`` before dropout's, which may be left out
 
 
-def forward_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, trained: bool) -> Forward:
+def forward_for(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, trained: bool, layout: Layout | None) -> Forward:
     """``ops.forward``, through autograd where grad is required (``trained``), and as an operator where a compiler, a
-    tensor subclass, a mode or a transform must see one.
+    tensor subclass, a mode or a transform must see one, which takes no layout.
     """
     if trained:
         return _forward_with_grad
     if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
         _refuse_tangents(q, k, v)
-    return forward if is_eager() and is_real(q) else cast(Forward, torch.ops.jagtile.forward.default)
+    direct = layout is not None or (is_eager() and is_real(q))
+    return forward if direct else cast(Forward, torch.ops.jagtile.forward.default)
 
 
 def _refuse_tangents(*operands: torch.Tensor) -> None:
@@ -63,12 +64,13 @@ def _forward_with_grad(
     return_lse: bool,
     dropout_p: float = 0.0,
     dropout_state: torch.Tensor | None = None,
+    layout: Layout | None = None,
 ) -> list[torch.Tensor]:
     """The backward needs the lse, which is dropped here where the caller does not ask for it."""
     operands = (q, k, v, cu_seqlens_q, cu_seqlens_k)
     options = (max_seqlen_q, max_seqlen_k, is_causal, bottom_right, scale, dropout_p)
-    if is_eager() and is_real(q) and is_real(k) and is_real(v):
-        found = packed_attention(*operands, options, return_lse, dropout_state)
+    if layout is not None or (is_eager() and is_real(q) and is_real(k) and is_real(v)):
+        found = packed_attention(*operands, options, return_lse, dropout_state, layout)
         return list(found) if return_lse else [found]
     out, lse = torch.ops.jagtile.differentiable_forward.default(*operands, *options, dropout_state)
     return [out, lse] if return_lse else [out]

@@ -9,6 +9,7 @@ import torch
 
 from jagtile.runtime.checks import check_offsets_on_host
 from jagtile.runtime.dropout import dropout_of
+from jagtile.runtime.layouts import Layout, layout_of_backward, sizes_of
 from jagtile.runtime.problem import regime_index
 from jagtile.runtime.routes import BACKWARD_ROUTES, ROUTES, resolve, resolve_backward
 
@@ -27,14 +28,15 @@ def forward(
     return_lse: bool,
     dropout_p: float = 0.0,
     dropout_state: torch.Tensor | None = None,
+    layout: Layout | None = None,
 ) -> list[torch.Tensor]:
     """[out] or [out, lse]: out (total_q, H, D_v) in q's dtype, lse float32 (H, total_q). Shapes as in ForwardKernel.
 
-    For real tensors on a CPU or a CUDA device. On the CPU the offsets' values are checked: ValueError.
+    For real tensors on a CPU or a CUDA device, whose layout may be known. On the CPU the offsets' values are checked:
+    ValueError.
     """
-    total_q, heads, head_dim = q.shape
-    total_k, heads_kv, head_dim_v = v.shape
-    batch = cu_seqlens_q.shape[0] - 1
+    sizes = sizes_of(q, v, cu_seqlens_q) if layout is None else layout.sizes
+    batch, total_q, heads, head_dim, total_k, heads_kv, head_dim_v = sizes
     device_index = q.get_device()
     covered = total_q
     if device_index < 0:
@@ -49,10 +51,7 @@ def forward(
         dropout = dropout_of(dropout_p, dropout_state) if dropout_p else None
         route = (q.dtype, head_dim, head_dim_v, is_causal, device_index, regime, dropout is not None)
         kernel = ROUTES.get(route) or resolve(route)
-        if dropout is None:
-            kernel.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
-        else:
-            kernel.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right, dropout)
+        kernel.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right, dropout, layout)
     else:
         covered = 0
     if covered < total_q:
@@ -84,11 +83,11 @@ def backward(
 
     Shapes as in BackwardKernel; tensors whose last stride is not 1 are copied. Tokens without partners have zeros.
     """
-    if not (q.stride(2) == k.stride(2) == v.stride(2) == out.stride(2) == dout.stride(2) == 1):
+    layout = layout_of_backward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, dout)
+    if layout is None:
         q, k, v, out, dout = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v, out, dout))
-    total_q, heads, head_dim = q.shape
-    total_k, heads_kv, head_dim_v = v.shape
-    batch = cu_seqlens_q.shape[0] - 1
+    sizes = sizes_of(q, v, cu_seqlens_q) if layout is None else layout.sizes
+    batch, total_q, heads, head_dim, total_k, heads_kv, head_dim_v = sizes
     dq = q.new_empty(total_q, heads, head_dim)  # a shape as one argument would be twice as dear
     dk = k.new_empty(total_k, heads_kv, head_dim)
     dv = v.new_empty(total_k, heads_kv, head_dim_v)
@@ -97,8 +96,8 @@ def backward(
         dropout = dropout_of(dropout_p, dropout_state) if dropout_p else None
         route = (q.dtype, head_dim, head_dim_v, is_causal, q.get_device(), regime, dropout is not None)
         kernel = BACKWARD_ROUTES.get(route) or resolve_backward(route)
-        launch = (q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, dq, dk, dv, scale, bottom_right)
-        kernel.backward(*launch) if dropout is None else kernel.backward(*launch, dropout)
+        operands = (q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse)
+        kernel.backward(*operands, dq, dk, dv, scale, bottom_right, dropout, layout)
     else:
         for grad in (dq, dk, dv):
             grad.zero_()

@@ -8,6 +8,7 @@ from jagtile.runtime.artifact import Artifact
 from jagtile.runtime.cpu.kernel import CpuKernel
 from jagtile.runtime.cpu.params import BLOCK_BYTES, GRADIENT_BLOCK_BYTES, GRADIENTS
 from jagtile.runtime.dropout import Dropout
+from jagtile.runtime.layouts import Layout
 
 
 class CpuBackwardKernel(CpuKernel):
@@ -33,6 +34,7 @@ class CpuBackwardKernel(CpuKernel):
         scale: float,
         bottom_right: bool,
         dropout: Dropout | None = None,
+        layout: Layout | None = None,
     ) -> None:
         """Compute at once (see BackwardKernel). ValueError for offsets that fall or leave the tensors."""
         block = self._pack(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right, dropout)

@@ -14,9 +14,10 @@ from jagtile.runtime.cuda.delta_rows import PREPARE, ROW_THREADS, check_rows, ro
 from jagtile.runtime.cuda.list_builder import ListBuilder
 from jagtile.runtime.cuda.operands import backward_copies
 from jagtile.runtime.cuda.params import work_list_bytes
-from jagtile.runtime.cuda.plans import Plans
+from jagtile.runtime.cuda.plans import Plans, backward_layout
 from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
+from jagtile.runtime.layouts import Layout
 
 _LOG2_E = 1.4426950408889634
 _BUILDER = "jagtile_build_work_list"
@@ -85,13 +86,13 @@ class CudaBackwardKernel:
         scale: float,
         bottom_right: bool,
         dropout: Dropout | None = None,
+        layout: Layout | None = None,
     ) -> None:
         """Launch on the current stream of the tensors' device (see BackwardKernel).
 
         Additions to dQ have a fixed order where ``torch.are_deterministic_algorithms_enabled()``.
         """
-        q_shape, v_shape = q.shape, v.shape
-        if q_shape[0] == 0 or v_shape[0] == 0:
+        if q.shape[0] == 0 or v.shape[0] == 0:
             for grad in (dq, dk, dv):
                 grad.zero_()
             return
@@ -101,11 +102,8 @@ class CudaBackwardKernel:
                     q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, dq, dk, dv, scale, bottom_right
                 )
             return
-        call = (
-            *(q_shape, v_shape, q.stride(), k.stride(), v.stride(), out.stride(), dout.stride()),
-            *(dq.stride(), dk.stride(), dv.stride(), cu_seqlens_q.shape, cu_seqlens_q.dtype, cu_seqlens_k.dtype),
-            *(scale, bottom_right, torch.are_deterministic_algorithms_enabled()),
-        )
+        known = layout or backward_layout(q, k, v, cu_seqlens_q, cu_seqlens_k, out, dout, dq, dk, dv)
+        call = (known, scale, bottom_right, torch.are_deterministic_algorithms_enabled())
         q_address, k_address, v_address, out_address = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
         dout_address, dq_address, dk_address, dv_address = dout.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
         of_operands = q_address | k_address | v_address | out_address | dout_address

@@ -84,8 +84,9 @@ class Launcher:
     def __call__(self, kernel: Any, grid: int, threads: int, smem: int, stream: int, arguments: int) -> None:
         """Launch on a raw stream. ``arguments``: address of an array of one pointer to the parameter block."""
         code = self._launch(kernel, grid, 1, 1, threads, 1, 1, smem, stream, arguments, 0)[0]
+        if code == self._success:
+            return
         if code == self._invalid_context:  # a thread that has not touched CUDA yet
             bind_primary_context(self._device_index)
             code = self._launch(kernel, grid, 1, 1, threads, 1, 1, smem, stream, arguments, 0)[0]
-        if code != self._success:
-            _check(bindings(), code, "cuLaunchKernel")
+        _check(bindings(), code, "cuLaunchKernel")

@@ -12,10 +12,11 @@ from jagtile.runtime.cuda import driver, params, tensor_map, work_list
 from jagtile.runtime.cuda.block import ParameterBlock, fill, map_addresses
 from jagtile.runtime.cuda.list_builder import ListBuilder
 from jagtile.runtime.cuda.operands import find_maps, forward_copies, rows_of
-from jagtile.runtime.cuda.plans import Plans
+from jagtile.runtime.cuda.plans import Plans, forward_layout
 from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.head_packs import ROWS, HeadPacks, packed, unpacked
+from jagtile.runtime.layouts import Layout
 
 _LOG2_E = 1.4426950408889634
 _BUILDER = "jagtile_build_work_list"
@@ -91,6 +92,7 @@ class CudaForwardKernel:
         scale: float,
         bottom_right: bool,
         dropout: Dropout | None = None,
+        layout: Layout | None = None,
     ) -> None:
         """Launch on the current stream of the tensors' device (see ForwardKernel)."""
         shape = q.shape
@@ -101,11 +103,8 @@ class CudaForwardKernel:
                 self.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right)
             return
         if scale < 0.0:  # the running maximum assumes a positive scale
-            q, scale = -q, -scale
-        call = (
-            *(shape, v.shape, q.stride(), k.stride(), v.stride(), out.stride()),
-            *(cu_seqlens_q.shape, cu_seqlens_q.dtype, cu_seqlens_k.dtype, scale, bottom_right),
-        )
+            q, scale, layout = -q, -scale, None
+        call = (layout or forward_layout(q, k, v, cu_seqlens_q, cu_seqlens_k, out), scale, bottom_right)
         addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr())
         plan = self._plans.get(call)
         if plan is None or (addresses[0] | addresses[1] | addresses[2] | addresses[3]) & self._unaligned:

@@ -13,9 +13,10 @@ from jagtile.runtime.cuda.backward_params import delta_floats
 from jagtile.runtime.cuda.block import ParameterBlock, fill, map_addresses
 from jagtile.runtime.cuda.delta_rows import PREPARE, ROW_THREADS, check_rows, row_ctas
 from jagtile.runtime.cuda.operands import backward_copies
-from jagtile.runtime.cuda.plans import Plans
+from jagtile.runtime.cuda.plans import Plans, backward_layout
 from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
+from jagtile.runtime.layouts import Layout
 
 _LOG2_E = 1.4426950408889634
 
@@ -71,10 +72,10 @@ class CudaPackedBackwardKernel:
         scale: float,
         bottom_right: bool,
         dropout: Dropout | None = None,
+        layout: Layout | None = None,
     ) -> None:
         """Launch on the current stream of the tensors' device (see BackwardKernel)."""
-        q_shape, v_shape = q.shape, v.shape
-        if q_shape[0] == 0 or v_shape[0] == 0 or cu_seqlens_q.shape[0] == 1:
+        if q.shape[0] == 0 or v.shape[0] == 0 or cu_seqlens_q.shape[0] == 1:
             for grad in (dq, dk, dv):
                 grad.zero_()
             return
@@ -84,11 +85,8 @@ class CudaPackedBackwardKernel:
                     q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, dq, dk, dv, scale, bottom_right
                 )
             return
-        call = (
-            *(q_shape, v_shape, q.stride(), k.stride(), v.stride(), out.stride(), dout.stride()),
-            *(dq.stride(), dk.stride(), dv.stride(), cu_seqlens_q.shape, cu_seqlens_q.dtype, cu_seqlens_k.dtype),
-            *(scale, bottom_right),
-        )
+        known = layout or backward_layout(q, k, v, cu_seqlens_q, cu_seqlens_k, out, dout, dq, dk, dv)
+        call = (known, scale, bottom_right)
         q_address, dout_address, k_address, v_address = q.data_ptr(), dout.data_ptr(), k.data_ptr(), v.data_ptr()
         dq_address, dk_address, dv_address, out_address = dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), out.data_ptr()
         of_operands = q_address | dout_address | k_address | v_address | out_address

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Protocol, TypeVar
 
+import torch
+
 _MAX_PLANS = 1024  # a kernel's: there is one for every batch
 
 
@@ -23,6 +25,40 @@ class Plan(Protocol):
 
 
 P = TypeVar("P", bound=Plan)
+
+
+def forward_layout(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    out: torch.Tensor,
+) -> Hashable:
+    """In the place of a ``Layout`` where there is none: what a forward's plan depends on of its tensors."""
+    return (
+        *(q.shape, v.shape, q.stride(), k.stride(), v.stride(), out.stride()),
+        *(cu_seqlens_q.shape, cu_seqlens_q.dtype, cu_seqlens_k.dtype),
+    )
+
+
+def backward_layout(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    out: torch.Tensor,
+    dout: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+) -> Hashable:
+    """Likewise, a backward's."""
+    return (
+        *(q.shape, v.shape, q.stride(), k.stride(), v.stride(), out.stride(), dout.stride()),
+        *(dq.stride(), dk.stride(), dv.stride(), cu_seqlens_q.shape, cu_seqlens_q.dtype, cu_seqlens_k.dtype),
+    )
 
 
 class Plans(dict[Hashable, P]):

@@ -77,9 +77,11 @@ def find(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, key: Hashable) 
     if (
         found is not None
         and found.cu_seqlens_q() is cu_seqlens_q
-        and found.cu_seqlens_k() is cu_seqlens_k
         and found.version_q == cu_seqlens_q._version
-        and found.version_k == cu_seqlens_k._version
+        and (
+            cu_seqlens_k is cu_seqlens_q
+            or (found.cu_seqlens_k() is cu_seqlens_k and found.version_k == cu_seqlens_k._version)
+        )
     ):
         return found.built
     return None

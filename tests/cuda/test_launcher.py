@@ -15,6 +15,7 @@ import torch
 
 from jagtile.runtime import UnsupportedError, head_packs
 from jagtile.runtime.cuda import forward, list_builder, params, plans, tensor_map, work_list
+from jagtile.runtime.layouts import Layout
 
 HEADS, DIM, BLOCK_M, BLOCK_N, SLOTS = 4, 64, 128, 96, 132
 PARTIAL_BYTES = 64 * (DIM + 2) * 4
@@ -201,6 +202,22 @@ def test_what_is_planned_goes_by_all_that_a_block_holds(driver, kernel):
             assert block["scale_log2"] == pytest.approx(scale / math.log(2))
             assert block["wide_offsets"] == (cu_q is wide) + 2 * (cu_k is wide)
             assert (block["bottom_right"], block["batch"]) == (bottom_right, len(cu_q) - 1)
+
+
+def test_a_known_layout_stands_for_all_that_it_tells_of_tensors(driver, kernel):
+    layout = Layout((2, 500, HEADS, DIM, 500, HEADS, DIM))
+    for _ in range(2):
+        for scale, cu in ((0.125, offsets(0, 100, 500)), (0.25, offsets(0, 200, 500))):
+            q, k, v, out = tensors()
+            kernel.forward(q, k, v, cu, cu, out, None, scale, False, None, layout)
+            block = driver.launches[-1][2]
+            assert [block[which][0] for which in params.MAPS] == [x.data_ptr() for x in (q, k, v, out)]
+            assert (block["cu_seqlens_q"], block["total_q"]) == (cu.data_ptr(), 500)
+            assert block["scale_log2"] == pytest.approx(scale / math.log(2))
+    assert len(kernel._plans) == 2
+    head_major = torch.zeros(HEADS, 500, DIM, dtype=torch.bfloat16).transpose(0, 1)
+    kernel.forward(head_major, k, v, cu, cu, out, None, -0.125, False, None, layout)  # -q lies elsewhere, as q does
+    assert driver.launches[-1][2]["map_q"][3:5] == (2 * DIM, 2 * 500 * DIM)
 
 
 @pytest.mark.parametrize("odd", range(4))

@@ -14,7 +14,7 @@ from jagtile.generator.oracle import reference
 from jagtile.generator.oracle_gradients import reference_gradients
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Knob, TileConfig
-from jagtile.runtime import dropout, fallback, ops, trainable
+from jagtile.runtime import dropout, fallback, layouts, ops, trainable
 from jagtile.runtime.routes import Route
 
 sys.path.insert(0, str(Path(__file__).parent))  # njt_cases.py
@@ -35,7 +35,8 @@ class OracleKernel:
             meaning["kept"] = mask.double() * drops.scale
         return {**meaning, "causal_alignment": "bottom_right" if bottom_right else "top_left"}
 
-    def forward(self, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, *options) -> None:
+    def forward(self, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, *rest) -> None:
+        *options, _layout = rest
         expected, expected_lse = reference(q, k, v, cu_seqlens_q, cu_seqlens_k, **self.meaning(q, k, *options))
         covered = int(cu_seqlens_q[-1])
         out.fill_(float("nan"))
@@ -45,7 +46,8 @@ class OracleKernel:
             lse[:, :covered] = expected_lse[:, :covered].float()
 
     def backward(self, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse, *rest) -> None:
-        grads, options = rest[:3], rest[3:]
+        *grads_and_options, _layout = rest
+        grads, options = grads_and_options[:3], grads_and_options[3:]
         meaning = self.meaning(q, k, *options)
         expected = reference_gradients(q, k, v, cu_seqlens_q, cu_seqlens_k, dout, dlse, **meaning)
         for grad, want in zip(grads, expected, strict=True):
@@ -103,6 +105,7 @@ def no_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """There are no backward kernels."""
     monkeypatch.setattr(trainable, "why_no_backward", lambda *case: "none in this test")
     monkeypatch.setattr(fallback, "_REASONS", {})
+    monkeypatch.setattr(layouts, "_KNOWN", {})
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from jagtile.generator.oracle import errors, reference, tolerance
 from jagtile.generator.oracle_gradients import gradient_tolerance, reference_gradients
 from jagtile.generator.toolchain import find_cxx
 from jagtile.generator.workloads import Workload
-from jagtile.runtime import dropout, fallback
+from jagtile.runtime import dropout, fallback, layouts
 from jagtile.runtime.dropout import Dropout, draw_state, dropout_of, keep_mask
 
 try:
@@ -301,6 +301,7 @@ def test_a_target_without_dropout_refuses_it_and_torch_takes_it_while_enabled(pl
     """No space of these computes dropout, as on sm_90a."""
     dropout.why_no_dropout.cache_clear()
     monkeypatch.setattr(fallback, "_REASONS", {})
+    monkeypatch.setattr(layouts, "_KNOWN", {})
     b, x = CROSS.make("cpu", torch.float32), njt()
     try:
         with pytest.raises(

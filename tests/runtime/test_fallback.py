@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import jagtile
 from jagtile.generator.oracle import errors, reference
 from jagtile.generator.workloads import Workload, random_workload
-from jagtile.runtime import fallback, trainable
+from jagtile.runtime import fallback, layouts, trainable
 
 CROSS = Workload("cross", (3, 0, 17, 9), (9, 4, 0, 5), 4, 2, 16, 24)
 KINDS = [
@@ -28,6 +28,7 @@ KINDS = [
 def fresh_reasons(monkeypatch):
     """Every test hears the warnings anew; those that are not about them do not see them."""
     monkeypatch.setattr(fallback, "_REASONS", {})
+    monkeypatch.setattr(layouts, "_KNOWN", {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", jagtile.JagtileWarning)
         yield
