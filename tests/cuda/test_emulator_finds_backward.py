@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
+import gradient_checks
 import pytest
 import torch
 from emulator import kernels
-from emulator.backward_checks import assert_right
+from emulator.backward_checks import loaded
 from emulator.driver import EmulatorError
 
 from jagtile.generator.spaces.sm90_backward import Sm90BackwardConfig
@@ -17,6 +18,7 @@ from jagtile.generator.workloads import Workload
 
 SPEC = KernelSpec.parse("bwd_bf16_d32")
 FUSED = Sm90BackwardConfig(64, 64, 2, 1, "bulk", False, 1, "none", True, early_dv=False, fused=True)
+PAIRS = Sm90BackwardConfig(128, 128, 2, 1, "bulk", False, 1, "none", False, early_dv=False, fused=True, cluster=2)
 LENGTHS = (300, 40, 0, 200)
 MISTAKES: dict[str, tuple[str, str, str]] = {
     "the first tile adds to sums that nobody has zeroed": (
@@ -60,6 +62,38 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "not ordered after|arrivals more than",
     ),
 }
+OF_PAIRS: dict[str, tuple[str, str, str]] = {
+    "a part of dQ is sent before the other CTA has read the one before": (
+        "mbarrier_wait(smem_address(&allowed), parity);",
+        "",
+        "not ordered after",
+    ),
+    "a part of dQ is added before it is there": (
+        "mbarrier_wait(smem_address(&received), parity);",
+        "",
+        "not ordered after|arrivals more than|^wrong$",
+    ),
+    "more may be sent while dV leaves through the buffer": (
+        "if (left > 1) control.halves.allow",
+        "control.halves.allow",
+        "not ordered after|arrivals more than|deadlock",
+    ),
+    "dV takes the buffer of a dQ that is not there yet": (
+        "    named_barrier_sync(kMathBarrier, 128 * kWarpgroups);  // the last dQ has been added up and staged\n",
+        "",
+        "not ordered after",
+    ),
+    "dV takes the buffer of a dQ that has not left": (
+        "if (warpgroup == 0) control.dq[0].wait_empty(dq_at);",
+        "",
+        "not ordered after",
+    ),
+    "rows are finished when one CTA of a pair has added": (
+        "slice.tiles = slices * kCtas;",
+        "slice.tiles = slices;",
+        "race on global",
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -72,12 +106,13 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
 
 
-def outcome(mistake: tuple[str, str] | None) -> str | None:
+def outcome(mistake: tuple[str, str] | None, config: Sm90BackwardConfig = FUSED) -> str | None:
     """What the emulator reports of two launches; None, if nothing; "wrong", if nothing but the numbers are."""
     change = kernels.substitution(*mistake) if mistake is not None else None
     w = Workload("some", LENGTHS, LENGTHS, 2, 1, SPEC.head_dim, SPEC.head_dim_v, SPEC.causal)
     try:
-        assert_right(kernels.artifact(Variant("sm_90a", SPEC, FUSED), change), w, launches=2)
+        with loaded(kernels.artifact(Variant("sm_90a", SPEC, config), change), processors=4) as kernel:
+            gradient_checks.assert_right(kernel, w, launches=2)
     except EmulatorError as error:
         return str(error)
     except AssertionError:
@@ -85,13 +120,15 @@ def outcome(mistake: tuple[str, str] | None) -> str | None:
     return None
 
 
-def test_nothing_is_found_in_the_kernel_as_it_is() -> None:
-    assert [outcome(None) for _ in range(4)] == [None] * 4
+@pytest.mark.parametrize("config", [FUSED, PAIRS], ids=lambda config: config.name)
+def test_nothing_is_found_in_the_kernel_as_it_is(config: Sm90BackwardConfig) -> None:
+    assert [outcome(None, config) for _ in range(2)] == [None] * 2
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("mistake", [*MISTAKES, *OF_PAIRS])
 def test_it_is_found(mistake: str) -> None:
-    old, new, report = MISTAKES[mistake]
-    found = outcome((old, new))
+    old, new, report = (MISTAKES | OF_PAIRS)[mistake]
+    config = PAIRS if mistake in OF_PAIRS else FUSED
+    found = next(filter(None, (outcome((old, new), config) for _ in range(4))), None)
     assert found is not None
     assert re.search(report, found, re.DOTALL), found
