@@ -180,7 +180,7 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     with which math warps have 8 registers less, of three warpgroups 16, with two CTAs an SM 24, and for pairs of CTAs.
     """
     kept = spec.head_dim // 2 + spec.head_dim_v // 2 + held_registers(spec, config)
-    if config.cluster > 1 and (config.late_dq or config.overlap or (config.block_m == 128 and not config.fused)):
+    if config.cluster > 1 and config.overlap:
         kept += 8
     if config.fused and config.warpgroups == 3:
         kept += 16 if config.kv_stages == 1 else 12
@@ -206,7 +206,8 @@ def _beside_rows(config: Sm90BackwardConfig) -> int:
     """What counts more without ``early_dv`` for a warpgroup with rows, as compiling shows."""
     held = config.held != "none"
     if config.block_m == 128:
-        return 24 if held and config.overlap else 8 if held or config.late_dq else 0
+        late = config.late_dq and config.cluster == 1
+        return 24 if held and config.overlap else 8 if held or late else 0
     return 0 if not held else 4 if config.late_dq else 8
 
 
@@ -297,6 +298,8 @@ class Sm90BackwardSpace:
                 "cluster: each of two warpgroups must have a part of dQ (dq bulk, block_n 128), in a buffer that has "
                 "room for its dV (kv_stages 1)"
             )
+        if config.cluster > 1 and config.block_m == 128 and not config.fused:
+            return "cluster: with block_m 128 the warps that feed spill unless rows have warps of their own (fused)"
         if config.cluster > 1 and config.late_dq and config.early_dv:
             return "cluster: ptxas serialises wgmma where dV is issued between a late dQ and its addition (early_dv)"
         if config.kv_stages not in (1, 2, 3):

@@ -282,8 +282,9 @@ def test_slices_beside_additions_in_order(deterministic: None) -> None:
 # --- pairs of CTAs
 
 PAIRS: tuple[tuple[str, Sm90BackwardConfig], ...] = (
-    ("bwd_bf16_d128_causal", config("bulk", early_dv=False, fused=True, cluster=2)),
+    ("bwd_bf16_d128_causal", config("bulk", late_dq=True, early_dv=False, fused=True, cluster=2)),
     ("bwd_bf16_d64", config("bulk", block_m=128, early_dv=False, fused=True, cluster=2)),
+    ("bwd_bf16_d48", config("bulk", block_m=128, late_dq=True, early_dv=False, fused=True, cluster=2)),
     ("bwd_fp16_d72", config("bulk", held="v", late_dq=True, early_dv=False, fused=True, cluster=2)),
     ("bwd_bf16_d72_dv40_causal", config("bulk", overlap=True, cluster=2)),
     ("bwd_bf16_d32_causal", config("bulk", block_m=128, early_dv=False, fused=True, claim_ahead=2, cluster=2)),

@@ -18,7 +18,7 @@ from jagtile.generator.workloads import Workload
 
 SPEC = KernelSpec.parse("bwd_bf16_d32")
 FUSED = Sm90BackwardConfig(64, 64, 2, 1, "bulk", False, 1, "none", True, early_dv=False, fused=True)
-PAIRS = Sm90BackwardConfig(128, 128, 2, 1, "bulk", False, 1, "none", False, early_dv=False, fused=True, cluster=2)
+PAIRS = Sm90BackwardConfig(128, 128, 2, 1, "bulk", False, 1, "none", True, early_dv=False, fused=True, cluster=2)
 LENGTHS = (300, 40, 0, 200)
 MISTAKES: dict[str, tuple[str, str, str]] = {
     "the first tile adds to sums that nobody has zeroed": (
@@ -74,8 +74,8 @@ OF_PAIRS: dict[str, tuple[str, str, str]] = {
         "not ordered after|arrivals more than|^wrong$",
     ),
     "more may be sent while dV leaves through the buffer": (
-        "if (left > 1) control.halves.allow",
-        "control.halves.allow",
+        "control.halves.add(dq, received, (step - 1) % 2, thread);\n",
+        "control.halves.add(dq, received, (step - 1) % 2, thread); control.halves.allow(rank, warp, lane);\n",
         "not ordered after|arrivals more than|deadlock",
     ),
     "dV takes the buffer of a dQ that is not there yet": (

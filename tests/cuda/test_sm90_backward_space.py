@@ -80,6 +80,7 @@ def test_the_default_takes_what_there_is_room_for(name: str, tile: str) -> None:
         ({"cluster": 2, "dq": "red"}, "cluster: each of two warpgroups must have a part of dQ"),
         ({"cluster": 2, "block_n": 64}, "cluster: each of two warpgroups must have a part of dQ"),
         ({"cluster": 2, "late_dq": True}, "cluster: ptxas serialises wgmma"),
+        ({"cluster": 2, "block_m": 128}, "cluster: with block_m 128 the warps that feed spill"),
         ({"ctas_per_sm": 2}, "64K registers"),
         ({"num_stages": 4}, "shared memory 265216 B > 232448 B"),
         ({"kv_stages": 4}, "kv_stages must be 1, 2 or 3"),
