@@ -20,10 +20,21 @@ REGISTERS = {
     (4, 1): (24, 112),
 }
 
+# Kernels of one math warpgroup and a warp that loads, without reallocation: registers a thread, by CTAs an SM. They are
+# dealt out to whole groups of four warps, and a CTA has five warps.
+FIVE_WARPS = 128 + 32
+FIVE_WARP_REGISTERS = {1: 255, 2: 168, 3: 128, 4: 96}
+PANEL = 64  # columns: 128 bytes, as wide as the swizzle
+
 
 def panel_count(columns: int) -> int:
-    """64-column panels of so many columns."""
-    return -(-columns // 64)
+    """Panels of so many columns."""
+    return -(-columns // PANEL)
+
+
+def panel_widths(columns: int) -> list[int]:
+    """Columns of each of these panels; the last may be narrower."""
+    return [min(PANEL, columns - first) for first in range(0, columns, PANEL)]
 
 
 def smem_room(ctas_per_sm: int) -> int:

@@ -13,6 +13,7 @@ from jagtile.generator.spaces.sm90 import (
     SMEM_BYTES,
     launch_registers,
     panel_count,
+    panel_widths,
     tma_rejection,
 )
 from jagtile.generator.spaces.sm90_backward import MAX_HEAD_DIM
@@ -268,7 +269,7 @@ class Sm90BackwardWideSpace:
     def context(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, object]:
         """Panels, steps, registers and the shared-memory map."""
         config = cast(Sm90BackwardWideConfig, config)
-        dq_columns = [min(64, spec.head_dim - 64 * panel) for panel in range(panel_count(spec.head_dim))]
+        dq_columns = panel_widths(spec.head_dim)
         buffers = dq_buffers(spec, config)
         registers = math_registers(accumulators(spec, config)) or PerWarpgroup(MATH_REGISTERS // 2, MATH_REGISTERS // 2)
         return {

@@ -6,16 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
-from jagtile.generator.spaces.sm90 import ELEMENT, panel_count, smem_room, tma_rejection
+from jagtile.generator.spaces.sm90 import (
+    ELEMENT,
+    FIVE_WARP_REGISTERS,
+    FIVE_WARPS,
+    PANEL,
+    panel_count,
+    panel_widths,
+    smem_room,
+    tma_rejection,
+)
 from jagtile.generator.spaces.sm90_forward import SmemLayout
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Knob, TileConfig
 
 BLOCK_M = 64  # rows of the packed queries: one math warpgroup's
-THREADS = 128 + 32  # of the math warpgroup, and of the warp that loads
-PANEL = 64  # columns of V that are multiplied at a time
-# Registers a thread, by CTAs an SM: registers are dealt out to whole groups of four warps, and a CTA has five.
-REGISTERS = {1: 255, 2: 168, 3: 128, 4: 96}
 # Fragments' registers that ptxas 13.0 fits into these without spilling: nine head dims compiled around each limit.
 # First those that must be there at a time, then S, P and O together: a wide S is not used up before P is made.
 FRAGMENT_LIMIT = {1: 180, 2: 112, 3: 88, 4: 52}
@@ -80,7 +85,7 @@ class Sm90PackedSpace:
         ctas = config.ctas_per_sm
         if config.block_n % 16 or not 16 <= config.block_n <= 256:
             return f"block_n must be a multiple of 16 from 16 to 256, as wgmma's shapes are, got {config.block_n}"
-        if config.num_stages not in (1, 2, 3) or ctas not in REGISTERS:
+        if config.num_stages not in (1, 2, 3) or ctas not in FIVE_WARP_REGISTERS:
             return f"num_stages must be 1 to 3 and ctas_per_sm 1 to 4, got {config.num_stages} and {ctas}"
         smem = smem_layout(spec, config).total
         room = smem_room(ctas)
@@ -107,12 +112,12 @@ class Sm90PackedSpace:
         config = cast(Sm90PackedConfig, config)
         panels, panels_v = panel_count(spec.head_dim), panel_count(spec.head_dim_v)
         return {
-            "num_threads": THREADS,
+            "num_threads": FIVE_WARPS,
             "panels": panels,
             "panels_v": panels_v,
             "q_panels": max(panels, panels_v),
             "steps_qk": -(-spec.head_dim // 16),
-            "v_widths": tuple(min(PANEL, spec.head_dim_v - first) for first in range(0, spec.head_dim_v, PANEL)),
+            "v_widths": panel_widths(spec.head_dim_v),
             "element": ELEMENT[spec.dtype],
             "pack": f"pack_{spec.dtype}",
             "unpack": f"unpack_{spec.dtype}",
@@ -125,7 +130,7 @@ class Sm90PackedSpace:
         return {
             "block_m": BLOCK_M,
             "block_n": config.block_n,
-            "num_threads": THREADS,
+            "num_threads": FIVE_WARPS,
             "smem_bytes": smem_layout(spec, config).total,
             "ctas_per_sm": config.ctas_per_sm,
             "causal": int(spec.causal),
@@ -137,4 +142,4 @@ class Sm90PackedSpace:
 
     def predicted_registers(self, spec: KernelSpec, config: TileConfig) -> int:
         """The most that the launch allows; ptxas may report a few less."""
-        return REGISTERS[cast(Sm90PackedConfig, config).ctas_per_sm]
+        return FIVE_WARP_REGISTERS[cast(Sm90PackedConfig, config).ctas_per_sm]

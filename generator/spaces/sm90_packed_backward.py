@@ -7,18 +7,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
-from jagtile.generator.spaces.sm90 import ELEMENT, panel_count, smem_room, tma_rejection
+from jagtile.generator.spaces.sm90 import (
+    ELEMENT,
+    FIVE_WARP_REGISTERS,
+    FIVE_WARPS,
+    PANEL,
+    panel_count,
+    panel_widths,
+    smem_room,
+    tma_rejection,
+)
 from jagtile.generator.spaces.sm90_backward import MAX_HEAD_DIM
 from jagtile.generator.spec import Direction, KernelSpec
 from jagtile.generator.tile import Knob, TileConfig
 
 TILE_ROWS = 64  # of the packed queries or keys: one math warpgroup's
-THREADS = 128 + 32  # of the math warpgroup, and of the warp that loads
-PANEL = 64  # columns of a block that are multiplied at a time
-# Registers a thread, by CTAs an SM: registers are dealt out to whole groups of four warps, and a CTA has five.
-REGISTERS = {1: 255, 2: 168, 3: 128}
-# Accumulators and fragments that ptxas 13.0 fits into these without spilling: some 560 configs compiled at and around
-# the limits, of all kinds of head dims.
+# Accumulators and fragments that ptxas 13.0 fits into a thread's registers without spilling, by CTAs an SM: some 560
+# configs compiled at and around the limits, of all kinds of head dims.
 REGISTER_LIMIT = {1: 192, 2: 128, 3: 88}
 
 
@@ -102,7 +107,7 @@ class Sm90PackedBackwardSpace:
         ctas = config.ctas_per_sm
         if config.block_n % 16 or not 16 <= config.block_n <= 256:
             return f"block_n must be a multiple of 16 from 16 to 256, as wgmma's shapes are, got {config.block_n}"
-        if config.num_stages not in (1, 2, 3) or ctas not in REGISTERS:
+        if config.num_stages not in (1, 2, 3) or ctas not in REGISTER_LIMIT:
             return f"num_stages must be 1 to 3 and ctas_per_sm 1 to 3, got {config.num_stages} and {ctas}"
         smem = smem_layout(spec, config).total
         room = smem_room(ctas)
@@ -127,9 +132,9 @@ class Sm90PackedBackwardSpace:
     def context(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, object]:
         """Panels, steps, widths and the shared-memory map."""
         config = cast(Sm90PackedBackwardConfig, config)
-        widths, v_widths = _panel_widths(spec.head_dim), _panel_widths(spec.head_dim_v)
+        widths, v_widths = panel_widths(spec.head_dim), panel_widths(spec.head_dim_v)
         return {
-            "num_threads": THREADS,
+            "num_threads": FIVE_WARPS,
             "box_rows": _box_rows(config),
             "panels": len(widths),
             "panels_v": len(v_widths),
@@ -150,7 +155,7 @@ class Sm90PackedBackwardSpace:
         return {
             "tile_rows": TILE_ROWS,
             "box_rows": _box_rows(config),
-            "num_threads": THREADS,
+            "num_threads": FIVE_WARPS,
             "smem_bytes": smem_layout(spec, config).total,
             "ctas_per_sm": config.ctas_per_sm,
         }
@@ -161,12 +166,7 @@ class Sm90PackedBackwardSpace:
 
     def predicted_registers(self, spec: KernelSpec, config: TileConfig) -> int:
         """The most that the launch allows; ptxas may report a few less."""
-        return REGISTERS[cast(Sm90PackedBackwardConfig, config).ctas_per_sm]
-
-
-def _panel_widths(dim: int) -> list[int]:
-    """Columns of each panel of 64."""
-    return [min(PANEL, dim - first) for first in range(0, dim, PANEL)]
+        return FIVE_WARP_REGISTERS[cast(Sm90PackedBackwardConfig, config).ctas_per_sm]
 
 
 def _box_rows(config: Sm90PackedBackwardConfig) -> int:

@@ -1,4 +1,4 @@
-"""The parameter block of every CUDA backward: the bytes of ``struct BackwardParams`` in
+"""The parameter block of the CUDA backwards whose tiles are of one sequence: the bytes of ``struct BackwardParams`` in
 templates/cuda/include/backward_params.cuh, and the sizes of the scratch that it points to.
 """
 

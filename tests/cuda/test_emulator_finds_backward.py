@@ -75,7 +75,7 @@ OF_PAIRS: dict[str, tuple[str, str, str]] = {
     ),
     "more may be sent while dV leaves through the buffer": (
         "control.halves.add(dq, received, (step - 1) % 2, thread);\n",
-        "control.halves.add(dq, received, (step - 1) % 2, thread); control.halves.allow(rank, warp, lane);\n",
+        "control.halves.add(dq, received, (step - 1) % 2, thread); control.halves.allow(warp, lane);\n",
         "not ordered after|arrivals more than|deadlock",
     ),
     "dV takes the buffer of a dQ that is not there yet": (

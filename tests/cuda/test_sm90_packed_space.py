@@ -9,8 +9,9 @@ import pytest
 
 from jagtile.generator.build import build
 from jagtile.generator.render import render, render_unchecked
+from jagtile.generator.spaces.sm90 import FIVE_WARP_REGISTERS
 from jagtile.generator.spaces.sm90_forward import Sm90ForwardSpace
-from jagtile.generator.spaces.sm90_packed import REGISTERS, Sm90PackedConfig, Sm90PackedSpace, smem_layout
+from jagtile.generator.spaces.sm90_packed import Sm90PackedConfig, Sm90PackedSpace, smem_layout
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant, config_from_dict, legal_configs, spaces_of
 from jagtile.runtime.errors import IllegalConfigError
@@ -128,4 +129,4 @@ def test_a_matrix_of_legal_variants_compiles_clean() -> None:
         assert result.report.spill_bytes == 0
         config = result.variant.config
         assert isinstance(config, Sm90PackedConfig)
-        assert result.report.registers <= REGISTERS[config.ctas_per_sm]
+        assert result.report.registers <= FIVE_WARP_REGISTERS[config.ctas_per_sm]

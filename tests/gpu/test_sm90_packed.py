@@ -7,13 +7,14 @@ from functools import cache
 
 import pytest
 import torch
+from short_workloads import EDGES, short_workloads
 
 from jagtile.generator.build import build_one
 from jagtile.generator.guard import guarded, guards_intact, poisoned
 from jagtile.generator.oracle import errors, reference, tolerance
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant
-from jagtile.generator.workloads import JaggedBatch, Workload, random_workload
+from jagtile.generator.workloads import JaggedBatch, Workload
 from jagtile.runtime import cuda
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -39,7 +40,6 @@ VARIANTS = (
     "fwd_bf16_d256/packed_n64_s1_c1",
 )
 D64 = "fwd_bf16_d64/packed_n96_s2_c3"
-EDGES = (0, 1, 63, 64, 65, 0, 129, 300, 1, 127, 128, 577)
 
 
 @cache
@@ -72,31 +72,9 @@ def assert_right(name: str, w: Workload, b: JaggedBatch, scale: float = 0.1) -> 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_numbers_match_the_oracle(name: str) -> None:
     spec = KernelSpec.parse(name.split("/")[0])
-    kind = (spec.head_dim, spec.head_dim_v, spec.causal)
     rng = random.Random(name)
-    one_token = tuple(rng.choices((0, 1, 2, 3, 4), k=3000))
-    recsys = tuple(rng.randrange(257) for _ in range(200))
-    cases = [
-        Workload("edges", EDGES, EDGES, 4, 2, *kind),
-        Workload("edges, cross", EDGES, EDGES[::-1], 2, 2, *kind, causal_alignment="bottom_right"),
-        Workload("one token", one_token, one_token, 8, 8, *kind),
-        Workload("short", recsys, recsys, 4, 4, *kind),
-        Workload("short, cross", recsys, recsys[::-1], 8, 1, *kind, causal_alignment="bottom_right"),
-        *(
-            random_workload(
-                rng,
-                head_dim=spec.head_dim,
-                head_dim_v=spec.head_dim_v,
-                is_causal=spec.causal,
-                max_seqlen=300,
-                max_batch=40,
-            )
-            for _ in range(3)
-        ),
-    ]
-    for w in cases:
-        if w.total_q and w.total_k:
-            assert_right(name, w, make(w, spec.dtype, rng.randrange(1 << 30)))
+    for w in short_workloads(spec, rng):
+        assert_right(name, w, make(w, spec.dtype, rng.randrange(1 << 30)))
 
 
 def test_results_are_the_same_every_time() -> None:

@@ -1,5 +1,6 @@
-// The parameter block of every CUDA backward (runtime/cuda/backward_params.py packs the same bytes). A backward's cubin
-// has four kernels that take it, launched in this order on one stream:
+// The parameter block of the CUDA backwards whose tiles are of one sequence (runtime/cuda/backward_params.py packs the
+// same bytes; that of short sequences: packed_backward_params.cuh). A backward's cubin has four kernels that take it,
+// launched in this order on one stream:
 //   jagtile_build_work_list     once a batch: the list of key blocks, `direct` and `summed`
 //   jagtile_backward_prepare    delta = rowsum(dO * O) - dlse; zeroes turns and, where the variant adds to dq_sums from
 //                               registers, those of `summed` queries; or, where the variant computes delta itself

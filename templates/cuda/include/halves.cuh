@@ -25,11 +25,11 @@ struct Halves {
   }
 
   // By all warps of a warpgroup, when the buffer has been read and what was read is on its way elsewhere.
-  __device__ __forceinline__ void allow(int rank, int warp, int lane) {
+  __device__ __forceinline__ void allow(int warp, int lane) {
     __syncwarp();
     if (lane == 0) {
       if (warp % 4 == 0) mbarrier_expect_bytes(smem_address(&received), kBytes);
-      mbarrier_arrive_cluster(address_of(computed_here(smem_address(&allowed)), 1 - rank));
+      mbarrier_arrive_cluster(address_of(computed_here(smem_address(&allowed)), other()));
     }
   }
 
@@ -38,9 +38,9 @@ struct Halves {
   __device__ __forceinline__ void send(const float (&dq)[kRegisters], uint32_t buffer, uint32_t parity, unsigned thread) {
     static_assert(kRegisters * 128 * 4 == kBytes);
     mbarrier_wait(smem_address(&allowed), parity);
-    const int to = 1 - cluster_rank();
-    const uint32_t place = address_of(buffer + 16 * (computed_here(thread) % 128), to);  // no registers through the loop
-    const uint32_t barrier = address_of(computed_here(smem_address(&received)), to);
+    // Addresses computed here take no registers through the loop.
+    const uint32_t place = address_of(buffer + 16 * (computed_here(thread) % 128), other());
+    const uint32_t barrier = address_of(computed_here(smem_address(&received)), other());
 #pragma unroll
     for (int i = 0; i < kRegisters; i += 4) {
       store_async_x4(place + i / 4 * 128 * 16, barrier, dq[i], dq[i + 1], dq[i + 2], dq[i + 3]);
@@ -55,10 +55,13 @@ struct Halves {
     const uint32_t from = buffer + 16 * (computed_here(thread) % 128);
 #pragma unroll
     for (int i = 0; i < kRegisters; i += 4) {
-      uint32_t other[4];
-      load_shared_x4(other, from + i / 4 * 128 * 16);
+      uint32_t sent[4];
+      load_shared_x4(sent, from + i / 4 * 128 * 16);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) dq[i + j] += __uint_as_float(other[j]);
+      for (int j = 0; j < 4; ++j) dq[i + j] += __uint_as_float(sent[j]);
     }
   }
+
+ private:
+  __device__ __forceinline__ static int other() { return 1 - cluster_rank(); }
 };

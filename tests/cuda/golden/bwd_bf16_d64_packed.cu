@@ -96,7 +96,7 @@ __device__ __forceinline__ void multiply_block(float (&d)[32], const uint32_t (&
 }
 
 // d (64 x 64) = A B^T, asynchronously; 64 rows of A and 64 rows of B, 64 columns each.
-__device__ __forceinline__ void issue_scores(float (&d)[32], uint32_t a, uint32_t b) {
+__device__ __forceinline__ void issue_rows(float (&d)[32], uint32_t a, uint32_t b) {
   const uint64_t a_descriptor = wgmma_descriptor(a, 16, 1024);
   const uint64_t b_descriptor = wgmma_descriptor(b, 16, 1024);
   wgmma_fence();
@@ -137,13 +137,13 @@ __device__ __forceinline__ void add_product(float (&sums)[kSums], uint32_t (&a)[
 
 // sums += A B, all panels of a block of K or Q.
 __device__ __forceinline__ void add_product_qk(float (&sums)[kRegisters], uint32_t (&a)[kSteps][4], uint32_t b,
-                                           const RowRange (&seen)[2]) {
+                                               const RowRange (&seen)[2]) {
   add_product<0, 64>(sums, a, b, seen);
 }
 
 // Likewise of dO.
 __device__ __forceinline__ void add_product_dout(float (&sums)[kRegistersV], uint32_t (&a)[kSteps][4], uint32_t b,
-                                           const RowRange (&seen)[2]) {
+                                                 const RowRange (&seen)[2]) {
   add_product<0, 64>(sums, a, b, seen);
 }
 
@@ -342,8 +342,8 @@ class Math {
   __device__ __forceinline__ void multiply_rows_of(float (&scores)[kBlockN / 2], float (&dp)[kBlockN / 2],
                                                    uint32_t rows, uint32_t block) {
     control_.block.wait_full(block_at_);
-    issue_scores(scores, rows, block);
-    issue_scores(dp, rows + kPanels * kTilePanelBytes, block + kPanels * kBlockPanelBytes);
+    issue_rows(scores, rows, block);
+    issue_rows(dp, rows + kPanels * kTilePanelBytes, block + kPanels * kBlockPanelBytes);
     free_stored();
     wgmma_wait<0>();
     pin_registers(scores);
@@ -419,7 +419,13 @@ jagtile_bwd_bf16_d64_packedrows_n64_s2_c2(const __grid_constant__ PackedBackward
 
   if (warp == 4) {
     if (elect_one()) {
-      for (const TensorMap* map = &p.map_q; map <= &p.map_dv; ++map) tma_prefetch_map(map);
+      tma_prefetch_map(&p.map_q);
+      tma_prefetch_map(&p.map_dout);
+      tma_prefetch_map(&p.map_k);
+      tma_prefetch_map(&p.map_v);
+      tma_prefetch_map(&p.map_dq);
+      tma_prefetch_map(&p.map_dk);
+      tma_prefetch_map(&p.map_dv);
     }
     Loader loader(p, control, tiles, blocks);
     for_each_tile(p, [&](int tile, int head) { loader.load_queries(tile, head); },
