@@ -26,8 +26,8 @@ pytestmark = [
 ]
 
 VARIANTS = (
-    "bwd_bf16_d8/packedrows_n128_s2_c2",
-    "bwd_bf16_d32_causal/packedrows_n64_s2_c3",
+    "bwd_bf16_d8/packedrows_n96_s2_c2",
+    "bwd_bf16_d32_causal/packedrows_n48_s2_c3",
     "bwd_bf16_d64/packedrows_n64_s2_c2",
     "bwd_bf16_d64/packedrows_n96_s1_c1",
     "bwd_fp16_d64_causal/packedrows_n48_s3_c2",

@@ -277,7 +277,7 @@ class Math {
       range_probabilities(scores, own.seen, columns, stats, p_.scale_log2);
       range_gradients<pack_bf16>(ds, scores, dp, columns, stats);
       add_product_qk(dq, ds, k_block, own.seen);
-      free_block();
+      control_.block.arrive_empty(block_at_);
     }
     scale_sums(dq, p_.scale);
     free_stored();
@@ -311,7 +311,7 @@ class Math {
         range_gradients<pack_bf16>(ds, scores, dp, columns, stats);
         add_product_dout(dv, probabilities, dout_block, own.seen);
         add_product_qk(dk, ds, q_block, own.seen);
-        free_block();
+        control_.block.arrive_empty(block_at_);
       }
     }
     scale_sums(dk, p_.scale);
@@ -350,12 +350,6 @@ class Math {
     pin_registers(dp);
   }
 
-  // Once for each warp.
-  __device__ __forceinline__ void free_block() {
-    __syncwarp();
-    if (lane_ == 0) control_.block.arrive_empty(block_at_);
-  }
-
   // What all have staged is there for the copy engine.
   __device__ __forceinline__ void hand_over() {
     fence_async_proxy();
@@ -368,7 +362,9 @@ class Math {
     stored_ = smem_address(&control_.tile.empty[tile_at_.slot]);
   }
 
+  // The leader hands the tile back when its stores have read it.
   __device__ __forceinline__ void next_tile() {
+    if (threadIdx.x != 0) control_.tile.arrive_empty(tile_at_);
     __syncwarp();
     tile_at_.advance();
   }
@@ -411,8 +407,8 @@ jagtile_bwd_bf16_d64_packedrows_n64_s2_c2(const __grid_constant__ PackedBackward
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform, and known to be
 
   if (threadIdx.x == 0) {
-    control.tile.init(32, 1);  // filled by every lane of the loading warp
-    control.block.init(32, 4);  // freed by every math warp
+    control.tile.init(32, 128);  // filled by every lane of the loading warp, freed by every math thread
+    control.block.init(32, 128);
     mbarrier_init_fence();
   }
   __syncthreads();
