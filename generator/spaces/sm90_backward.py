@@ -46,7 +46,6 @@ class Sm90BackwardConfig(TileConfig):
     fused: bool = field(default=False, metadata={"short": "f"})  # passes over rows beside the tiles, not as kernels
     claim_ahead: int = field(default=0, metadata={"short": "a"})  # steps before a tile's last loads
     row_buffers: int = field(default=2, metadata={"short": "r"})  # of rows beside the tiles
-    cluster: int = field(default=1, metadata={"short": "x"})  # 2: pairs of CTAs add up their dQ
 
     @property
     def warpgroups(self) -> int:
@@ -177,11 +176,9 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
 
     Without it, dQ of the step before is multiplied when S and dP are gone, and dP when the dS of the step before is.
     What counts beside them, with and without ``overlap``, is what compiling shows; so is what is added for ``fused``,
-    with which math warps have 8 registers less, of three warpgroups 16, with two CTAs an SM 24, and for pairs of CTAs.
+    with which math warps have 8 registers less, of three warpgroups 16, with two CTAs an SM 24.
     """
     kept = spec.head_dim // 2 + spec.head_dim_v // 2 + held_registers(spec, config)
-    if config.cluster > 1 and config.overlap:
-        kept += 8
     if config.fused and config.warpgroups == 3:
         kept += 16 if config.kv_stages == 1 else 12
         if config.late_dq and not config.early_dv:
@@ -206,8 +203,7 @@ def _beside_rows(config: Sm90BackwardConfig) -> int:
     """What counts more without ``early_dv`` for a warpgroup with rows, as compiling shows."""
     held = config.held != "none"
     if config.block_m == 128:
-        late = config.late_dq and config.cluster == 1
-        return 24 if held and config.overlap else 8 if held or late else 0
+        return 24 if held and config.overlap else 8 if held or config.late_dq else 0
     return 0 if not held else 4 if config.late_dq else 8
 
 
@@ -233,7 +229,7 @@ def frees_kv(spec: KernelSpec, config: Sm90BackwardConfig) -> bool:
 
 def dq_adders(config: Sm90BackwardConfig) -> int:
     """How many add to a block's dQ, each to a part of it or in turn."""
-    return config.cluster if config.dq == "bulk" else config.warpgroups
+    return 1 if config.dq == "bulk" else config.warpgroups
 
 
 class Sm90BackwardSpace:
@@ -268,7 +264,6 @@ class Sm90BackwardSpace:
             "fused": (True, False),
             "claim_ahead": (0, 2, 5),
             "row_buffers": (2, 4),
-            "cluster": (1, 2),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
@@ -291,17 +286,6 @@ class Sm90BackwardSpace:
             return f"claim_ahead must be 0 to {MOST_AHEAD}, got {config.claim_ahead}"
         if config.row_buffers not in (2, 4) or (config.row_buffers > 2 and not config.fused):
             return f"row_buffers must be 2, or 4 where fused, got {config.row_buffers}"
-        if config.cluster not in (1, 2):
-            return f"cluster must be 1 or 2 CTAs, got {config.cluster}"
-        if config.cluster > 1 and not (config.warpgroups == 2 and config.ctas_per_sm == 1 and frees_kv(spec, config)):
-            return (
-                "cluster: each of two warpgroups must have a part of dQ (dq bulk, block_n 128), in a buffer that has "
-                "room for its dV (kv_stages 1)"
-            )
-        if config.cluster > 1 and config.block_m == 128 and not config.fused:
-            return "cluster: with block_m 128 the warps that feed spill unless rows have warps of their own (fused)"
-        if config.cluster > 1 and config.late_dq and config.early_dv:
-            return "cluster: ptxas serialises wgmma where dV is issued between a late dQ and its addition (early_dv)"
         if config.kv_stages not in (1, 2, 3):
             return f"kv_stages must be 1, 2 or 3, got {config.kv_stages}"
         if config.held not in ("none", "v", "kv"):
@@ -363,9 +347,7 @@ class Sm90BackwardSpace:
         config = cast(Sm90BackwardConfig, config)
         return {
             "block_m": config.block_m,
-            "block_n": config.block_n * config.cluster,
-            "key_rows": config.block_n,
-            "cluster": config.cluster,
+            "block_n": config.block_n,
             "store_rows": 64,
             "num_threads": num_threads(config),
             "smem_bytes": smem_layout(spec, config).total,

@@ -53,9 +53,8 @@ class CudaBackwardKernel:
         self._threads, self._smem = launch["num_threads"], launch["smem_bytes"]
         self._causal, self._dq_adders = launch["causal"], launch["dq_adders"]
         self._fused, self._first_stores = bool(launch.get("fused")), bool(launch["first_stores"])
-        self._cluster = launch.get("cluster", 1)  # CTAs that share a tile
-        block_m, key_rows, store_rows = self._block_m, launch.get("key_rows", self._block_n), launch["store_rows"]
-        rows = (*(block_m,) * 2, *(key_rows,) * 2, *(store_rows,) * 2, *(backward_params.UNIT_ROWS,) * 2)
+        block_m, block_n, store_rows = self._block_m, self._block_n, launch["store_rows"]
+        rows = (*(block_m,) * 2, *(block_n,) * 2, *(store_rows,) * 2, *(backward_params.UNIT_ROWS,) * 2)
         sms: int = torch.cuda.get_device_properties(self._device).multi_processor_count
         self._sms, self._slots = sms, sms * launch["ctas_per_sm"]
         with torch.cuda.device(self._device):
@@ -221,7 +220,7 @@ class CudaBackwardKernel:
         plan = _Plan(
             block=bytes(block),
             movable=tensor_map.address_comes_first(),
-            grid=min(self._slots // self._cluster, tiles) * self._cluster,
+            grid=min(self._slots, tiles),
             row_ctas=min(self._sms, ctas) if self._fused else ctas,
             max_items=max_items,
             list_ints=offsets + 2 * bit_words,

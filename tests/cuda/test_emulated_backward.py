@@ -279,49 +279,6 @@ def test_slices_beside_additions_in_order(deterministic: None) -> None:
         assert_right(built(*case), workload(case[0], (300, 200, 5), (300, 400, 70), (2, 2)), with_dlse=False)
 
 
-# --- pairs of CTAs
-
-PAIRS: tuple[tuple[str, Sm90BackwardConfig], ...] = (
-    ("bwd_bf16_d128_causal", config("bulk", late_dq=True, early_dv=False, fused=True, cluster=2)),
-    ("bwd_bf16_d64", config("bulk", block_m=128, early_dv=False, fused=True, cluster=2)),
-    ("bwd_bf16_d48", config("bulk", block_m=128, late_dq=True, early_dv=False, fused=True, cluster=2)),
-    ("bwd_fp16_d72", config("bulk", held="v", late_dq=True, early_dv=False, fused=True, cluster=2)),
-    ("bwd_bf16_d72_dv40_causal", config("bulk", overlap=True, cluster=2)),
-    ("bwd_bf16_d32_causal", config("bulk", block_m=128, early_dv=False, fused=True, claim_ahead=2, cluster=2)),
-)
-
-
-@pytest.mark.parametrize("case", PAIRS, ids=lambda case: case[0])
-def test_pairs_of_ctas_add_up_their_dq(case: tuple[str, Sm90BackwardConfig]) -> None:
-    """Of sequences of one block of keys, whose second CTA has none, and of three; not every pair gets a tile."""
-    w = workload(case[0], (5, 0, 70, 1, 64), (150, 70, 0, 1, 300), (2, 1), "bottom_right")
-    with loaded(built(*case), processors=7) as kernel:
-        gradient_checks.assert_right(kernel, w, launches=2)
-
-
-@pytest.mark.parametrize("case", PAIRS, ids=lambda case: case[0])
-def test_pairs_of_ctas_in_order(deterministic: None, case: tuple[str, Sm90BackwardConfig]) -> None:
-    with loaded(built(*case), processors=4) as kernel:
-        gradient_checks.assert_right(kernel, workload(case[0], (150, 20), (400, 260), (1, 1)), with_dlse=False)
-
-
-def test_pairs_whose_queries_see_their_keys_in_part_or_not_at_all() -> None:
-    name, tile = PAIRS[-1]
-    for alignment in ("top_left", "bottom_right"):
-        with loaded(built(name, tile), processors=4) as kernel:
-            gradient_checks.assert_right(kernel, workload(name, QUERIES, (*KEYS[:5], 500), (1, 1), alignment))
-
-
-def test_a_pair_is_launched_for_each_tile_or_as_many_as_there_is_room_for() -> None:
-    case = PAIRS[-1]
-    symbol, launch = built(*case).meta.symbol, built(*case).meta.launch
-    with emulated(processors=7) as machine:
-        kernel = cuda.load(built(*case), torch.device("cuda", 0))
-        for keys, ctas in (((100,), 2), ((257,), 4), ((256,) * 9, 6)):
-            gradient_checks.assert_right(kernel, workload(case[0], (3,) * len(keys), keys, (1, 1)), with_dlse=False)
-            assert machine.launches[-1] == (symbol, ctas, launch["num_threads"], launch["smem_bytes"])
-
-
 # --- the launcher
 
 

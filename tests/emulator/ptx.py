@@ -726,17 +726,6 @@ def _bulk_load(i: Instruction, m: re.Match[str]) -> str:
     return _call("bulk_load", smem, f"(const void*)({i.address(1)})", i.value(2, "u32"), barrier)
 
 
-@instruction(r"st\.async(?:\.weak)?\.shared::cluster\.mbarrier::complete_tx::bytes(?:\.v([24]))?\.([bufs]32)")
-def _store_async(i: Instruction, m: re.Match[str]) -> str:
-    i.expect(3)
-    values = [i._value(element, m[2]) for element in i.vector(1)]
-    if len(values) != int(m[1] or 1):
-        raise PtxError(f"{len(values)} values in: {i.text}")
-    array = f"const {_TYPES[m[2]]} emu_values[] = {{{', '.join(values)}}};"
-    addresses = (f"uint32_t({i.address(index)})" for index in (0, 2))
-    return f"{{ {array} {_call('store_async', *addresses, 'emu_values', 'sizeof emu_values')} }}"
-
-
 @instruction(r"cp\.async\.bulk\.global\.shared::cta\.bulk_group" + _HINT)
 def _bulk_store(i: Instruction, m: re.Match[str]) -> str:
     i.expect(3 + bool(m[1]))

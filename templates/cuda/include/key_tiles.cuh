@@ -72,35 +72,6 @@ __device__ __forceinline__ void claim_key_tiles(Control& control, Load load) {
   rewind_work_list(claims.list);
 }
 
-// Likewise, in a pair of CTAs, where another warp loads all of the tile.
-template <int kTileKeys, typename Control>
-__device__ __forceinline__ void claim_key_tiles_of_pair(Control& control, int rank) {
-  const Claims& claims = control.claims;
-  RingPosition<sizeof(control.tiles) / sizeof(Tile)> at;
-  RingPosition<1> loaded_at;
-  for (;; at.advance()) {
-    Tile& claimed = control.tiles[at.slot];
-    control.tile.wait_empty(at);
-    int tile;
-    if (rank == 0) {
-      tile = atomicAdd(&claims.list->next_tile, 1);
-      control.pair.tell(at, tile);
-    } else {
-      tile = control.pair.hear(at);
-    }
-    if (tile >= claims.tiles) {
-      claimed.head = -1;
-      control.tile.arrive_full(at);
-      break;
-    }
-    claim_key_tile<kTileKeys>(claimed, claims, tile);
-    control.tile.arrive_full(at);
-    control.loaded.wait_full(loaded_at);
-    loaded_at.advance();
-  }
-  rewind_work_list(claims.list);
-}
-
 // Likewise, where another warp loads all of the tile.
 template <int kBlockN, typename Control>
 __device__ __forceinline__ void claim_key_tiles(Control& control) {
@@ -203,9 +174,10 @@ struct BulkTurns {
   int passed;    // ... and those of them that others know of
 
   template <typename KeyTile>
-  __device__ __forceinline__ void begin(const BackwardParams& p, const WorkItem& item, int kv_head, int adder = 0) {
-    own = KeyTile::turn(p, item, kv_head, adder);
-    distance = (p.in_order ? 1 : item.row / KeyTile::kKeys) * KeyTile::kCounters;
+  __device__ __forceinline__ void begin(const BackwardParams& p, const WorkItem& item, int kv_head) {
+    static_assert(KeyTile::kCounters == 1);
+    own = KeyTile::turn(p, item, kv_head, 0);
+    distance = p.in_order ? 1 : item.row / KeyTile::kKeys;
     told = p.in_order || item.row == 0;
     before = item.row == 0 ? 0x7fffffff : 0;
     added = passed = 0;

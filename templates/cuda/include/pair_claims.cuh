@@ -30,14 +30,6 @@ struct PairClaims {
     *const_cast<int*>(variable_of(&tiles[computed_here(at.slot)], 1)) = tile;
     mbarrier_release_cluster(address_of(smem_address(&told[at.slot]), 1));
   }
-  // The next tile of both, claimed or heard of, if that needs no waiting, else -1. By one thread of either.
-  __device__ __forceinline__ int try_claim(const RingPosition<kSlots>& at, int rank, WorkListHeader* list) {
-    if (rank != 0) return mbarrier_test(smem_address(&told[at.slot]), at.parity) ? hear(at) : -1;
-    if (!mbarrier_test(smem_address(&heard[at.slot]), at.parity ^ 1)) return -1;
-    const int tile = atomicAdd(&list->next_tile, 1);
-    tell(at, tile);
-    return tile;
-  }
   // By one thread of the second.
   __device__ __forceinline__ int hear(const RingPosition<kSlots>& at) {
     mbarrier_wait_cluster(smem_address(&told[at.slot]), at.parity);

@@ -39,7 +39,7 @@ struct alignas(16) RowSlice {
   int q_begin;
   int pair;
   bool summed;  // else dQ is complete in one tile
-  int tiles;    // of the pair, counted by each CTA that adds
+  int tiles;    // of the pair
 
   __device__ __forceinline__ bool ended() const { return row >= end; }
 
@@ -57,8 +57,8 @@ struct alignas(16) RowSlice {
   }
 };
 
-// What one thread claims by; in shared memory, since it has few registers. `kCtas` share a tile.
-template <int kBlockN, typename Units, int kCtas = 1>
+// What one thread claims by; in shared memory, since it has few registers.
+template <int kBlockN, typename Units>
 struct RowTasks {
   static constexpr int kNone = -1;
 
@@ -98,7 +98,7 @@ struct RowTasks {
     slice.end_head = slice.head + p.gqa_ratio;
     slice.q_begin = item.q_begin;
     slice.pair = pair_number(p, item, tile.head);
-    slice.tiles = slices * kCtas;
+    slice.tiles = slices;
     slice.summed = item.k_length > kBlockN;
     return slice;
   }
@@ -127,8 +127,8 @@ struct RowTasks {
 
   // Passes the next tile on when the last queries of the one before are on their way (as claim_key_tiles) and its rows are
   // prepared. Whether it waits for rows.
-  template <typename Control, typename Claim>
-  __device__ __forceinline__ bool pass_tile(const BackwardParams& p, Control& control, Claim claim) {
+  template <typename Control>
+  __device__ __forceinline__ bool pass_tile(const BackwardParams& p, Control& control) {
     constexpr int kSlots = sizeof(control.tiles) / sizeof(Tile);
     if (!is_tile_due(control)) return false;
     const Claims& claims = control.claims;
@@ -136,8 +136,7 @@ struct RowTasks {
     Tile& next = control.tiles[at.slot];
     if (claimed == kNone) {
       if (!control.tile.is_empty(at)) return false;
-      claimed = claim(at);
-      if (kCtas > 1 && claimed == kNone) return false;
+      claimed = atomicAdd(&claims.list->next_tile, 1);
       if (claimed >= claims.tiles) {
         no_tiles = true;
         next.head = -1;
@@ -185,13 +184,13 @@ struct RowTasks {
 };
 
 // Fills the ring of `control` as claim_key_tiles does, where another warp loads all of a tile, and begins to copy units of rows
-// meanwhile. claim(place in the ring) gives the number of a tile, or none yet. One thread.
-template <typename Units, typename Control, typename Claim>
-__device__ __forceinline__ void claim_tiles_and_rows(const BackwardParams& p, Control& control, uint32_t buffers, Claim claim) {
+// meanwhile. One thread.
+template <typename Units, typename Control>
+__device__ __forceinline__ void claim_tiles_and_rows(const BackwardParams& p, Control& control, uint32_t buffers) {
   auto& rows = control.rows;
   RingPosition<Units::kBuffers> at;
   while (!rows.done()) {
-    const bool tile_waits = rows.pass_tile(p, control, claim);
+    const bool tile_waits = rows.pass_tile(p, control);
     if (rows.slice.ended()) rows.find_slice(p, control.claims, tile_waits);
     if (rows.slice.ended() || !control.row_units.is_empty(at)) {
       __nanosleep(50);
@@ -207,18 +206,6 @@ __device__ __forceinline__ void claim_tiles_and_rows(const BackwardParams& p, Co
   rows.units[at.slot].task = kNoRows;
   control.row_units.arrive_full(at);
   rewind_work_list(control.claims.list);
-}
-
-template <typename Units, typename Control>
-__device__ __forceinline__ void claim_tiles_and_rows(const BackwardParams& p, Control& control, uint32_t buffers) {
-  claim_tiles_and_rows<Units>(p, control, buffers, [&](const auto&) { return atomicAdd(&control.claims.list->next_tile, 1); });
-}
-
-// Likewise, in pairs of CTAs.
-template <typename Units, typename Control>
-__device__ __forceinline__ void claim_tiles_and_rows_of_pair(const BackwardParams& p, Control& control, uint32_t buffers, int rank) {
-  claim_tiles_and_rows<Units>(p, control, buffers,
-                              [&](const auto& at) { return control.pair.try_claim(at, rank, control.claims.list); });
 }
 
 // Works on the units that are copied, in every warp of a warpgroup.

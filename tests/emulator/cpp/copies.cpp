@@ -363,24 +363,6 @@ void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barri
   preempt();
 }
 
-void store_async(uint32_t to, uint32_t barrier, const void* values, uint32_t bytes) {
-  EMU_ENTER();
-  const Place place = place_in_cluster(to), done = place_in_cluster(barrier);
-  if (place.cta != done.cta) fail("st.async to CTA %d completes on a barrier of CTA %d", place.cta->index, done.cta->index);
-  if (to % bytes) fail("st.async of %u bytes to 0x%x", bytes, to);
-  Cta& cta = *place.cta;
-  window(cta, place.address, bytes);
-  check_usable_by_copies(cta, done.address);
-  copy_lands(cta, place.address, bytes, done.address);
-  const std::vector<char> data(static_cast<const char*>(values), static_cast<const char*>(values) + bytes);
-  queue(cta, true, [=, &cta] {
-    std::memcpy(window(cta, place.address, bytes), data.data(), bytes);
-    clean(cta, place.address, bytes);
-    complete_bytes(cta, done.address, bytes);
-  });
-  preempt();
-}
-
 void bulk_store(void* global, uint32_t smem, uint32_t bytes, Combine combine) {
   EMU_ENTER();
   check_bulk(smem, global, bytes);

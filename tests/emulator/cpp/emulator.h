@@ -72,7 +72,6 @@ void tensor_prefetch(const void* map);
 void tensor_load(uint32_t smem, const void* map, uint32_t barrier, int rank, const int* coordinates, uint32_t ctas);
 void tensor_store(const void* map, uint32_t smem, int rank, const int* coordinates, Combine combine);
 void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier);
-void store_async(uint32_t to, uint32_t barrier, const void* values, uint32_t bytes);  // addresses in the cluster
 void bulk_store(void* global, uint32_t smem, uint32_t bytes, Combine combine);
 void bulk_commit();
 void bulk_wait(int pending, bool read_only);
