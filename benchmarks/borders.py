@@ -1,6 +1,6 @@
 """What dispatch picks along the mean length of a batch, beside the best of what it picks anywhere else.
 
-    PYTHONPATH=.pkg python benchmarks/borders.py [--head-dim 64] [--causal] [-o docs/borders.svg]
+    PYTHONPATH=.pkg python benchmarks/borders.py [--head-dim 64] [--causal] [--backward] [-o docs/borders.svg]
 
 Batches of --tokens tokens and uniformly drawn lengths, their mean from 16 to 8192 in half octaves and close to each
 border between regimes. On every batch the variants of all regimes are timed, interleaved, with a cold cache; the loss
@@ -13,30 +13,32 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from jagtile.generator.bench_worker import ColdClock
-from jagtile.generator.spec import KernelSpec
+from jagtile.generator.passes import pass_of
+from jagtile.generator.spec import Direction, KernelSpec
 from jagtile.generator.tile import Variant
 from jagtile.generator.workloads import Workload
 from jagtile.runtime.device import device_id, resolved
 from jagtile.runtime.dispatch import choose, choose_for_regime
-from jagtile.runtime.kernel import ForwardKernel
+from jagtile.runtime.kernel import Kernel
 from jagtile.runtime.loader import kernel_for
-from jagtile.runtime.problem import HUGE_MEAN, LONG_MEAN, REGIMES, SHORT_MEAN, TINY_MEAN
+from jagtile.runtime.problem import HUGE_MEAN, LONG_MEAN, SHORT_MEAN, TINY_MEAN, regimes_for
 from jagtile.tuning_db.store import Database
 
 _BORDERS = (TINY_MEAN, SHORT_MEAN, LONG_MEAN, HUGE_MEAN)
 HIDDEN_US = 300.0  # more than the host takes to enqueue a call
 
 
-def means(longest: int) -> list[int]:
-    """Mean lengths: half octaves from 16 on, and 6 % to either side of each border."""
-    octaves = {round(16 * 2 ** (step / 2)) for step in range(19)}
+def means(shortest: int, longest: int) -> list[int]:
+    """Mean lengths: half octaves, and 6 % to either side of each border."""
+    octaves = {round(2 ** (step / 2)) for step in range(2, 33)}
     borders = {round(border * side) for border in _BORDERS for side in (0.94, 1.06)}
-    return sorted(mean for mean in octaves | borders if mean <= longest)
+    return sorted(mean for mean in octaves | borders if shortest <= mean <= longest)
 
 
 def batch_of(mean: int, tokens: int, heads: int, head_dim: int, is_causal: bool) -> Workload:
@@ -52,23 +54,23 @@ def batch_of(mean: int, tokens: int, heads: int, head_dim: int, is_causal: bool)
 
 def variants(spec: KernelSpec, device: torch.device) -> list[Variant]:
     """What dispatch takes in any regime, once each."""
-    found = [choose_for_regime(spec, name, device_id(device), Database()).variant for name in REGIMES]
+    regimes = regimes_for(spec.direction, device.type)
+    found = [choose_for_regime(spec, name, device_id(device), Database()).variant for name in regimes]
     return list(dict.fromkeys(found))
 
 
 def measure(
-    w: Workload, kernels: dict[Variant, ForwardKernel], clock: ColdClock, device: torch.device, samples: int
+    w: Workload, kernels: dict[Variant, Kernel], clock: ColdClock, device: torch.device, samples: int
 ) -> dict[Variant, float]:
     """Median milliseconds of each variant, in interleaved rounds."""
-    batch = w.make(device, next(iter(kernels)).spec.dtype, seed=1)
-    out = torch.empty((w.total_q, w.num_heads, w.head_dim_v), dtype=batch.q.dtype, device=device)
+    spec = next(iter(kernels)).spec
+    one = pass_of(spec.direction)
+    given = one.make_set(w, spec.dtype, device, seed=1)
     times: dict[Variant, list[float]] = {variant: [] for variant in kernels}
     for turn in range(samples + 1):  # the first builds the work lists
         for variant in random.sample(list(kernels), len(kernels)):
             kernel = kernels[variant]
-            sample = clock.sample(
-                lambda kernel=kernel: kernel.forward(*batch[:5], out, None, w.head_dim**-0.5, False), HIDDEN_US
-            )
+            sample = clock.sample(lambda kernel=kernel: one.launch(kernel, w, given), HIDDEN_US)
             if turn:
                 times[variant].append(sample.ms)
     return {variant: statistics.median(found) for variant, found in times.items()}
@@ -84,9 +86,9 @@ def draw(rows: list[tuple[Workload, Variant, dict[Variant, float]]], title: str,
     figure, axes = pyplot.subplots(figsize=(8.0, 4.5), layout="constrained")
     places = [w.total_q / w.batch for w, _, _ in rows]
     for variant in rows[0][2]:
-        speeds = [w.flops / times[variant] / 1e9 for w, _, times in rows]
+        speeds = [w.flops_of(variant.spec.direction) / times[variant] / 1e9 for w, _, times in rows]
         axes.plot(places, speeds, marker=".", label=variant.config.name)
-    taken = [w.flops / times[variant] / 1e9 for w, variant, times in rows]
+    taken = [w.flops_of(variant.spec.direction) / times[variant] / 1e9 for w, variant, times in rows]
     axes.plot(places, taken, "o", fillstyle="none", color="black", label="dispatch")
     for border in _BORDERS:
         axes.axvline(border, color="grey", linewidth=0.5)
@@ -103,22 +105,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--tokens", type=int, default=1 << 16)
+    parser.add_argument("--shortest", type=int, default=16, help="smallest mean length")
     parser.add_argument("--longest", type=int, default=8192, help="largest mean length")
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--backward", action="store_true", help="not the forward")
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"))
     parser.add_argument("--samples", type=int, default=7)
     parser.add_argument("--most", type=float, default=1.10, help="loss that is still fine")
     parser.add_argument("-o", "--output", type=Path, help="draw to FILE (.svg, .png)")
     options = parser.parse_args()
     device = resolved(torch.device(options.device))
-    spec = KernelSpec("fwd", options.dtype, options.head_dim, options.head_dim, options.causal)
+    direction: Direction = "bwd" if options.backward else "fwd"
+    spec = KernelSpec(direction, options.dtype, options.head_dim, options.head_dim, options.causal)
     kernels = {variant: kernel_for(variant, device) for variant in variants(spec, device)}
     clock, worst, rows = ColdClock(device), 1.0, []
-    for mean in means(options.longest):
+    for mean in means(options.shortest, options.longest):
         w = batch_of(mean, options.tokens, options.heads, options.head_dim, options.causal)
-        taken = choose(w.problem(options.dtype), device_id(device), Database())
+        taken = choose(replace(w.problem(options.dtype), spec=spec), device_id(device), Database())
         times = measure(w, kernels, clock, device, options.samples)
         rows.append((w, taken.variant, times))
         best = min(times, key=times.__getitem__)

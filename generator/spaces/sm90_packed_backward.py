@@ -52,7 +52,7 @@ class SmemLayout:
 
 
 # block_n, num_stages, ctas_per_sm; the last is legal for every head dim
-_DEFAULTS = ((64, 2, 2), (32, 2, 2), (64, 2, 1), (32, 2, 1), (32, 1, 1))
+_DEFAULTS = ((48, 2, 2), (32, 2, 2), (48, 2, 1), (32, 2, 1), (32, 1, 1))
 
 
 def smem_layout(spec: KernelSpec, config: Sm90PackedBackwardConfig) -> SmemLayout:
@@ -87,6 +87,7 @@ class Sm90PackedBackwardSpace:
     algorithm = Sm90PackedBackwardConfig.algorithm
     template = "cuda/sm90/packed_backward.cu.j2"
     config_type: type[TileConfig] = Sm90PackedBackwardConfig
+    regimes = ("tiny",)  # in which its default goes before that of the persistent backward
 
     def serves(self, spec: KernelSpec) -> str | None:
         """bf16 and fp16, head dims that are multiples of 8, up to what registers have room for."""
@@ -122,7 +123,7 @@ class Sm90PackedBackwardSpace:
         return None
 
     def default(self, spec: KernelSpec) -> TileConfig:
-        """The most CTAs an SM that the head dims allow, by arithmetic: nothing is measured yet."""
+        """The most CTAs an SM that the head dims allow; 48 rows a step were the fastest (docs/performance-log.md)."""
         for knobs in _DEFAULTS:
             config = Sm90PackedBackwardConfig(*knobs)
             if self.rejection(spec, config) is None:

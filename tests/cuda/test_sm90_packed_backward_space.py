@@ -20,6 +20,7 @@ from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant, config_from_dict, legal_configs, spaces_of
 from jagtile.runtime.dispatch import default_variant
 from jagtile.runtime.errors import IllegalConfigError
+from jagtile.runtime.problem import REGIMES
 
 SPACE = Sm90PackedBackwardSpace()
 D64 = KernelSpec.parse("bwd_bf16_d64")
@@ -54,10 +55,11 @@ def test_every_head_dim_up_to_128_is_served(dim: int) -> None:
         assert SPACE.rejection(spec, SPACE.default(spec)) is None
 
 
-def test_the_measured_algorithm_stays_the_default() -> None:
+def test_it_is_the_default_of_tiny_sequences_only() -> None:
     first, *others = [space.algorithm for space in spaces_of("sm_90a", D64)]
     assert (first, others) == ("keyblocks", [SPACE.algorithm])
-    assert default_variant(D64, "sm_90a", "tiny").space.algorithm == first
+    taken = {regime: default_variant(D64, "sm_90a", regime).space.algorithm for regime in REGIMES}
+    assert taken == {regime: SPACE.algorithm if regime == "tiny" else first for regime in REGIMES}
 
 
 @pytest.mark.parametrize(

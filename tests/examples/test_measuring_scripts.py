@@ -56,11 +56,12 @@ def test_one_slow_batch_is_enough_to_fail(random_batches):
 
 
 def test_mean_lengths_lie_on_both_sides_of_every_border(borders):
-    assert min(borders.means(8192)) == 16
-    assert max(borders.means(8192)) == 8192
-    assert max(borders.means(100)) <= 100
+    assert min(borders.means(16, 8192)) == 16
+    assert max(borders.means(16, 8192)) == 8192
+    assert max(borders.means(16, 100)) <= 100
+    assert min(borders.means(2, 100)) == 2
     seen = []
-    for mean in borders.means(8192):
+    for mean in borders.means(16, 8192):
         w = borders.batch_of(mean, 1 << 16, 16, 64, False)
         assert w.total_q == mean * w.batch
         assert abs(w.total_q - (1 << 16)) <= 2 * mean
