@@ -269,6 +269,8 @@ def _backward_step_clocks(config: Sm90BackwardConfig, spec: KernelSpec) -> Mappi
     dim, dim_v = spec.head_dim, spec.head_dim_v
     groups, queries, keys = config.warpgroups, config.block_m, config.block_n
     element, per_query, per_step = 2, *_BACKWARD_ISSUE
+    polynomial = _spared(config.polynomial)
+    per_query += polynomial * _POLYNOMIAL_ISSUE
     # K and V are A operands of S and dP; Q and dO are read for two products each, by every warpgroup.
     read = element * keys * (dim * ("k" not in config.held) + dim_v * ("v" not in config.held))
     read += element * groups * queries * 2 * (dim + dim_v)
@@ -279,7 +281,7 @@ def _backward_step_clocks(config: Sm90BackwardConfig, spec: KernelSpec) -> Mappi
     fill = element * queries * (dim + dim_v)
     return {
         "tensor": 2 * queries * keys * (3 * dim + 2 * dim_v) / MMA_FLOPS,
-        "exp": queries * keys / EXPONENTIALS,
+        "exp": queries * keys * (1 - polynomial) / EXPONENTIALS,
         "smem": (read + scores + staged + fill) / SMEM_BYTES,
         "issue": groups * (per_query * queries + per_step) * 4 / ISSUE_SLOTS,
         "l2": fill / L2_BYTES,
@@ -323,12 +325,17 @@ def _memory_us(variant: Variant, workload: Workload, device: Facts) -> float:
     return (workload.input_bytes(element) + element * rows) / (device.bandwidth_gbs or float("inf")) / 1e3
 
 
+def _spared(polynomial: int) -> float:
+    """The share of elements that is spared MUFU."""
+    return 1 / polynomial if polynomial else 0.0
+
+
 def _step_clocks(config: Sm90ForwardConfig, dim: int, dim_v: int) -> Mapping[str, float]:
     """Clocks that each unit of the SM is busy with one step of one CTA."""
     groups, rows, keys = config.warpgroups, config.block_m, config.block_n
     padded = -(-dim // 16) * 16  # wgmma's depth
     element_slots, column_slots, step_slots = _ISSUE
-    polynomial = 1 / config.polynomial if config.polynomial else 0.0  # the share of elements that is spared MUFU
+    polynomial = _spared(config.polynomial)
     element_slots += polynomial * _POLYNOMIAL_ISSUE
     read = groups * (128 * dim + 2 * keys * dim) + groups * 2 * keys * dim_v  # each warpgroup reads all of K and V
     fill = 2 * keys * (dim + dim_v)

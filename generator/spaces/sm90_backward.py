@@ -25,6 +25,8 @@ FRAGMENT_LIMIT = {(1, 1): 208, (1, 2): 160, (2, 1): 208, (3, 1): 128}
 # Beside a warpgroup that works on rows (row_tasks.cuh), which has as many as the one that feeds: (producer, consumer).
 FUSED_REGISTERS = {(1, 1): (56, 256), (1, 2): (24, 192), (2, 1): (24, 232), (3, 1): (24, 144)}
 MOST_AHEAD = 8  # steps
+POLYNOMIALS = (0, 8, 4, 2)
+POLYNOMIAL_COLUMNS = 64  # of the wider head dim: above, products take much longer than exponentials
 Split = Literal["rows", "columns", "alternate"]
 
 
@@ -46,6 +48,7 @@ class Sm90BackwardConfig(TileConfig):
     fused: bool = field(default=False, metadata={"short": "f"})  # passes over rows beside the tiles, not as kernels
     claim_ahead: int = field(default=0, metadata={"short": "a"})  # steps before a tile's last loads
     row_buffers: int = field(default=2, metadata={"short": "r"})  # of rows beside the tiles
+    polynomial: int = field(default=0, metadata={"short": "p"})  # exponentials of each p-th pair by FMA; 0: none
 
     @property
     def warpgroups(self) -> int:
@@ -176,9 +179,11 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
 
     Without it, dQ of the step before is multiplied when S and dP are gone, and dP when the dS of the step before is.
     What counts beside them, with and without ``overlap``, is what compiling shows; so is what is added for ``fused``,
-    with which math warps have 8 registers less, of three warpgroups 16, with two CTAs an SM 24.
+    with which math warps have 8 registers less, of three warpgroups 16, with two CTAs an SM 24, and for ``polynomial``.
     """
     kept = spec.head_dim // 2 + spec.head_dim_v // 2 + held_registers(spec, config)
+    if config.polynomial and config.block_m == 128 and (config.late_dq or config.overlap):
+        kept += 16
     if config.fused and config.warpgroups == 3:
         kept += 16 if config.kv_stages == 1 else 12
         if config.late_dq and not config.early_dv:
@@ -187,7 +192,7 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     if not config.early_dv:
         beside = 10 if not config.overlap else 40 if config.block_m == 64 else 16
         if config.fused:
-            beside += _beside_rows(config)
+            beside += _beside_rows(spec, config)
         return kept + max(2 * scores, dq + 2 * packed) + beside
     with_p = 2 * scores + packed
     most = with_p + dq if config.late_dq else max(with_p, dq + 2 * packed)
@@ -199,12 +204,15 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     return kept + most + (packed if config.overlap else 0)
 
 
-def _beside_rows(config: Sm90BackwardConfig) -> int:
+def _beside_rows(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     """What counts more without ``early_dv`` for a warpgroup with rows, as compiling shows."""
     held = config.held != "none"
     if config.block_m == 128:
         return 24 if held and config.overlap else 8 if held or config.late_dq else 0
-    return 0 if not held else 4 if config.late_dq else 8
+    if not held or not config.late_dq:
+        return 8 if held else 0
+    wider = spec.head_dim_v > spec.head_dim
+    return 4 + 4 * wider + 4 * (wider and spec.head_dim == 64)
 
 
 def num_threads(config: Sm90BackwardConfig) -> int:
@@ -264,6 +272,7 @@ class Sm90BackwardSpace:
             "fused": (True, False),
             "claim_ahead": (0, 2, 5),
             "row_buffers": (2, 4),
+            "polynomial": POLYNOMIALS if max(spec.head_dim, spec.head_dim_v) <= POLYNOMIAL_COLUMNS else (0,),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
@@ -290,6 +299,10 @@ class Sm90BackwardSpace:
             return f"kv_stages must be 1, 2 or 3, got {config.kv_stages}"
         if config.held not in ("none", "v", "kv"):
             return f"held must be none, v or kv, got {config.held}"
+        if config.polynomial not in POLYNOMIALS:
+            return f"polynomial must be one of {', '.join(map(str, POLYNOMIALS))}, got {config.polynomial}"
+        if config.polynomial and (widest := max(spec.head_dim, spec.head_dim_v)) > POLYNOMIAL_COLUMNS:
+            return f"polynomial: a head dim of {widest} > {POLYNOMIAL_COLUMNS}: products take longer than exponentials"
         smem, room = smem_layout(spec, config).total, smem_room(config.ctas_per_sm)
         if smem > room:
             return f"shared memory {smem} B > {room} B a CTA with {config.ctas_per_sm} an SM"

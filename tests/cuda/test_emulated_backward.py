@@ -49,6 +49,8 @@ CASES: tuple[tuple[str, Sm90BackwardConfig], ...] = (
     ("bwd_fp16_d64", config("red", stages=3, kv=2, held="kv", late_dq=True, early_dv=False)),
     ("bwd_bf16_d64", config("bulk", block_m=128, early_dv=False)),
     ("bwd_bf16_d96_causal", config("bulk")),
+    ("bwd_fp16_d64_causal", config("bulk", block_m=128, early_dv=False, polynomial=4)),
+    ("bwd_bf16_d32", config("bulk", keys=64, ctas=2, polynomial=2)),
 )
 LENGTHS = (0, 1, 63, 0, 65, 129)
 QUERIES, KEYS = (5, 0, 130, 1, 64, 140), (150, 70, 0, 1, 20, 70)

@@ -1,4 +1,7 @@
-"""Exponentials by a polynomial (templates/cuda/include/polynomial_exp.cuh): its accuracy, and scores beyond range."""
+"""Exponentials by a polynomial (templates/cuda/include/polynomial_exp.cuh): its accuracy, and scores beyond range.
+
+And the backward's probabilities of which some are made by it (polynomial_probabilities.cuh).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from jagtile.generator.spaces.sm90_forward import HEADROOM, OUTGROWN
 PER_THREAD, EVERY = 32, 4
 TEXT = f"""
 #include "cuda/include/fragments.cuh"
+#include "cuda/include/gradients.cuh"
 #include "cuda/include/polynomial_exp.cuh"
+#include "cuda/include/polynomial_probabilities.cuh"
 #include "cuda/include/softmax.cuh"
 
 template <int kTop>
@@ -29,6 +34,13 @@ __device__ void of(float* scores, const float* offsets, float* sums) {{
 
 extern "C" __global__ void bf16(float* scores, const float* offsets, float* sums) {{ of<1>(scores, offsets, sums); }}
 extern "C" __global__ void fp16(float* scores, const float* offsets, float* sums) {{ of<14>(scores, offsets, sums); }}
+
+extern "C" __global__ void probabilities(float* scores, const float* lse) {{
+  float mine[{PER_THREAD}];
+  for (int i = 0; i < {PER_THREAD}; ++i) mine[i] = scores[{PER_THREAD} * threadIdx.x + i];
+  probabilities_by_both<{EVERY}>(mine, StatsInMemory(lse, threadIdx.x % 4), 0.5f);
+  for (int i = 0; i < {PER_THREAD}; ++i) scores[{PER_THREAD} * threadIdx.x + i] = mine[i];
+}}
 
 extern "C" __global__ void outgrown(const float* probabilities, int* bf16, int* fp16) {{
   uint32_t packed[1][4] = {{}};
@@ -97,3 +109,26 @@ def test_a_row_that_saw_no_key_yet_has_outgrown_its_reference() -> None:
     scores = torch.tensor([[0.0], [-float("inf")]]).repeat(1, PER_THREAD)
     snippet()("bf16", 1, 2, scores, torch.full((2,), -float("inf")), torch.zeros(2, 2))
     assert (scores.view(2, -1, EVERY, 2)[:, :, -1] == 2).all()
+
+
+def probabilities(exponents: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """Of threads with 32 scores each: 8 groups of two rows and two columns, whose lse is given."""
+    columns = 8 * torch.arange(8) + 2 * (torch.arange(len(exponents)) % 4)[:, None]
+    offset = lse[columns[:, :, None] + torch.arange(2)][:, :, None]  # (threads, groups, 1, columns)
+    scores = (2 * (exponents.view(-1, 8, 2, 2).double() + offset.nan_to_num(0.0, 0.0))).float().contiguous()
+    snippet()("probabilities", 1, len(scores), scores, lse)
+    return scores.view(len(scores), -1)
+
+
+def test_probabilities_are_those_of_their_columns_whichever_way_they_are_made() -> None:
+    exponents = -120 * torch.rand(64, PER_THREAD, generator=torch.Generator().manual_seed(0))
+    lse = torch.linspace(-40, 60, 64)
+    relative = probabilities(exponents, lse).double() / torch.exp2(exponents.double()) - 1
+    assert relative.abs().max() < 1.1e-4
+    made_by_it = relative.view(64, -1, EVERY, 2)[:, :, -1]
+    assert made_by_it.abs().max() > 1e-5 > relative.view(64, -1, EVERY, 2)[:, :, :-1].abs().max()
+
+
+def test_queries_that_see_nothing_have_no_probabilities() -> None:
+    found = probabilities(torch.randn(4, PER_THREAD), torch.full((64,), float("inf")))
+    assert torch.equal(found, torch.zeros_like(found))

@@ -76,6 +76,8 @@ def test_the_default_takes_what_there_is_room_for(name: str, tile: str) -> None:
         ({"claim_ahead": 9}, "claim_ahead must be 0 to 8, got 9"),
         ({"row_buffers": 3, "fused": True}, "row_buffers must be 2, or 4 where fused, got 3"),
         ({"row_buffers": 4}, "row_buffers must be 2, or 4 where fused, got 4"),
+        ({"polynomial": 3}, "polynomial must be one of 0, 8, 4, 2, got 3"),
+        ({"polynomial": 4}, "polynomial: a head dim of 128 > 64"),
         ({"ctas_per_sm": 2}, "64K registers"),
         ({"num_stages": 4}, "shared memory 265216 B > 232448 B"),
         ({"kv_stages": 4}, "kv_stages must be 1, 2 or 3"),

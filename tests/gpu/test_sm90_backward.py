@@ -78,6 +78,8 @@ CASES = (
     ("bwd_bf16_d64_causal", LONG_STEPS | {"kv_stages": 1, "late_dq": False, "fused": True, "claim_ahead": 5}),
     ("bwd_bf16_d64", SHORT_STEPS | {"late_dq": False, "fused": True, "claim_ahead": 2, "row_buffers": 4}),
     ("bwd_bf16_d128", {"claim_ahead": 5}),
+    ("bwd_fp16_d64_causal", {"overlap": False, "polynomial": 4}),
+    ("bwd_bf16_d32", {"polynomial": 2}),
     ("bwd_bf16_d96_causal", EARLY_DV | {"block_n": 64}),
     ("bwd_bf16_d64_dv128", {}),
     ("bwd_bf16_d128_dv64_causal", {}),

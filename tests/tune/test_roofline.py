@@ -47,6 +47,19 @@ def test_long_sequences_are_bound_by_the_tensor_cores_and_small_head_dims_by_exp
     assert roofline(polynomial, replace(SQUARE, head_dim=32, head_dim_v=32), DEVICE).bound == "issue"
 
 
+def test_a_backward_is_spared_exponentials_that_a_polynomial_makes():
+    spec = KernelSpec.parse("bwd_bf16_d32")
+    tile = parse_config(TARGET, "keyblocks_m128_n128_s2_c1_dbulk_o0_k2_hkv_l0_e0")
+    alone, some, half = (
+        roofline(
+            Variant(TARGET, spec, replace(tile, polynomial=every)), replace(SQUARE, head_dim=32, head_dim_v=32), DEVICE
+        ).us
+        for every in (0, 4, 2)
+    )
+    assert 0.75 < some / alone < 1
+    assert some != half
+
+
 def test_masked_keys_cost_nothing_and_unused_rows_of_a_tile_do():
     full, masked = (roofline(TILE, replace(SQUARE, is_causal=causal), DEVICE).us for causal in (False, True))
     assert 0.5 < masked / full < 0.6
