@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -113,17 +114,23 @@ def test_checks_are_small_fixed_and_hold_the_edges(causal):
 @pytest.mark.parametrize("target", ["cpu", "sm_90a"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dims", [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256), (17, 17)])
-def test_what_stands_for_a_regime_belongs_to_it(target, causal, head_dims):
-    spec = KernelSpec("fwd", "bf16", *head_dims, causal)
-    for name in regimes_for("fwd", target):
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_what_stands_for_a_regime_belongs_to_it(target, causal, head_dims, direction):
+    spec = KernelSpec(direction, "bf16", *head_dims, causal)
+    for name in regimes_for(direction, target):
         for w in representative(spec, name, target):
-            assert w.spec("bf16") == spec
+            assert w.spec("bf16") == replace(spec, direction="fwd")
             problem = Problem(spec, w.batch, w.total_q, w.total_k, w.num_heads, w.num_heads_kv)
             assert regime(problem, target) == name or "skew" in w.name  # only max_seqlen tells that it is skewed
             longest = Problem(
                 spec, w.batch, w.total_q, w.total_k, w.num_heads, w.num_heads_kv, max(w.seqlens_q), max(w.seqlens_k)
             )
             assert regime(longest, target) == name
+
+
+def test_short_sequences_of_a_backward_are_not_all_skewed():
+    longest = [max(w.seqlens_k) for w in representative(KernelSpec.parse("bwd_bf16_d128"), "short", "sm_90a")]
+    assert min(longest) <= 128 < max(longest)
 
 
 def test_an_unknown_regime_is_refused_with_the_known_ones():
