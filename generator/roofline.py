@@ -212,7 +212,8 @@ def _hopper_backward(variant: Variant, config: Sm90BackwardConfig, workload: Wor
     """Every warpgroup has a part of the keys, and all of their products."""
     spec, ctas = variant.spec, config.ctas_per_sm
     units = _backward_step_clocks(config, spec)
-    alone = (units["tensor"] + units["exp"]) * (_BACKWARD_HIDDEN if config.overlap or config.late_dq else 1)
+    hidden = config.overlap or config.late_dq or config.late_dk
+    alone = (units["tensor"] + units["exp"]) * (_BACKWARD_HIDDEN if hidden else 1)
     waits = {**{unit: clocks * ctas for unit, clocks in units.items()}, "latency": alone + 2 * _STEP_LATENCY}
     step = _together(waits)
     if config.dq == "red":
@@ -277,6 +278,7 @@ def _backward_step_clocks(config: Sm90BackwardConfig, spec: KernelSpec) -> Mappi
     scores, values = element * keys * queries, element * keys * dim
     split = dq_split(spec, config)
     read += groups * scores + values if split == "columns" else scores + (groups if split == "rows" else 1) * values
+    read += scores if config.late_dk else 0  # dK's dS^T is not in registers any more
     staged = 2 * 4 * queries * dim if config.dq == "bulk" else 0
     fill = element * queries * (dim + dim_v)
     return {

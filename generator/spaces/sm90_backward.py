@@ -49,6 +49,7 @@ class Sm90BackwardConfig(TileConfig):
     claim_ahead: int = field(default=0, metadata={"short": "a"})  # steps before a tile's last loads
     row_buffers: int = field(default=2, metadata={"short": "r"})  # of rows beside the tiles
     polynomial: int = field(default=0, metadata={"short": "p"})  # exponentials of each p-th pair by FMA; 0: none
+    late_dk: bool = field(default=False, metadata={"short": "t"})  # dK of a step is multiplied in the next one
 
     @property
     def warpgroups(self) -> int:
@@ -115,7 +116,7 @@ def smem_layout(spec: KernelSpec, config: Sm90BackwardConfig) -> SmemLayout:
     return SmemLayout(
         k_bytes=config.kv_stages * config.block_n * k_panels * 128,
         v_bytes=config.kv_stages * config.block_n * v_panels * 128,
-        q_bytes=config.num_stages * config.block_m * k_panels * 128,
+        q_bytes=(config.num_stages + config.late_dk) * config.block_m * k_panels * 128,
         dout_bytes=config.num_stages * config.block_m * v_panels * 128,
         ds_bytes=2 * config.block_n * panel_count(config.block_m) * 128,
         dq_bytes=_dq_bytes(spec, config),
@@ -272,6 +273,7 @@ class Sm90BackwardSpace:
             "fused": (True, False),
             "claim_ahead": (0, 2, 5),
             "row_buffers": (2, 4),
+            "late_dk": (False, True),
             "polynomial": POLYNOMIALS if max(spec.head_dim, spec.head_dim_v) <= POLYNOMIAL_COLUMNS else (0,),
         }
 
@@ -299,6 +301,13 @@ class Sm90BackwardSpace:
             return f"kv_stages must be 1, 2 or 3, got {config.kv_stages}"
         if config.held not in ("none", "v", "kv"):
             return f"held must be none, v or kv, got {config.held}"
+        if config.late_dk and (
+            config.overlap or config.late_dq or config.early_dv or dq_split(spec, config) == "alternate"
+        ):
+            return (
+                "late_dk: every warpgroup must have a part of each dQ (block_m 64 a warpgroup, or head_dim above 64 "
+                "with two of them), without overlap, late_dq and early_dv"
+            )
         if config.polynomial not in POLYNOMIALS:
             return f"polynomial must be one of {', '.join(map(str, POLYNOMIALS))}, got {config.polynomial}"
         if config.polynomial and (widest := max(spec.head_dim, spec.head_dim_v)) > POLYNOMIAL_COLUMNS:

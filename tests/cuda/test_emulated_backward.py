@@ -51,6 +51,9 @@ CASES: tuple[tuple[str, Sm90BackwardConfig], ...] = (
     ("bwd_bf16_d96_causal", config("bulk")),
     ("bwd_fp16_d64_causal", config("bulk", block_m=128, early_dv=False, polynomial=4)),
     ("bwd_bf16_d32", config("bulk", keys=64, ctas=2, polynomial=2)),
+    ("bwd_bf16_d64_causal", config("bulk", block_m=128, early_dv=False, late_dk=True)),
+    ("bwd_fp16_d96", config("bulk", early_dv=False, held="v", late_dk=True)),
+    ("bwd_bf16_d24_dv32", config("red", keys=64, ctas=2, kv=2, early_dv=False, late_dk=True, polynomial=4)),
 )
 LENGTHS = (0, 1, 63, 0, 65, 129)
 QUERIES, KEYS = (5, 0, 130, 1, 64, 140), (150, 70, 0, 1, 20, 70)

@@ -17,6 +17,7 @@ from jagtile.generator.workloads import Workload
 
 SPEC = KernelSpec.parse("bwd_bf16_d32")
 FUSED = Sm90BackwardConfig(64, 64, 2, 1, "bulk", False, 1, "none", True, early_dv=False, fused=True)
+LATE_DK = Sm90BackwardConfig(64, 64, 2, 1, "bulk", False, 1, "none", False, early_dv=False, late_dk=True)
 LENGTHS = (300, 40, 0, 200)
 MISTAKES: dict[str, tuple[str, str, str]] = {
     "the first tile adds to sums that nobody has zeroed": (
@@ -60,6 +61,23 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "not ordered after|arrivals more than",
     ),
 }
+LATE_DK_MISTAKES: dict[str, tuple[str, str, str]] = {
+    "dK is multiplied from the dS^T that is being made": (
+        "(left + 1) % 2 * kDsBytes",
+        "left % 2 * kDsBytes",
+        "race on|wrong",
+    ),
+    "dP is read while it is multiplied": (
+        "<1>();\n      pin_registers(dp)",
+        "<2>();\n      pin_registers(dp)",
+        "wgmma|wrong",
+    ),
+    "Q is handed back before dK is made of it": (
+        "      probabilities_of_scores(first_half(scores)",
+        "      if (leader) control.q.arrive_empty(q_before);\n      probabilities_of_scores(first_half(scores)",
+        "race on|arrivals more than|wrong",
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -72,12 +90,12 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
 
 
-def outcome(mistake: tuple[str, str] | None) -> str | None:
+def outcome(mistake: tuple[str, str] | None, tile: Sm90BackwardConfig = FUSED) -> str | None:
     """What the emulator reports of two launches; None, if nothing; "wrong", if nothing but the numbers are."""
     change = kernels.substitution(*mistake) if mistake is not None else None
     w = Workload("some", LENGTHS, LENGTHS, 2, 1, SPEC.head_dim, SPEC.head_dim_v, SPEC.causal)
     try:
-        assert_right(kernels.artifact(Variant("sm_90a", SPEC, FUSED), change), w, launches=2)
+        assert_right(kernels.artifact(Variant("sm_90a", SPEC, tile), change), w, launches=2)
     except EmulatorError as error:
         return str(error)
     except AssertionError:
@@ -86,12 +104,20 @@ def outcome(mistake: tuple[str, str] | None) -> str | None:
 
 
 def test_nothing_is_found_in_the_kernel_as_it_is() -> None:
-    assert [outcome(None) for _ in range(4)] == [None] * 4
+    assert [outcome(None, tile) for tile in (FUSED, LATE_DK) for _ in range(4)] == [None] * 8
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_it_is_found(mistake: str) -> None:
     old, new, report = MISTAKES[mistake]
     found = outcome((old, new))
+    assert found is not None
+    assert re.search(report, found, re.DOTALL), found
+
+
+@pytest.mark.parametrize("mistake", LATE_DK_MISTAKES)
+def test_it_is_found_where_dk_is_late(mistake: str) -> None:
+    old, new, report = LATE_DK_MISTAKES[mistake]
+    found = outcome((old, new), LATE_DK)
     assert found is not None
     assert re.search(report, found, re.DOTALL), found

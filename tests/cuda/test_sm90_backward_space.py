@@ -76,6 +76,8 @@ def test_the_default_takes_what_there_is_room_for(name: str, tile: str) -> None:
         ({"claim_ahead": 9}, "claim_ahead must be 0 to 8, got 9"),
         ({"row_buffers": 3, "fused": True}, "row_buffers must be 2, or 4 where fused, got 3"),
         ({"row_buffers": 4}, "row_buffers must be 2, or 4 where fused, got 4"),
+        ({"late_dk": True}, "late_dk: every warpgroup must have a part of each dQ"),
+        ({"late_dk": True, "early_dv": False, "block_n": 192}, "late_dk: every warpgroup must have a part of each dQ"),
         ({"polynomial": 3}, "polynomial must be one of 0, 8, 4, 2, got 3"),
         ({"polynomial": 4}, "polynomial: a head dim of 128 > 64"),
         ({"ctas_per_sm": 2}, "64K registers"),
@@ -118,6 +120,7 @@ def test_shared_memory_is_the_sum_of_its_regions() -> None:
     assert (layout.ds_bytes, layout.dq_bytes, layout.stats_bytes) == (32768, 32768, 1024)
     assert SPACE.launch(D128, BASE)["smem_bytes"] == layout.total == 6 * 32768 + 2048
     assert smem_layout(D128, replace(BASE, dq="red")).total == layout.total - layout.dq_bytes
+    assert smem_layout(D128, replace(BASE, late_dk=True)).q_bytes == layout.q_bytes * 3 // 2
 
 
 @pytest.mark.parametrize(
