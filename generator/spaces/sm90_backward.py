@@ -272,7 +272,7 @@ class Sm90BackwardSpace:
             "early_dv": (False, True),
             "fused": (True, False),
             "claim_ahead": (0, 2, 5),
-            "row_buffers": (2, 4),
+            "row_buffers": (2, 4, 1),
             "late_dk": (False, True),
             "polynomial": POLYNOMIALS if max(spec.head_dim, spec.head_dim_v) <= POLYNOMIAL_COLUMNS else (0,),
         }
@@ -295,8 +295,8 @@ class Sm90BackwardSpace:
             return "fused: the warp that adds dQ by bulk copies tells of complete tiles: dq must be bulk"
         if not 0 <= config.claim_ahead <= MOST_AHEAD:
             return f"claim_ahead must be 0 to {MOST_AHEAD}, got {config.claim_ahead}"
-        if config.row_buffers not in (2, 4) or (config.row_buffers > 2 and not config.fused):
-            return f"row_buffers must be 2, or 4 where fused, got {config.row_buffers}"
+        if config.row_buffers not in (1, 2, 4) or (config.row_buffers != 2 and not config.fused):
+            return f"row_buffers must be 2, or where fused 1 or 4, got {config.row_buffers}"
         if config.kv_stages not in (1, 2, 3):
             return f"kv_stages must be 1, 2 or 3, got {config.kv_stages}"
         if config.held not in ("none", "v", "kv"):

@@ -83,6 +83,7 @@ CASES = (
     ("bwd_bf16_d64_causal", {"overlap": False, "late_dk": True}),
     ("bwd_fp16_d64", {"overlap": False, "late_dk": True, "polynomial": 4}),
     ("bwd_bf16_d128", {"late_dq": False, "fused": False, "late_dk": True}),
+    ("bwd_bf16_d128_causal", {"late_dq": False, "row_buffers": 1, "late_dk": True}),
     ("bwd_bf16_d64", SHORT_STEPS | {"block_n": 64, "ctas_per_sm": 2, "late_dq": False, "late_dk": True}),
     ("bwd_bf16_d96_causal", EARLY_DV | {"block_n": 64}),
     ("bwd_bf16_d64_dv128", {}),
