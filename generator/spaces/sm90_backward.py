@@ -160,8 +160,15 @@ def early_lse(spec: KernelSpec, config: Sm90BackwardConfig) -> bool:
 
 def stats_in_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> bool:
     """Whether registers have room for what several columns have of lse and delta, as compiling shows."""
-    late_p = not config.early_dv and config.kv_stages > 1
+    late_p = not config.early_dv and config.kv_stages > 1 and not config.late_dk
     return config.late_dq or late_p or early_lse(spec, config)
+
+
+def stats_type(spec: KernelSpec, config: Sm90BackwardConfig) -> str:
+    """How a thread reads lse and delta (gradients.cuh, stats_by_fours.cuh)."""
+    if stats_in_registers(spec, config):
+        return "StatsInRegisters<kBlockM>"
+    return "StatsByFours<kBlockM>" if config.late_dk else "StatsInMemory"
 
 
 def held_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
@@ -308,6 +315,8 @@ class Sm90BackwardSpace:
                 "late_dk: every warpgroup must have a part of each dQ (block_m 64 a warpgroup, or head_dim above 64 "
                 "with two of them), without overlap, late_dq and early_dv"
             )
+        if config.late_dk and config.block_m == 128 and config.kv_stages > 1 and not config.fused:
+            return "late_dk: with block_m 128 and several kv_stages the warps that feed spill, unless fused"
         if config.polynomial not in POLYNOMIALS:
             return f"polynomial must be one of {', '.join(map(str, POLYNOMIALS))}, got {config.polynomial}"
         if config.polynomial and (widest := max(spec.head_dim, spec.head_dim_v)) > POLYNOMIAL_COLUMNS:
@@ -351,7 +360,7 @@ class Sm90BackwardSpace:
             "dq_split": split,
             "dq_columns": columns,
             "early_lse": early_lse(spec, config),
-            "stats_type": "StatsInRegisters<kBlockM>" if stats_in_registers(spec, config) else "StatsInMemory",
+            "stats_type": stats_type(spec, config),
             "dq_stages": dq_stages(spec, config),
             "dq_parts": 1 if split == "alternate" else config.warpgroups,
             "dq_part_bytes": 64 * columns * 4,

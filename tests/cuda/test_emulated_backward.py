@@ -206,10 +206,10 @@ FUSED = tuple(
 FUSED += tuple(
     (name, config("bulk", early_dv=False, fused=True, **knobs))
     for name, knobs in (
+        ("bwd_fp16_d96_causal", {"late_dk": True, "row_buffers": 1}),
         ("bwd_bf16_d32", {"keys": 192, "kv": 2}),
         ("bwd_fp16_d64_causal", {"keys": 64, "ctas": 2, "held": "v", "late_dq": True}),
         ("bwd_bf16_d32_causal", {"keys": 128, "kv": 3, "late_dq": True}),
-        ("bwd_fp16_d96_causal", {"late_dk": True, "row_buffers": 1}),
     )
 )
 CAUSAL_FUSED = tuple(case for case in FUSED if KernelSpec.parse(case[0]).causal)
