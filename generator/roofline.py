@@ -278,7 +278,6 @@ def _backward_step_clocks(config: Sm90BackwardConfig, spec: KernelSpec) -> Mappi
     scores, values = element * keys * queries, element * keys * dim
     split = dq_split(spec, config)
     read += groups * scores + values if split == "columns" else scores + (groups if split == "rows" else 1) * values
-    read += scores if config.late_dk else 0  # dK's dS^T is not in registers any more
     staged = 2 * 4 * queries * dim if config.dq == "bulk" else 0
     fill = element * queries * (dim + dim_v)
     return {

@@ -190,8 +190,8 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     with which math warps have 8 registers less, of three warpgroups 16, with two CTAs an SM 24, and for ``polynomial``.
     """
     kept = spec.head_dim // 2 + spec.head_dim_v // 2 + held_registers(spec, config)
-    if config.polynomial and config.block_m == 128 and (config.late_dq or config.overlap):
-        kept += 16
+    if config.polynomial and config.block_m == 128:
+        kept += 20 if config.polynomial == 2 else 16 if config.late_dq or config.overlap else 0
     if config.fused and config.warpgroups == 3:
         kept += 16 if config.kv_stages == 1 else 12
         if config.late_dq and not config.early_dv:
@@ -281,7 +281,7 @@ class Sm90BackwardSpace:
             "claim_ahead": (0, 2, 5),
             "row_buffers": (2, 4, 1),
             "late_dk": (False, True),
-            "polynomial": POLYNOMIALS if max(spec.head_dim, spec.head_dim_v) <= POLYNOMIAL_COLUMNS else (0,),
+            "polynomial": (0, 4) if max(spec.head_dim, spec.head_dim_v) <= POLYNOMIAL_COLUMNS else (0,),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
@@ -315,8 +315,8 @@ class Sm90BackwardSpace:
                 "late_dk: every warpgroup must have a part of each dQ (block_m 64 a warpgroup, or head_dim above 64 "
                 "with two of them), without overlap, late_dq and early_dv"
             )
-        if config.late_dk and config.block_m == 128 and config.kv_stages > 1 and not config.fused:
-            return "late_dk: with block_m 128 and several kv_stages the warps that feed spill, unless fused"
+        if config.late_dk and config.block_m == 128 and config.kv_stages > 1:
+            return "late_dk: with block_m 128 and several kv_stages the warps that feed spill"
         if config.polynomial not in POLYNOMIALS:
             return f"polynomial must be one of {', '.join(map(str, POLYNOMIALS))}, got {config.polynomial}"
         if config.polynomial and (widest := max(spec.head_dim, spec.head_dim_v)) > POLYNOMIAL_COLUMNS:
@@ -324,6 +324,8 @@ class Sm90BackwardSpace:
         smem, room = smem_layout(spec, config).total, smem_room(config.ctas_per_sm)
         if smem > room:
             return f"shared memory {smem} B > {room} B a CTA with {config.ctas_per_sm} an SM"
+        if config.row_buffers == 1 and smem + row_buffer_bytes(spec) <= room:
+            return "row_buffers: one is for where shared memory has no room for two"
         registers, limit = fragment_registers(spec, config), FRAGMENT_LIMIT[groups]
         if registers > limit:
             return (

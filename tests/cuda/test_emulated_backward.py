@@ -203,14 +203,16 @@ FUSED = tuple(
     for fused in (replace(tile, fused=True),)
     if Sm90BackwardSpace().rejection(KernelSpec.parse(name), fused) is None
 )
-FUSED += tuple(
-    (name, config("bulk", early_dv=False, fused=True, **knobs))
-    for name, knobs in (
-        ("bwd_fp16_d96_causal", {"late_dk": True, "row_buffers": 1}),
-        ("bwd_bf16_d32", {"keys": 192, "kv": 2}),
-        ("bwd_fp16_d64_causal", {"keys": 64, "ctas": 2, "held": "v", "late_dq": True}),
-        ("bwd_bf16_d32_causal", {"keys": 128, "kv": 3, "late_dq": True}),
-    )
+ONE_WARPGROUP = (
+    "bwd_fp16_d64_causal",
+    config("bulk", keys=64, ctas=2, held="v", late_dq=True, early_dv=False, fused=True),
+)
+THREE_KV_STAGES = ("bwd_bf16_d32_causal", config("bulk", kv=3, late_dq=True, early_dv=False, fused=True))
+FUSED += (
+    ("bwd_fp16_d96_causal", config("bulk", early_dv=False, late_dk=True, fused=True, row_buffers=1)),
+    ("bwd_bf16_d32", config("bulk", keys=192, kv=2, early_dv=False, fused=True)),
+    ONE_WARPGROUP,
+    THREE_KV_STAGES,
 )
 CAUSAL_FUSED = tuple(case for case in FUSED if KernelSpec.parse(case[0]).causal)
 
@@ -261,8 +263,8 @@ EAGER = tuple(
         (CASES[0], {"claim_ahead": 2}),
         (CASES[1], {"claim_ahead": 5}),
         (FUSED[0], {"claim_ahead": 2}),
-        (FUSED[-2], {"claim_ahead": 5}),
-        (FUSED[-1], {"claim_ahead": 2, "row_buffers": 4}),
+        (ONE_WARPGROUP, {"claim_ahead": 5}),
+        (THREE_KV_STAGES, {"claim_ahead": 2, "row_buffers": 4}),
     )
 )
 

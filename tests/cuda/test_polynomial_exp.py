@@ -132,3 +132,8 @@ def test_probabilities_are_those_of_their_columns_whichever_way_they_are_made() 
 def test_queries_that_see_nothing_have_no_probabilities() -> None:
     found = probabilities(torch.randn(4, PER_THREAD), torch.full((64,), float("inf")))
     assert torch.equal(found, torch.zeros_like(found))
+
+
+def test_nan_of_lse_shows_in_all_probabilities() -> None:
+    found = probabilities(torch.randn(4, PER_THREAD), torch.full((64,), float("nan")))
+    assert found.isnan().all()

@@ -75,6 +75,7 @@ def test_the_default_takes_what_there_is_room_for(name: str, tile: str) -> None:
         ({"fused": True, "dq": "red"}, "dq must be bulk"),
         ({"claim_ahead": 9}, "claim_ahead must be 0 to 8, got 9"),
         ({"row_buffers": 3, "fused": True}, "row_buffers must be 2, or where fused 1 or 4, got 3"),
+        ({"row_buffers": 1, "fused": True, "dq": "bulk", "block_n": 64}, "row_buffers: one is for where"),
         ({"row_buffers": 4}, "row_buffers must be 2, or where fused 1 or 4, got 4"),
         ({"late_dk": True}, "late_dk: every warpgroup must have a part of each dQ"),
         ({"late_dk": True, "early_dv": False, "block_n": 192}, "late_dk: every warpgroup must have a part of each dQ"),
