@@ -2,9 +2,10 @@
 
     PYTHONPATH=.pkg python benchmarks/borders.py [--head-dim 64] [--causal] [--backward] [-o docs/borders.svg]
 
-Batches of --tokens tokens and uniformly drawn lengths, their mean from --shortest to --longest in half octaves and close
-to each border between regimes. On every batch the variants of all regimes are timed, interleaved, with a cold cache; the loss
-is the time of the variant that dispatch takes over that of the fastest. Exit status 1 where a loss is above --most.
+Batches of --tokens tokens and uniformly drawn lengths, their mean from --shortest to --longest in half octaves and
+close to each border between regimes. On every batch the variants of all regimes are timed, interleaved, with a cold
+cache; the loss is the time of the variant that dispatch takes over that of the fastest. Exit status 1 where a loss is
+above --most.
 With -o the times are drawn (needs matplotlib, the extra `bench`).
 """
 

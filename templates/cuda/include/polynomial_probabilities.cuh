@@ -23,7 +23,7 @@ __device__ __forceinline__ void probabilities_by_both(float (&scores)[kRegisters
     if (i / 2 % kEvery == kEvery - 1) {
       const float top = fmaf(offset, 1.0f / kExponentRange, kTop / kExponentRange);
       const float power = exp2_below<kTop>(__saturatef(fmaf(scores[i], scale, top)));
-      scores[i] = fmaf(at_most_zero(offset), 0.0f, power);
+      scores[i] = fmaf(at_most_zero(top), 0.0f, power);
     } else {
       scores[i] = exp2_approx(fmaf(scores[i], scale_log2, -offset));
     }
