@@ -28,10 +28,10 @@ from jagtile.runtime.device import device_id, resolved
 from jagtile.runtime.dispatch import choose, choose_for_regime
 from jagtile.runtime.kernel import Kernel
 from jagtile.runtime.loader import kernel_for
-from jagtile.runtime.problem import HUGE_MEAN, LONG_MEAN, SHORT_MEAN, TINY_MEAN, regimes_for
+from jagtile.runtime.problem import HUGE_MEAN, LONG_MEAN, SHORT_MEAN, TINY_MEAN, TINY_MEAN_OF_PANELS, regimes_for
 from jagtile.tuning_db.store import Database
 
-_BORDERS = (TINY_MEAN, SHORT_MEAN, LONG_MEAN, HUGE_MEAN)
+_BORDERS = (TINY_MEAN, TINY_MEAN_OF_PANELS, SHORT_MEAN, LONG_MEAN, HUGE_MEAN)
 HIDDEN_US = 300.0  # more than the host takes to enqueue a call
 
 

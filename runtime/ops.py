@@ -10,7 +10,7 @@ import torch
 from jagtile.runtime.checks import check_offsets_on_host
 from jagtile.runtime.dropout import dropout_of
 from jagtile.runtime.layouts import Layout, layout_of_backward, sizes_of
-from jagtile.runtime.problem import regime_index
+from jagtile.runtime.problem import TINY_MEAN, backward_tiny_mean, regime_index
 from jagtile.runtime.routes import BACKWARD_ROUTES, ROUTES, resolve, resolve_backward
 
 
@@ -92,9 +92,13 @@ def backward(
     dk = k.new_empty(total_k, heads_kv, head_dim)
     dv = v.new_empty(total_k, heads_kv, head_dim_v)
     if batch and total_q and total_k:
-        regime = regime_index(batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0, heads // heads_kv)
+        device_index = q.get_device()
+        tiny_mean = TINY_MEAN if device_index < 0 else backward_tiny_mean(head_dim, head_dim_v)
+        regime = regime_index(
+            batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0, heads // heads_kv, 0, tiny_mean
+        )
         dropout = dropout_of(dropout_p, dropout_state) if dropout_p else None
-        route = (q.dtype, head_dim, head_dim_v, is_causal, q.get_device(), regime, dropout is not None)
+        route = (q.dtype, head_dim, head_dim_v, is_causal, device_index, regime, dropout is not None)
         kernel = BACKWARD_ROUTES.get(route) or resolve_backward(route)
         operands = (q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse)
         kernel.backward(*operands, dq, dk, dv, scale, bottom_right, dropout, layout)

@@ -31,6 +31,7 @@ DTYPE_NAMES: dict[torch.dtype, DType] = {torch.float32: "fp32", torch.bfloat16: 
 # Regime borders, in tokens of mean length; max_seqlen, where the caller gave it, counts an eighth, so that a batch with
 # a few very long sequences is treated by those, which hold most of its work.
 TINY_MEAN = 18
+TINY_MEAN_OF_PANELS = 24  # of a GPU's backward where a head dim takes two panels of 64 columns
 SHORT_MEAN = 96
 GROUP = 4  # query heads a kv head from which on nothing is tiny: packed, few tokens fill a tile
 SHORT_MEAN_OF_GROUPS = 128
@@ -89,8 +90,19 @@ def look_up(problem: Problem, device: str = "cuda") -> LookUp:
             problem.max_seqlen_k or 0,
             problem.heads // problem.heads_kv,
             problem.rows if has_all else 0,
+            TINY_MEAN if device == "cpu" else tiny_mean(problem.spec),
         )
     ]
+
+
+def tiny_mean(spec: KernelSpec) -> int:
+    """The longest mean that is tiny on a GPU."""
+    return backward_tiny_mean(spec.head_dim, spec.head_dim_v) if spec.direction == "bwd" else TINY_MEAN
+
+
+def backward_tiny_mean(head_dim: int, head_dim_v: int) -> int:
+    """Of a backward on a GPU, by its head dims."""
+    return TINY_MEAN_OF_PANELS if 64 < (head_dim if head_dim > head_dim_v else head_dim_v) <= 128 else TINY_MEAN
 
 
 def regime(problem: Problem, device: str = "cuda") -> str:
@@ -106,20 +118,21 @@ def regime_index(
     max_seqlen_k: int = 0,
     group: int = 1,
     rows: int = 0,
+    tiny_mean: int = TINY_MEAN,
 ) -> int:
     """Index into ``LOOK_UPS``; max_seqlen 0 means unknown. Total, and monotone: longer never gives a shorter regime.
 
-    tiny: both mean lengths up to 18; short: up to 96. With a ``group`` of 4 or more query heads a kv head, which the
-    short regime packs into tiles, all up to 128 is short. Then, where queries and keys differ by more than a factor of
-    two, decode (up to 16 queries a sequence against more keys) or cross. Otherwise medium below a mean of 1024, long
-    from there on, huge from 2048 on; of these, from a mean of 512 on, few with less than ``FEW_ROWS`` rows. ``rows`` 0:
-    never few or huge.
+    tiny: both mean lengths up to ``tiny_mean``; short: up to 96. With a ``group`` of 4 or more query heads a kv head,
+    which the short regime packs into tiles, all up to 128 is short. Then, where queries and keys differ by more than a
+    factor of two, decode (up to 16 queries a sequence against more keys) or cross. Otherwise medium below a mean of
+    1024, long from there on, huge from 2048 on; of these, from a mean of 512 on, few with less than ``FEW_ROWS`` rows.
+    ``rows`` 0: never few or huge.
     """
     short_mean = SHORT_MEAN if group < GROUP else SHORT_MEAN_OF_GROUPS
     total = total_q if total_q > total_k else total_k
     longest = max_seqlen_q if max_seqlen_q > max_seqlen_k else max_seqlen_k
     if total <= short_mean * batch and longest <= short_mean * MAX_SHARE:
-        return 0 if group < GROUP and total <= TINY_MEAN * batch and longest <= TINY_MEAN * MAX_SHARE else 1
+        return 0 if group < GROUP and total <= tiny_mean * batch and longest <= tiny_mean * MAX_SHARE else 1
     if total_k > UNEQUAL_RATIO * total_q:
         return 5 if total_q <= DECODE_MEAN * batch else 4
     if total_q > UNEQUAL_RATIO * total_k:

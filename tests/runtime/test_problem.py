@@ -86,6 +86,17 @@ def test_what_was_measured_at_lengths_near_the_borders_is_heeded():
     assert of_mean == {16: "tiny", 23: "short", 64: "short", 120: "medium"}
 
 
+def test_more_is_tiny_where_a_backward_on_a_gpu_has_two_panels_of_columns():
+    """On an H200 packed tiles led at 23 at D 128, and lost there at D 64."""
+    names = ("fwd_bf16_d128", "bwd_bf16_d64", "bwd_bf16_d128", "bwd_bf16_d64_dv72", "bwd_bf16_d192")
+    problems = {name: Problem(KernelSpec.parse(name), 100, 2300, 2300, 8, 8) for name in names}
+    on_gpu = {name: regime(problem) for name, problem in problems.items()}
+    assert on_gpu == {name: "tiny" if name in ("bwd_bf16_d128", "bwd_bf16_d64_dv72") else "short" for name in names}
+    assert {regime(problem, "cpu") for problem in problems.values()} == {"short"}
+    longer = replace(problems["bwd_bf16_d128"], total_q=2401)
+    assert (regime(longer), regime(replace(longer, total_q=2400, total_k=2400))) == ("short", "tiny")
+
+
 def test_a_few_very_long_sequences_are_seen_through_max_seqlen():
     skewed = named()["skew-d128"]
     assert of(skewed, hints=False) == "medium"
