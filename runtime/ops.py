@@ -10,7 +10,7 @@ import torch
 from jagtile.runtime.checks import check_offsets_on_host
 from jagtile.runtime.dropout import dropout_of
 from jagtile.runtime.layouts import Layout, layout_of_backward, sizes_of
-from jagtile.runtime.problem import TINY_MEAN, backward_tiny_mean, regime_index
+from jagtile.runtime.problem import regime_index, tiny_mean
 from jagtile.runtime.routes import BACKWARD_ROUTES, ROUTES, resolve, resolve_backward
 
 
@@ -93,10 +93,8 @@ def backward(
     dv = v.new_empty(total_k, heads_kv, head_dim_v)
     if batch and total_q and total_k:
         device_index = q.get_device()
-        tiny_mean = TINY_MEAN if device_index < 0 else backward_tiny_mean(head_dim, head_dim_v)
-        regime = regime_index(
-            batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0, heads // heads_kv, 0, tiny_mean
-        )
+        tiny = tiny_mean("bwd", head_dim, head_dim_v, device_index >= 0)
+        regime = regime_index(batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0, heads // heads_kv, 0, tiny)
         dropout = dropout_of(dropout_p, dropout_state) if dropout_p else None
         route = (q.dtype, head_dim, head_dim_v, is_causal, device_index, regime, dropout is not None)
         kernel = BACKWARD_ROUTES.get(route) or resolve_backward(route)

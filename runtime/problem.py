@@ -90,19 +90,15 @@ def look_up(problem: Problem, device: str = "cuda") -> LookUp:
             problem.max_seqlen_k or 0,
             problem.heads // problem.heads_kv,
             problem.rows if has_all else 0,
-            TINY_MEAN if device == "cpu" else tiny_mean(problem.spec),
+            tiny_mean(problem.spec.direction, problem.spec.head_dim, problem.spec.head_dim_v, device != "cpu"),
         )
     ]
 
 
-def tiny_mean(spec: KernelSpec) -> int:
-    """The longest mean that is tiny on a GPU."""
-    return backward_tiny_mean(spec.head_dim, spec.head_dim_v) if spec.direction == "bwd" else TINY_MEAN
-
-
-def backward_tiny_mean(head_dim: int, head_dim_v: int) -> int:
-    """Of a backward on a GPU, by its head dims."""
-    return TINY_MEAN_OF_PANELS if 64 < (head_dim if head_dim > head_dim_v else head_dim_v) <= 128 else TINY_MEAN
+def tiny_mean(direction: Direction, head_dim: int, head_dim_v: int, on_gpu: bool) -> int:
+    """The longest mean that is tiny."""
+    widest = head_dim if head_dim > head_dim_v else head_dim_v
+    return TINY_MEAN_OF_PANELS if on_gpu and direction == "bwd" and 64 < widest <= 128 else TINY_MEAN
 
 
 def regime(problem: Problem, device: str = "cuda") -> str:
