@@ -27,7 +27,7 @@ FUSED_REGISTERS = {(1, 1): (56, 256), (1, 2): (24, 192), (2, 1): (24, 232), (3, 
 MOST_AHEAD = 8  # steps
 POLYNOMIALS = (0, 8, 4, 2)
 POLYNOMIAL_COLUMNS = 64  # of the wider head dim: above, products take much longer than exponentials
-Split = Literal["rows", "columns", "alternate"]
+Split = Literal["rows", "columns", "transposed", "alternate"]
 
 
 @dataclass(frozen=True, order=True)
@@ -118,7 +118,7 @@ def smem_layout(spec: KernelSpec, config: Sm90BackwardConfig) -> SmemLayout:
         v_bytes=config.kv_stages * config.block_n * v_panels * 128,
         q_bytes=(config.num_stages + config.late_dk) * config.block_m * k_panels * 128,
         dout_bytes=config.num_stages * config.block_m * v_panels * 128,
-        ds_bytes=2 * config.block_n * panel_count(config.block_m) * 128,
+        ds_bytes=_ds_bytes(spec, config),
         dq_bytes=_dq_bytes(spec, config),
         rows_bytes=config.row_buffers * row_buffer_bytes(spec) if config.fused else 0,
         stats_bytes=config.num_stages * 2 * config.block_m * 4,
@@ -126,20 +126,42 @@ def smem_layout(spec: KernelSpec, config: Sm90BackwardConfig) -> SmemLayout:
     )
 
 
+def ds_buffers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
+    """Buffers of dS."""
+    return 1 if dq_split(spec, config) == "transposed" else 2
+
+
+def _ds_bytes(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
+    if dq_split(spec, config) == "transposed":
+        return config.block_m * panel_count(config.block_n) * 128
+    return 2 * config.block_n * panel_count(config.block_m) * 128
+
+
 def _dq_bytes(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
-    """Buffers of dQ, those of two warpgroups that have columns each as large as the first."""
+    """Buffers of dQ, those of two warpgroups that have columns each as large as the first. Where dK and dV leave through
+    them and one buffer of dS, as much as that takes.
+    """
     if config.dq != "bulk":
         return 0
-    if dq_split(spec, config) == "columns":
-        return 2 * 64 * 64 * 4
+    split = dq_split(spec, config)
+    if split in ("columns", "transposed"):
+        parts = 2 * config.block_m * 64 * 4
+        if not frees_kv(spec, config) or split == "columns":
+            return parts
+        leaving = (panel_count(spec.head_dim) + panel_count(spec.head_dim_v)) * config.block_n * 128
+        return max(parts, leaving - _ds_bytes(spec, config))
     return dq_stages(spec, config) * config.block_m * spec.head_dim * 4
 
 
 def dq_split(spec: KernelSpec, config: Sm90BackwardConfig) -> Split:
-    """How the warpgroups share dQ of a block of queries: 64 rows each, 64 columns each, or by turns."""
+    """How the warpgroups share dQ of a block of queries: 64 rows each, 64 columns each, as rows of a product or of its
+    transpose, or by turns.
+    """
     if config.block_m == 64 * config.warpgroups:
         return "rows"
-    return "columns" if config.warpgroups == 2 and spec.head_dim > 64 else "alternate"
+    if config.warpgroups == 2 and spec.head_dim > 64:
+        return "columns" if config.block_m == 64 else "transposed"
+    return "alternate"
 
 
 def dq_stages(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
@@ -148,7 +170,9 @@ def dq_stages(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
 
 
 def dq_columns(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
-    """Columns of the dQ that a warpgroup multiplies at a time, 64 rows of it."""
+    """Columns of the dQ, or of its transpose, that a warpgroup multiplies at a time, 64 rows of it."""
+    if dq_split(spec, config) == "transposed":
+        return config.block_m
     return 64 if dq_split(spec, config) == "columns" else spec.head_dim
 
 
@@ -199,6 +223,8 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     scores, packed, dq = config.block_m // 2, config.block_m // 4, dq_columns(spec, config) // 2
     if not config.early_dv:
         beside = 10 if not config.overlap else 40 if config.block_m == 64 else 16
+        if dq_split(spec, config) == "transposed":
+            beside = 40 if config.overlap else 0
         if config.fused:
             beside += _beside_rows(spec, config)
         return kept + max(2 * scores, dq + 2 * packed) + beside
@@ -215,12 +241,19 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
 def _beside_rows(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     """What counts more without ``early_dv`` for a warpgroup with rows, as compiling shows."""
     held = config.held != "none"
+    if dq_split(spec, config) == "transposed":
+        return 8 + 8 * held
     if config.block_m == 128:
         return 24 if held and config.overlap else 8 if held or config.late_dq else 0
     if not held or not config.late_dq:
         return 8 if held else 0
     wider = spec.head_dim_v > spec.head_dim
     return 4 + 4 * wider + 4 * (wider and spec.head_dim == 64)
+
+
+def _transposed_blocks(spec: KernelSpec) -> tuple[int, ...]:
+    """More queries than 64, of which dQ is multiplied transposed: what shared memory has room for."""
+    return (80,) if spec.head_dim > 64 else ()
 
 
 def num_threads(config: Sm90BackwardConfig) -> int:
@@ -240,6 +273,8 @@ def frees_kv(spec: KernelSpec, config: Sm90BackwardConfig) -> bool:
     """
     if config.dq != "bulk" or config.kv_stages > 1 or dq_split(spec, config) == "alternate":
         return False
+    if dq_split(spec, config) == "transposed":
+        return True
     return panel_count(spec.head_dim_v) * 64 * 128 <= 64 * dq_columns(spec, config) * 4
 
 
@@ -267,7 +302,7 @@ class Sm90BackwardSpace:
     def knobs(self, spec: KernelSpec) -> Mapping[str, tuple[Knob, ...]]:
         """The grid; most of it is cut by registers."""
         return {
-            "block_m": (64, 128),
+            "block_m": (64, 128, *_transposed_blocks(spec)),
             "block_n": (128, 64, 192),
             "num_stages": (3, 2, 4),
             "ctas_per_sm": (1, 2),
@@ -290,8 +325,14 @@ class Sm90BackwardSpace:
         groups = (config.warpgroups, config.ctas_per_sm)
         if config.block_n not in (64, 128, 192):
             return f"block_n is 64 a math warpgroup, 1 to 3 of them: 64, 128 or 192, got {config.block_n}"
-        if config.block_m not in (64, config.block_n):
-            return f"block_m must be 64, the rows of one product of dQ, or as many as block_n, got {config.block_m}"
+        others = _transposed_blocks(spec) if config.block_n == 128 else ()
+        if config.block_m not in (64, config.block_n, *others):
+            return (
+                f"block_m must be 64, the rows of one product of dQ, as many as block_n, or 80 of two warpgroups with a "
+                f"head_dim above 64, got {config.block_m}"
+            )
+        if config.block_m in others and (config.late_dq or config.early_dv or config.dq != "bulk" or config.kv_stages > 1):
+            return "block_m 80: one buffer of dS: dq must be bulk, kv_stages 1, without late_dq and early_dv"
         if groups not in FRAGMENT_LIMIT:
             return f"{config.ctas_per_sm} CTAs an SM with block_n {config.block_n} need more than 64K registers"
         if config.num_stages < 2:
@@ -309,7 +350,10 @@ class Sm90BackwardSpace:
         if config.held not in ("none", "v", "kv"):
             return f"held must be none, v or kv, got {config.held}"
         if config.late_dk and (
-            config.overlap or config.late_dq or config.early_dv or dq_split(spec, config) == "alternate"
+            config.overlap
+            or config.late_dq
+            or config.early_dv
+            or dq_split(spec, config) in ("transposed", "alternate")
         ):
             return (
                 "late_dk: every warpgroup must have a part of each dQ (block_m 64 a warpgroup, or head_dim above 64 "
@@ -366,6 +410,7 @@ class Sm90BackwardSpace:
             "dq_stages": dq_stages(spec, config),
             "dq_parts": 1 if split == "alternate" else config.warpgroups,
             "dq_part_bytes": 64 * columns * 4,
+            "ds_buffers": ds_buffers(spec, config),
             "dq_adders": dq_adders(config),
             "element": ELEMENT[spec.dtype],
             "pack": f"pack_{spec.dtype}",

@@ -54,6 +54,9 @@ CASES: tuple[tuple[str, Sm90BackwardConfig], ...] = (
     ("bwd_bf16_d64_causal", config("bulk", block_m=128, early_dv=False, late_dk=True)),
     ("bwd_fp16_d96", config("bulk", early_dv=False, held="v", late_dk=True)),
     ("bwd_bf16_d24_dv32", config("red", keys=64, ctas=2, kv=2, early_dv=False, late_dk=True, polynomial=4)),
+    ("bwd_bf16_d128", config("bulk", block_m=80, early_dv=False)),
+    ("bwd_fp16_d96_dv72_causal", config("bulk", block_m=80, early_dv=False, fused=True, row_buffers=1)),
+    ("bwd_bf16_d72_dv24", config("bulk", block_m=80, early_dv=False, overlap=True)),
 )
 LENGTHS = (0, 1, 63, 0, 65, 129)
 QUERIES, KEYS = (5, 0, 130, 1, 64, 140), (150, 70, 0, 1, 20, 70)

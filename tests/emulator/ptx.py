@@ -798,6 +798,11 @@ def _stmatrix(i: Instruction, m: re.Match[str]) -> str:
     return f"{{ const uint32_t emu_from[] = {{{', '.join(values)}}}; {call} }}"
 
 
+@instruction(r"movmatrix\.sync\.aligned\.m8n8\.trans\.b16")
+def _movmatrix(i: Instruction, m: re.Match[str]) -> str:
+    return _call("transpose_matrix", f"emu::word({i.name(i.operands[0])})", i.value(1, "b32"))
+
+
 @instruction(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(bf16|f16)\.(bf16|f16)\.f32")
 def _mma(i: Instruction, m: re.Match[str]) -> str:
     if m[1] != m[2]:

@@ -50,24 +50,16 @@ __device__ __forceinline__ void prepare_rows(const BackwardParams& p) {
   zero_counters(p.turns, p.turn_count);
 }
 
-// Quad number `quad` of a token's row of a panel of sums, as dq has it: whether it is of a last group of 8 columns, which are
-// in order, and the first of the four columns that its lane writes.
-template <typename Sums, int kPanel>
-__device__ __forceinline__ bool is_in_order(unsigned quad) {
-  return Sums::columns(kPanel) % 16 != 0 && quad / 4 == Sums::columns(kPanel) / 16;
-}
-template <typename Sums, int kPanel>
-__device__ __forceinline__ unsigned column_of(unsigned quad, int token) {
-  return is_in_order<Sums, kPanel>(quad) ? 4 * quad : (quad / 4 * 16 ^ Sums::group_swap(kPanel, token)) + first_neighbour(quad);
-}
-
 // dq = scale * sums, a quad a lane. All lanes of a warp.
 template <typename Sums, Pack kPack, int kPanel>
 __device__ __forceinline__ void write_quad(uint16_t* dq, uint4 sums, float scale, unsigned quad, bool exists) {
   const uint32_t low = kPack(scale * __uint_as_float(sums.x), scale * __uint_as_float(sums.y));
   const uint32_t high = kPack(scale * __uint_as_float(sums.z), scale * __uint_as_float(sums.w));
-  uint2 words = neighbouring_columns(low, high, quad);
-  if (is_in_order<Sums, kPanel>(quad)) words = {low, high};
+  uint2 words = {low, high};
+  if constexpr (!Sums::kInOrder) {
+    const uint2 neighbours = neighbouring_columns(low, high, quad);
+    if (!Sums::is_in_order(kPanel, quad)) words = neighbours;
+  }
   if (exists) *reinterpret_cast<uint2*>(dq) = words;
 }
 
@@ -92,7 +84,7 @@ __device__ __forceinline__ void finish_panel(const BackwardParams& p, const RowB
     for (int i = 0; i < kInFlight; ++i) {
       const unsigned place = base + 32 * i, row = place / kQuads, quad = place % kQuads;
       const bool exists = row < rows.count && !(rows.direct >> row & 1);
-      uint16_t* to = dq + row * p.dq_token + column_of<Sums, kPanel>(quad, rows.token + row);
+      uint16_t* to = dq + row * p.dq_token + Sums::column_of(kPanel, quad, rows.token + row);
       write_quad<Sums, kPack, kPanel>(to, values[i], p.scale, quad, exists);
     }
   }

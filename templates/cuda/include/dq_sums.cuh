@@ -10,8 +10,8 @@
 #include "cuda/include/fragments.cuh"
 #include "cuda/include/ptx.cuh"
 
-template <int kHeadDim, bool kSwapped = true, int kWidth = 64>
-struct DqSums {
+template <int kHeadDim, int kWidth>
+struct DqPanels {
   static constexpr int kColumns = kHeadDim;
   static constexpr int kPanels = (kHeadDim + kWidth - 1) / kWidth;
 
@@ -25,10 +25,45 @@ struct DqSums {
     return sums + static_cast<long long>(head) * total_q * kHeadDim + static_cast<long long>(total_q) * first_column(panel) +
            static_cast<long long>(token) * columns(panel);
   }
+};
+
+template <int kHeadDim, bool kSwapped = true, int kWidth = 64>
+struct DqSums : DqPanels<kHeadDim, kWidth> {
+  static constexpr bool kInOrder = false;
+  static constexpr int kPeriod = 2;  // tokens, after which quads have the same columns again
+  using DqPanels<kHeadDim, kWidth>::columns;
+
+  // Whether a quad of a token's row is of a last group of 8 columns, which are in order.
+  __device__ __forceinline__ static bool is_in_order(int panel, unsigned quad) {
+    return columns(panel) % 16 != 0 && static_cast<int>(quad) / 4 == columns(panel) / 16;
+  }
+
+  // The first of the four columns of dq that the quad's lane writes (neighbouring_columns).
+  __device__ __forceinline__ static unsigned column_of(int panel, unsigned quad, int token) {
+    return is_in_order(panel, quad) ? 4 * quad : (quad / 4 * 16 ^ group_swap(panel, token)) + first_neighbour(quad);
+  }
 
   // What is added to the place of an even group, and taken from that of an odd one, in this token's row of a panel.
   __device__ __forceinline__ static int group_swap(int panel, int token) {
     return kSwapped && columns(panel) % 32 == 0 ? 16 * (token & 1) : 0;
+  }
+};
+
+// Where warpgroups multiply dQ^T: columns are in order, but for groups of 8, which a token's number moves about so that a
+// thread, which has one column of some tokens, stores them without bank conflicts.
+template <int kHeadDim>
+struct TransposedDqSums : DqPanels<kHeadDim, 64> {
+  static constexpr bool kInOrder = true;
+  static constexpr int kPeriod = 8;
+  using DqPanels<kHeadDim, 64>::columns;
+
+  __device__ __forceinline__ static unsigned column_of(int panel, unsigned quad, int token) {
+    return 4 * quad ^ moved(panel, token);
+  }
+
+  // What is exclusively-ored to a column, or its place, in this token's row of a panel.
+  __device__ __forceinline__ static unsigned moved(int panel, int token) {
+    return columns(panel) % 32 == 0 ? 8 * (token / 2 % 4) : 0;
   }
 };
 
@@ -127,5 +162,43 @@ __device__ __forceinline__ void write_panel(const float (&dq)[kRegisters], const
     const int place = computed_here(quad);
     const WritePieces<kPack> pieces{at, p.scale, place, row < length};
     for_each_piece<Sums::columns(kPanel), kFirst>(dq, half, place, 0, pieces);
+  }
+}
+
+// A panel of a warpgroup's dQ^T into shared memory, as its sums are; `column` is the thread's upper row of it, `token` the token
+// of its first accumulator.
+template <typename Sums, int kPanel, int kRegisters>
+__device__ __forceinline__ void stage_transposed_sums(const float (&dq)[kRegisters], float* panel, int column, int quad, int token) {
+  constexpr int kColumns = Sums::columns(kPanel);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {  // every other token
+    const unsigned place = column ^ Sums::moved(kPanel, token + i);
+    float* const upper = panel + (2 * quad + i) * kColumns + place;
+    float* const lower = panel + (2 * quad + i) * kColumns + (place ^ 8);
+    if (column < kColumns) {
+#pragma unroll
+      for (int j = 0; j < kRegisters; j += 4) upper[2 * j * kColumns] = dq[j + i];
+    }
+    if (column + 8 < kColumns) {
+#pragma unroll
+      for (int j = 0; j < kRegisters; j += 4) lower[2 * j * kColumns] = dq[j + i + 2];
+    }
+  }
+}
+
+// As write_panel, of dQ^T: `row` is the block's first, `column` the thread's upper row of dQ^T.
+template <typename Sums, Pack kPack, int kPanel, int kRegisters>
+__device__ __forceinline__ void write_transposed_panel(const float (&dq)[kRegisters], const BackwardParams& p, int head, int begin,
+                                                       int length, int row, int column) {
+  const unsigned lane = lane_here();
+  const int first = column / 16 * 16 + first_neighbour(lane);
+  row += lane / 4;
+  uint16_t* to = static_cast<uint16_t*>(p.dq) + (begin + row) * p.dq_token + head * p.dq_head + Sums::first_column(kPanel) + first;
+#pragma unroll
+  for (int i = 0; i < kRegisters; i += 4, row += 8, to += 8 * p.dq_token) {
+    const uint32_t low = transposed_matrix(kPack(p.scale * dq[i], p.scale * dq[i + 1]));
+    const uint32_t high = transposed_matrix(kPack(p.scale * dq[i + 2], p.scale * dq[i + 3]));
+    const uint2 words = neighbouring_columns(low, high, lane);
+    if (row < length && first < Sums::columns(kPanel)) *reinterpret_cast<uint2*>(to) = words;
   }
 }

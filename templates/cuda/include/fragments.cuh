@@ -33,6 +33,11 @@ __device__ __forceinline__ void stage_rows(const float (&values)[kRegisters], ui
   }
 }
 
+// What a lane addresses of the first 16 rows of a panel to which a warpgroup's 64 rows go as columns.
+__device__ __forceinline__ uint32_t transposed_row(uint32_t panel, int warp, int lane) {
+  return panel + (lane / 16 * 8 + lane % 8) * 128 + ((2 * (warp % 4) + lane / 8 % 2) ^ lane % 8) * 16;
+}
+
 // As stage_rows, of fragments: 16 columns each.
 template <int kPanelBytes, int kSteps>
 __device__ __forceinline__ void stage_fragments(const uint32_t (&fragments)[kSteps][4], uint32_t panels, int warp, int lane) {
@@ -42,6 +47,17 @@ __device__ __forceinline__ void stage_fragments(const uint32_t (&fragments)[kSte
     const int columns = 2 * step + lane / 16;
     store_matrix_x4(row + columns / 8 * kPanelBytes + (columns % 8 ^ lane % 8) * 16, fragments[step][0],
                     fragments[step][1], fragments[step][2], fragments[step][3]);
+  }
+}
+
+// The transpose of a warpgroup's 64 rows: 16 rows a step, of one panel.
+template <int kSteps>
+__device__ __forceinline__ void stage_fragments_transposed(const uint32_t (&fragments)[kSteps][4], uint32_t panel, int warp,
+                                                           int lane) {
+  const uint32_t row = transposed_row(panel, warp, lane);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    store_transposed_x4(row + step * 16 * 128, fragments[step][0], fragments[step][1], fragments[step][2], fragments[step][3]);
   }
 }
 
@@ -60,7 +76,7 @@ __device__ __forceinline__ void load_fragments(uint32_t (&fragments)[kSteps][4],
 template <Pack kPack, int kColumns>
 __device__ __forceinline__ void stage_columns(const float (&values)[kColumns / 2], uint32_t panel, int warp, int lane) {
   static_assert(kColumns % 16 == 0);
-  const uint32_t row = panel + (lane / 16 * 8 + lane % 8) * 128 + ((2 * (warp % 4) + lane / 8 % 2) ^ lane % 8) * 16;
+  const uint32_t row = transposed_row(panel, warp, lane);
 #pragma unroll
   for (int group = 0; group < kColumns / 8; group += 2) {
     store_transposed_x4(row + group * 8 * 128, kPack(values[4 * group], values[4 * group + 1]),

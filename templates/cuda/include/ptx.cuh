@@ -399,6 +399,13 @@ __device__ __forceinline__ void store_transposed_x4(uint32_t smem, uint32_t r0, 
                : "memory");
 }
 
+// The transpose of an 8 x 8 matrix of 16-bit numbers, two of a row a lane. All lanes of a warp.
+__device__ __forceinline__ uint32_t transposed_matrix(uint32_t pair) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], uint32_t smem) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

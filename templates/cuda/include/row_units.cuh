@@ -93,7 +93,7 @@ struct RowUnits {
     constexpr int kQuads = Sums::columns(kPanel) / 4;
     const auto address_of = [&](unsigned place) {
       const int token = unit.token + place / kQuads;
-      const int column = Sums::first_column(kPanel) + column_of<Sums, kPanel>(place % kQuads, token);
+      const int column = Sums::first_column(kPanel) + Sums::column_of(kPanel, place % kQuads, token);
       return static_cast<uint16_t*>(p.dq) + token * p.dq_token + unit.head * p.dq_head + column;
     };
     const int first = kRows * warp, quads = kQuads * min(unit.count - first, kRows);
@@ -106,8 +106,8 @@ struct RowUnits {
       uint32_t sums[4] = {};
       if (exists) load_shared_x4(sums, sums_at + 16 * place);
       write_quad<Sums, kPack, kPanel>(dq, {sums[0], sums[1], sums[2], sums[3]}, p.scale, place % kQuads, exists);
-      // Most panels have a lane's quads in the same columns, an even number of rows apart.
-      if constexpr (32 % kQuads == 0) {
+      // Most panels have a lane's quads in the same columns.
+      if constexpr (32 % (kQuads * Sums::kPeriod) == 0) {
         dq += 32 / kQuads * p.dq_token;
       } else {
         dq = address_of(kQuads * first + place + 32);

@@ -84,6 +84,7 @@ void proxy_fence();
 // ---- matrices -------------------------------------------------------------------------------------------------------
 void load_matrix(uint32_t smem, int count, bool transpose, uint32_t* const* registers);
 void store_matrix(uint32_t smem, int count, bool transpose, const uint32_t* registers);
+void transpose_matrix(uint32_t& to, uint32_t from);
 void mma_m16n8k16(float* const* d, const uint32_t* a, const uint32_t* b, const float* c, bool bf16);
 
 struct RegisterA {  // `live` is read when the product is carried out; null: `value` was given

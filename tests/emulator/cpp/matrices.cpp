@@ -1,4 +1,4 @@
-// ldmatrix, stmatrix and mma.sync: what a warp does with 8 x 8 matrices of sixteen-bit values.
+// ldmatrix, stmatrix, movmatrix and mma.sync: what a warp does with 8 x 8 matrices of sixteen-bit values.
 #include <cstring>
 
 #include "machine.h"
@@ -66,6 +66,21 @@ void store_matrix(uint32_t smem, int count, bool transpose, const uint32_t* regi
              }
              return true;
            });
+}
+
+void transpose_matrix(uint32_t& to, uint32_t from) {
+  EMU_ENTER();
+  converge(kFull, true, "movmatrix", 0, from, reinterpret_cast<uint64_t>(&to), [](Warp&, Collective& all) {
+    for (int lane = 0; lane < 32; ++lane) {
+      uint32_t packed = 0;
+      for (int half = 0; half < 2; ++half) {  // of row 2 (lane % 4) + half, column lane / 4
+        const int from = 4 * (2 * (lane % 4) + half) + lane / 8;
+        packed |= (static_cast<uint32_t>(all.value[from]) >> 16 * (lane / 4 % 2) & 0xffff) << 16 * half;
+      }
+      *reinterpret_cast<uint32_t*>(all.extra[lane]) = packed;
+    }
+    return true;
+  });
 }
 
 void mma_m16n8k16(float* const* d, const uint32_t* a, const uint32_t* b, const float* c, bool bf16) {
