@@ -244,7 +244,7 @@ def _beside_rows(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     if dq_split(spec, config) == "transposed":
         return 8 + 8 * held
     if config.block_m == 128:
-        return 24 if held and config.overlap else 8 if held or config.late_dq else 0
+        return 24 if held and config.overlap else 8 if held else 0
     if not held or not config.late_dq:
         return 8 if held else 0
     wider = spec.head_dim_v > spec.head_dim
