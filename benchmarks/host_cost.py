@@ -5,11 +5,11 @@
 Prints medians of 1000 calls in microseconds. "Dispatch" is with kernels that do nothing. "Floor" is what torch takes
 for the same graph: a node whose output and gradients are there beforehand takes the place of attention. "Launchers", on
 the CPU, are calls through a GPU's launchers up to the driver, and a stand-in for that does nothing; "native" the same
-calls, served by the compiled host (docs/native-host.md). On a GPU, where a launch does not wait for the kernel, "native"
-are real calls as they are by default, "launch" those without the compiled host; "one thread" both, and the floor, with
-autograd's backward in the caller's thread instead of the device's; "no driver" all that Python does in real calls but the
-driver's cuLaunchKernel; "torch" its own. With --profile the dearest functions of each call follow, by cProfile, which
-sees one thread: of real calls on a GPU, of dispatch on the CPU.
+calls, served by the compiled host (docs/native-host.md). On a GPU, where a launch does not wait for the kernel,
+"native" are real calls as they are by default, "launch" those without the compiled host; "one thread" both, and the
+floor, with autograd's backward in the caller's thread instead of the device's; "no driver" all that Python does in real
+calls but the driver's cuLaunchKernel; "torch" its own. With --profile the dearest functions of each call follow, by
+cProfile, which sees one thread: of real calls on a GPU, of dispatch on the CPU.
 """
 
 from __future__ import annotations

@@ -57,16 +57,16 @@ def _have() -> None:
     try:
         from jagtile.generator.host import built
 
-        host = built()
         cuda = ctypes.CDLL("libcuda.so.1")
+        host = built()
         launch, is_capturing = (
             ctypes.cast(function, ctypes.c_void_p).value for function in (cuda.cuLaunchKernel, cuda.cuStreamIsCapturing)
         )
         assert launch is not None
         assert is_capturing is not None
         connect(host, launch, is_capturing)
-    except (CompilerNotFoundError, ModuleNotFoundError) as error:
-        log.info("Python launches: the native host can't be built: %s", error)
+    except (CompilerNotFoundError, ModuleNotFoundError, OSError) as error:
+        log.info("Python launches: the native host can't be had: %s", error)
     except Exception as error:  # it is only an accelerator
         warnings.warn(f"the native host can't be used, Python launches: {error}", JagtileWarning, stacklevel=2)
 
@@ -90,7 +90,7 @@ def connect(host: ModuleType, launch: int, is_capturing: int, device_type: str =
     nests = marks_if(nest_like) is not None
     host.use_driver(launch, is_capturing, device_type, torch._C._cuda_getCurrentRawStream, _failed)
     _host = host
-    work_list.mirror(_Lists())
+    work_list.mirror(_Lists(host))
     serve, serve_nested = host.serve, host.serve_nested if nests else None
 
 
@@ -125,7 +125,7 @@ def learn(
     from jagtile.runtime.routes import ROUTES
 
     host, q, (max_seqlen_q, max_seqlen_k) = _host, batch[0], batch[5:]
-    if host is None or layout is None:
+    if host is None or layout is None or (is_causal, trained) not in layout.served:
         return
     route = forward_route(layout.sizes, q.dtype, q.get_device(), max_seqlen_q, max_seqlen_k, is_causal)
     kernel = ROUTES.get(route)
@@ -191,7 +191,8 @@ def _number(list_key: Hashable) -> int:
 class _Lists:
     """Python's work lists as the host finds them."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: Any) -> None:
+        self._host = host
         self._kept: dict[Hashable, object] = {}
 
     def keep(
@@ -203,10 +204,10 @@ class _Lists:
     ) -> None:
         """As ``work_list.Mirror``."""
         list_key, stream = key[2]
-        self._kept[key] = _host.keep_list(cu_seqlens_q, cu_seqlens_k, _number(list_key), stream, buffer)
+        self._kept[key] = self._host.keep_list(cu_seqlens_q, cu_seqlens_k, _number(list_key), stream, buffer)
 
     def drop(self, key: tuple[int, int, Any]) -> None:
         """As ``work_list.Mirror``."""
         kept = self._kept.pop(key, None)
-        if kept is not None and _host is not None:
-            _host.drop_list(kept)
+        if kept is not None:
+            self._host.drop_list(kept)

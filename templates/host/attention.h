@@ -10,6 +10,7 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include "calls.h"
 #include "nested.h"
@@ -133,10 +134,10 @@ class AttentionNode : public Node {
   void save(const Operands& operands, const at::Tensor& out, const at::Tensor& lse) {
     size_t at = 0;
     for (const at::Tensor* x : {&operands.q.tensor, &operands.k.tensor, &operands.v.tensor, &operands.cu_seqlens_q,
-                                &operands.cu_seqlens_k})
-      saved_[at++] = SavedVariable(*x, false);
-    saved_[at++] = SavedVariable(out, !nested_);  // a nested output's values are not the node's output
-    saved_[at++] = SavedVariable(lse, call_->options.return_lse);
+                                &operands.cu_seqlens_k, &out, &lse}) {
+      saved_[at] = SavedVariable(*x, is_output(at));
+      ++at;
+    }
   }
 
   void save_forms(std::unique_ptr<NestedForms> nested) { nested_ = std::move(nested); }
@@ -150,6 +151,21 @@ class AttentionNode : public Node {
     return nested_ ? nested_gradients(saved, douts[0]) : packed_gradients(saved, douts);
   }
 
+  // Compiled autograd runs ``apply`` on stand-ins of what was saved, which go to Python's operator.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    if (nested_) return Node::compiled_args(args);  // refused, as all of nested tensors is
+    for (size_t at = 0; at < SAVED; ++at) args.collect(saved_[at], is_output(at));
+    for (int64_t fact : call_->facts) args.collect(fact);
+  }
+
+  variable_list apply_with_saved(const variable_list& douts,
+                                 torch::dynamo::autograd::SwapSavedVariables& saved) override {
+    for (SavedVariable& variable : saved_) saved.before(variable);
+    variable_list grads = apply(variable_list(douts));
+    for (SavedVariable& variable : saved_) saved.after(variable);
+    return grads;
+  }
+
   void release_variables() override {
     std::lock_guard lock(mutex_);
     for (SavedVariable& variable : saved_) variable.reset_data();
@@ -158,6 +174,9 @@ class AttentionNode : public Node {
  private:
   static constexpr size_t SAVED = 7;  // q, k, v, both offsets, out, lse
   using Saved = std::array<at::Tensor, SAVED>;
+
+  // A nested output's values are not the node's output, and an lse that nobody asked for is none.
+  bool is_output(size_t at) const { return (at == 5 && !nested_) || (at == 6 && call_->options.return_lse); }
 
   // dq, dk, dv as q, k and v were saved.
   std::array<at::Tensor, 3> gradients(const Saved& saved, const Packed& dout, const at::Tensor& dlse) const {

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <optional>
 
+#include <ATen/SavedTensorHooks.h>
+
 #include "attention.h"
 
 namespace jagtile {
@@ -96,6 +98,8 @@ PyObject* serve_nested(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
   if (operands.q.size(1) != operands.k.size(1) && !*enable_gqa) return for_python();  // which says so
   const bool trained = c10::GradMode::is_enabled() && (query.tensor.requires_grad() || key.tensor.requires_grad() ||
                                                        value.tensor.requires_grad());
+  // Hooks of what is saved, such as a checkpoint's, are to see the same tensors of every call.
+  if (trained && at::SavedTensorDefaultHooks::get_hooks(true)) return for_python();
   const auto call = calls.find(facts_of(
       operands, {query.max_seqlen(), key.max_seqlen(), *is_causal, *aligned, trained, false, *factor}));
   if (!call) return unknown();
