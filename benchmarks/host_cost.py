@@ -4,17 +4,19 @@
 
 Prints medians of 1000 calls in microseconds. "Dispatch" is with kernels that do nothing. "Floor" is what torch takes
 for the same graph: a node whose output and gradients are there beforehand takes the place of attention. "Launchers", on
-the CPU, are calls through a GPU's launchers up to the driver, and a stand-in for that does nothing. On a GPU, where
-a launch does not wait for the kernel, there are also "launch", real calls; "one thread", these and the floor with
-autograd's backward in the caller's thread instead of the device's; "no driver", all that real calls do but the driver's
-cuLaunchKernel; and "torch", its own. With --profile the dearest functions of each call follow, by cProfile, which sees
-one thread: of real calls on a GPU, of dispatch on the CPU.
+the CPU, are calls through a GPU's launchers up to the driver, and a stand-in for that does nothing; "native" the same
+calls, served by the compiled host (docs/native-host.md). On a GPU, where a launch does not wait for the kernel,
+"native" are real calls as they are by default, "launch" those without the compiled host; "one thread" both, and the
+floor, with autograd's backward in the caller's thread instead of the device's; "no driver" all that Python does in real
+calls but the driver's cuLaunchKernel; "torch" its own. With --profile the dearest functions of each call follow, by
+cProfile, which sees one thread: of real calls on a GPU, of dispatch on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
+import ctypes
 import pstats
 import statistics
 import time
@@ -35,8 +37,9 @@ except ImportError:  # an older torch, whose rows then show the error
     varlen_attn = None
 
 import jagtile
+from jagtile.generator import host
 from jagtile.generator.spec import Direction, KernelSpec
-from jagtile.runtime import ops, routes
+from jagtile.runtime import native, ops, routes
 from jagtile.runtime.artifact import Artifact
 from jagtile.runtime.checks import check_tensors
 from jagtile.runtime.cuda import driver, load, tensor_map
@@ -44,6 +47,7 @@ from jagtile.runtime.dispatch import default_variant
 from jagtile.runtime.layouts import checked
 from jagtile.runtime.njt_form import form_of
 from jagtile.runtime.problem import LOOK_UPS
+from jagtile.runtime.settings import settings
 
 CALLS = 1000
 BATCH = 200  # calls between two waits for the device, which holds so many launches
@@ -69,6 +73,7 @@ def served_by(forward: Any, backward: Any, device_index: int) -> Iterator[None]:
     """Every call is served by one of two kernels."""
     tables = (routes.ROUTES, routes.BACKWARD_ROUTES)
     before = [dict(table) for table in tables]
+    native.forget()
     for (table, kernel), look_up in product(zip(tables, (forward, backward), strict=True), range(len(LOOK_UPS))):
         cast(Any, table)[torch.bfloat16, HEAD_DIM, HEAD_DIM, False, device_index, look_up, False] = kernel
     try:
@@ -77,6 +82,7 @@ def served_by(forward: Any, backward: Any, device_index: int) -> Iterator[None]:
         for table, kept in zip(tables, before, strict=True):
             table.clear()
             table.update(kept)
+        native.forget()
 
 
 @contextmanager
@@ -100,6 +106,23 @@ def launchers_alone() -> Iterator[None]:
         served_by(launcher("fwd"), launcher("bwd"), -1),
     ):
         yield
+
+
+@contextmanager
+def native_host() -> Iterator[None]:
+    """Calls on the CPU that go through a GPU's launchers are served by the compiled host."""
+    nothing = ctypes.cast(ctypes.CDLL(None).labs, ctypes.c_void_p).value  # of the arguments 0 it says 0: success
+    assert nothing is not None
+    native.connect(host.built(), nothing, nothing, "cpu")
+    try:
+        yield
+    finally:
+        native.disconnect()
+
+
+def python_alone() -> Any:
+    """Calls are not served by the compiled host."""
+    return mock.patch.multiple(native, serve=None, serve_nested=None)
 
 
 def launcher(direction: Direction) -> Any:
@@ -265,7 +288,7 @@ def main(device: str, profile: bool) -> None:
     }
 
     print(f"torch {torch.__version__}, {device}, median of {CALLS} calls, us")
-    with jagtile.enabled():
+    with jagtile.enabled(), settings.override(native_host="wait" if device == "cuda" else "off"):
         with served_by(NoKernel(), NoKernel(), case.q.get_device()):
             show("dispatch", calls | parts, device)
             show("floor", floors, device)
@@ -274,12 +297,18 @@ def main(device: str, profile: bool) -> None:
         if device == "cpu":
             with launchers_alone():
                 show("launchers", calls, device)
+                with native_host():
+                    show("native", calls, device)
         if device == "cuda":
-            show("launch", calls, device)
+            show("native", calls, device)
+            with python_alone():
+                show("launch", calls, device)
             with torch.autograd.set_multithreading_enabled(False):
                 show("one thread", trained, device)
+                with python_alone():
+                    show("  Python", trained, device)
                 show("its floor", floors, device)
-            with no_driver_launches():
+            with python_alone(), no_driver_launches():
                 show("no driver", calls, device)
             if profile:
                 show_profiles(calls, device)

@@ -8,6 +8,7 @@ from typing import Literal, overload
 import torch
 
 from jagtile.generator.spec import Direction, KernelSpec
+from jagtile.runtime import native
 from jagtile.runtime.checks import (
     bottom_right,
     check_flag,
@@ -113,19 +114,21 @@ def varlen_attention(
         UnsupportedError: (a NotImplementedError) a dtype that is not served, or dropout on a GPU.
         NoKernelError, CompilerNotFoundError, BuildError: no kernel can be had; the message says the ways out.
     """
+    batch = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    learns = False
+    if not torch.compiler.is_compiling() and native.serve is not None:
+        served = native.serve(*batch, is_causal, causal_alignment, scale, dropout_p, return_lse)
+        if served is not None and served is not False:
+            return served
+        learns = served is False
     layout = checked(check_tensors, q, k, v, cu_seqlens_q, cu_seqlens_k)
     check_hints(max_seqlen_q, max_seqlen_k)
     check_flag("is_causal", is_causal)
     check_flag("return_lse", return_lse)
-    outputs = attend(
-        (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
-        is_causal,
-        bottom_right(causal_alignment),
-        softmax_scale(scale, q.shape[2]),
-        check_dropout_p(dropout_p),
-        return_lse,
-        layout,
-    )
+    kind = (is_causal, bottom_right(causal_alignment), softmax_scale(scale, q.shape[2]))
+    outputs = attend(batch, *kind, check_dropout_p(dropout_p), return_lse, layout)
+    if learns:
+        native.learn(batch, *kind, requires_grad(q, k, v), return_lse, layout)
     return (outputs[0], outputs[1]) if return_lse else outputs[0]
 
 
@@ -197,4 +200,7 @@ def warmup(
         for drops in ((False, True) if dropout else (False,))
         for direction in directions
     ]
-    return tuple(variant.name for spec in specs for variant in prepare(spec, names, resolved(device)))
+    variants = [variant.name for spec in specs for variant in prepare(spec, names, resolved(device))]
+    if resolved(device).type == "cuda":
+        native.start(wait=True)
+    return tuple(variants)

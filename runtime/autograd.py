@@ -35,12 +35,22 @@ def keep_for_backward(
 
 def gradients(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """dq, dk and dv of what ``keep_for_backward`` saved; differentiating them again is refused."""
-    q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dropout_state = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
+    *operands, dropout_state = ctx.saved_tensors
+    return gradients_of(dout, dlse, tuple(operands), ctx.options, dropout_state)
+
+
+def gradients_of(
+    dout: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    operands: tuple[torch.Tensor, ...],
+    options: tuple[Any, ...],
+    dropout_state: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """Likewise. operands: q, k, v, both offsets, out, lse."""
+    dout = torch.zeros_like(operands[5]) if dout is None else dout
     direct = not torch.is_grad_enabled() and is_eager() and is_real(dout) and is_real(dlse)
     differentiate: Any = backward if direct else torch.ops.jagtile.backward.default
-    operands = (q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse)
-    found: tuple[torch.Tensor, ...] = differentiate(dout, dlse, *operands, *ctx.options, dropout_state)
+    found: tuple[torch.Tensor, ...] = differentiate(dout, dlse, *operands, *options, dropout_state)
     return found
 
 

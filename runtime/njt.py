@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 import torch
 from torch.nested._internal.nested_tensor import NestedTensor, nested_view_from_values_offsets_lengths
 
+from jagtile.runtime import native
 from jagtile.runtime.api import CausalAlignment, attend
 from jagtile.runtime.checks import bottom_right, check_flag, check_operands, softmax_scale
 from jagtile.runtime.dropout import arguments_of, check_dropout_p
@@ -82,6 +83,13 @@ def sdpa(
             dropout on a GPU, other dtypes or numbers of dimensions.
         NoKernelError, CompilerNotFoundError, BuildError: no kernel can be had; the message says the ways out.
     """
+    learns = False
+    if not torch.compiler.is_compiling() and native.serve_nested is not None:
+        given = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, causal_alignment)
+        served = native.serve_nested(*given)
+        if served is not None and served is not False:
+            return served
+        learns = served is False
     if _ragged_batch_like(query, key, value):
         return torch_sdpa()(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     trained = _trained_as_one_node(query, key, value)
@@ -104,9 +112,15 @@ def sdpa(
             if dropout_p:
                 dropout_p, state = arguments_of(dropout_p, packed.q, packed.v, is_causal, by_kernel=True)
             options = (*packed[5:], *kind, dropout_p)
-            return cast(torch.Tensor, nested_attention(query, key, value, packed[:5], options, state, layout))
+            out = cast(torch.Tensor, nested_attention(query, key, value, packed[:5], options, state, layout))
+            if learns:
+                native.learn(packed, *kind, trained, False, layout)
+            return out
         packed, layout = pack(query, key, value, enable_gqa=enable_gqa)  # once more, for autograd to see
-    return wrap(attend(packed, *kind, dropout_p, False, layout)[0], cast(NestedTensor, query))
+    out = wrap(attend(packed, *kind, dropout_p, False, layout)[0], cast(NestedTensor, query))
+    if learns and not trained:
+        native.learn(packed, *kind, trained, False, layout)
+    return out
 
 
 def _trained_as_one_node(query: object, key: object, value: object) -> bool:

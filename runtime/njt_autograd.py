@@ -55,7 +55,7 @@ class NestedAttention(torch.autograd.Function):
             return (*_gradients(ctx, grads[0]), *_NO_GRADS)
         with torch.no_grad():  # create_graph=True
             found = _gradients(ctx, grads[0])
-        last = [None if grad is None else _Last.apply(grad.requires_grad_(), grads[0]) for grad in found]  # type: ignore[no-untyped-call]
+        last = [None if grad is None else last_derivative(grad, grads[0]) for grad in found]
         return (*last, *_NO_GRADS)
 
 
@@ -114,3 +114,8 @@ class _Last(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         """UnsupportedError."""
         refuse_second_derivative(ctx, *grads)
+
+
+def last_derivative(grad: torch.Tensor, dout: torch.Tensor) -> torch.Tensor:
+    """A gradient by ``dout``, differentiating which is refused."""
+    return cast(torch.Tensor, _Last.apply(grad.requires_grad_(), dout))  # type: ignore[no-untyped-call]

@@ -7,6 +7,7 @@ it is the same is seen at the first one: where this torch makes others, the cons
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -117,3 +118,12 @@ def _facts(nested: NestedTensor) -> tuple[object, ...]:
     keys = str(torch._C._dispatch_keys(nested))
     kind = (type(nested), nested.dtype, nested.device, nested.layout, nested.requires_grad)
     return (attributes, nested._values.__dict__, keys, kind, nested.untyped_storage().size())
+
+
+def marks_if(nest: Callable[[NestedTensor, torch.Tensor, _Marks], NestedTensor]) -> _Marks | None:
+    """The marks, if ``nest`` makes of a model, values and them what the constructor makes of the model's form."""
+    values = torch.zeros(1, 3, 1)
+    form = form_of(NestedTensor(values, torch.tensor([0, 1, 3]), _ragged_idx=2))
+    marks = _marks or _learn(form, values)
+    seen = form._construct(values.detach())
+    return marks if marks.suffice and _facts(nest(seen, values.detach(), marks)) == _facts(seen) else None

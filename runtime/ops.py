@@ -9,9 +9,41 @@ import torch
 
 from jagtile.runtime.checks import check_offsets_on_host
 from jagtile.runtime.dropout import dropout_of
-from jagtile.runtime.layouts import Layout, layout_of_backward, sizes_of
+from jagtile.runtime.layouts import Layout, Sizes, layout_of_backward, sizes_of
 from jagtile.runtime.problem import regime_index, tiny_mean
-from jagtile.runtime.routes import BACKWARD_ROUTES, ROUTES, resolve, resolve_backward
+from jagtile.runtime.routes import BACKWARD_ROUTES, ROUTES, Route, resolve, resolve_backward
+
+
+def forward_route(
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device_index: int,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    is_causal: bool,
+    dropout: bool = False,
+) -> Route:
+    """Of a forward that has something to compute."""
+    batch, total_q, heads, head_dim, total_k, heads_kv, head_dim_v = sizes
+    rows = total_q * heads if device_index >= 0 else 0
+    regime = regime_index(batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0, heads // heads_kv, rows)
+    return dtype, head_dim, head_dim_v, is_causal, device_index, regime, dropout
+
+
+def backward_route(
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device_index: int,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    is_causal: bool,
+    dropout: bool = False,
+) -> Route:
+    """Likewise, of a backward."""
+    batch, total_q, heads, head_dim, total_k, heads_kv, head_dim_v = sizes
+    tiny = tiny_mean("bwd", head_dim, head_dim_v, device_index >= 0)
+    regime = regime_index(batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0, heads // heads_kv, 0, tiny)
+    return dtype, head_dim, head_dim_v, is_causal, device_index, regime, dropout
 
 
 def forward(
@@ -36,7 +68,7 @@ def forward(
     ValueError.
     """
     sizes = sizes_of(q, v, cu_seqlens_q) if layout is None else layout.sizes
-    batch, total_q, heads, head_dim, total_k, heads_kv, head_dim_v = sizes
+    batch, total_q, heads, _, total_k, _, head_dim_v = sizes
     device_index = q.get_device()
     covered = total_q
     if device_index < 0:
@@ -46,10 +78,9 @@ def forward(
     out = q.new_empty(total_q, heads, head_dim_v)
     lse = q.new_empty(heads, total_q, dtype=torch.float32) if return_lse else None
     if batch and total_q and total_k:
-        rows = total_q * heads if device_index >= 0 else 0
-        regime = regime_index(batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0, heads // heads_kv, rows)
         dropout = dropout_of(dropout_p, dropout_state) if dropout_p else None
-        route = (q.dtype, head_dim, head_dim_v, is_causal, device_index, regime, dropout is not None)
+        hints = (max_seqlen_q, max_seqlen_k)
+        route = forward_route(sizes, q.dtype, device_index, *hints, is_causal, dropout is not None)
         kernel = ROUTES.get(route) or resolve(route)
         kernel.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right, dropout, layout)
     else:
@@ -92,11 +123,9 @@ def backward(
     dk = k.new_empty(total_k, heads_kv, head_dim)
     dv = v.new_empty(total_k, heads_kv, head_dim_v)
     if batch and total_q and total_k:
-        device_index = q.get_device()
-        tiny = tiny_mean("bwd", head_dim, head_dim_v, device_index >= 0)
-        regime = regime_index(batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0, heads // heads_kv, 0, tiny)
         dropout = dropout_of(dropout_p, dropout_state) if dropout_p else None
-        route = (q.dtype, head_dim, head_dim_v, is_causal, device_index, regime, dropout is not None)
+        hints = (max_seqlen_q, max_seqlen_k)
+        route = backward_route(sizes, q.dtype, q.get_device(), *hints, is_causal, dropout is not None)
         kernel = BACKWARD_ROUTES.get(route) or resolve_backward(route)
         operands = (q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse)
         kernel.backward(*operands, dq, dk, dv, scale, bottom_right, dropout, layout)

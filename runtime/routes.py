@@ -72,9 +72,10 @@ def prepare(spec: KernelSpec, regimes: Sequence[str], device: torch.device) -> t
     """Build and load the kernels of several regimes and remember their routes. Batches of a regime that the spec has
     not on the device are of its neighbours there. Returns the distinct variants.
     """
-    from jagtile.runtime import packs
+    from jagtile.runtime import native, packs
 
     packs.forget()
+    native.forget()
     has = regimes_for(spec.direction, device.type)
     wanted = {look_up if look_up[0] in has else look_up[1:] for look_up in LOOK_UPS if look_up[0] in regimes}
     decisions = {at: decide(spec, look_up, device) for at, look_up in enumerate(LOOK_UPS) if look_up in wanted}
@@ -139,9 +140,10 @@ def _packed_instead(decision: Decision, device: torch.device, error: JagtileErro
 
 def forget() -> None:
     """Drop every route, loaded kernel and known pack of this process; the next call looks everything up anew."""
-    from jagtile.runtime import packs
+    from jagtile.runtime import native, packs
 
     packs.forget()
+    native.forget()
     ROUTES.clear()
     BACKWARD_ROUTES.clear()
     kernel_table().clear()

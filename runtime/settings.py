@@ -18,6 +18,7 @@ from typing import Generic, Literal, TypeVar
 from jagtile.runtime.errors import JagtileWarning, SettingError
 
 T = TypeVar("T")
+NATIVE_HOST = ("auto", "wait", "off")
 Value = Path | str | int | bool | tuple[Path, ...] | None
 
 
@@ -75,6 +76,12 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError("it must be a whole number of at least 1")
     return int(text)
+
+
+def _native_host(text: str) -> str:
+    if text not in NATIVE_HOST:
+        raise ValueError(f"it must be one of {', '.join(NATIVE_HOST)}")
+    return text
 
 
 def _folder(text: str) -> Path:
@@ -163,6 +170,14 @@ class Settings:
         _usable_cpus,
         "the number of CPUs this process may use",
         "How many compilers run side by side.",
+    )
+    native_host = Variable(
+        "JAGTILE_NATIVE_HOST",
+        _native_host,
+        lambda: "auto",
+        "auto",
+        "Whether compiled host code serves eager calls on a GPU: `auto`: once a thread has built it; `wait`: the first "
+        "call waits for the compiler; `off`: never.",
     )
     packs = Variable[tuple[Path, ...] | None](
         "JAGTILE_PACKS",

@@ -15,6 +15,7 @@ from jagtile.runtime.cuda.list_builder import ListBuilder
 from jagtile.runtime.cuda.operands import backward_copies
 from jagtile.runtime.cuda.params import work_list_bytes
 from jagtile.runtime.cuda.plans import Plans, backward_layout
+from jagtile.runtime.cuda.recipe import Recipe, map_words, pointer_words
 from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.layouts import Layout
@@ -153,6 +154,35 @@ class CudaBackwardKernel:
         launch(self._kernel, plan.grid, self._threads, self._smem, stream, arguments)
         if self._finish is not None:
             launch(self._finish, plan.row_ctas, ROW_THREADS, 0, stream, arguments)
+
+    def recipe(self, layout: Layout, scale: float, bottom_right: bool) -> Recipe | None:
+        """What ``backward`` does in such calls. None where each is looked at anew."""
+        plan = self._plans.get((layout, scale, bottom_right, torch.are_deterministic_algorithms_enabled()))
+        if plan is None:
+            return None
+        inside = {
+            "delta": ("scratch", plan.delta),
+            "dq_sums": ("scratch", 0),
+            "turns": None if plan.turns is None else ("scratch", plan.turns),
+            "progress": None if plan.progress is None else ("scratch", plan.progress),
+            "direct": ("work_list", plan.direct),
+            "summed": ("work_list", plan.summed),
+        }
+        pointers = pointer_words(backward_params.POINTERS, backward_params.SCALARS_OFFSET, inside)
+        kernels = [
+            (self._prepare, plan.row_ctas, ROW_THREADS, 0),
+            (self._kernel, plan.grid, self._threads, self._smem),
+        ]
+        if self._finish is not None:
+            kernels.append((self._finish, plan.row_ctas, ROW_THREADS, 0))
+        return Recipe(
+            block=plan.block,
+            words=(*map_words(backward_params.MAPS), *pointers),
+            kernels=tuple(kernels),
+            unaligned=tensor_map.ALIGNMENT - 1,
+            scratch_bytes=4 * plan.scratch_floats,
+            list_key=plan.list_key,
+        )
 
     def _plan(
         self,

@@ -56,6 +56,17 @@ def bind_primary_context(device_index: int) -> None:
     call("cuCtxSetCurrent", call("cuDevicePrimaryCtxRetain", device_index))
 
 
+def recover(code: int, call: str, device_index: int, again: bool) -> None:
+    """What a failed call's code asks for: a context for a thread that has not touched CUDA yet, CudaDriverError else,
+    or where that has been tried before (``again``).
+    """
+    result = bindings().CUresult(code)
+    if result == bindings().CUresult.CUDA_ERROR_INVALID_CONTEXT and not again:
+        bind_primary_context(device_index)
+    else:
+        _check(bindings(), result, call)
+
+
 def load_module(image: bytes) -> Any:
     """A module of a cubin, in the current context."""
     return call("cuModuleLoadData", image)

@@ -13,6 +13,7 @@ from jagtile.runtime.cuda.block import ParameterBlock, fill, map_addresses
 from jagtile.runtime.cuda.list_builder import ListBuilder
 from jagtile.runtime.cuda.operands import find_maps, forward_copies, rows_of
 from jagtile.runtime.cuda.plans import Plans, forward_layout
+from jagtile.runtime.cuda.recipe import Recipe, map_words, pointer_words
 from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.head_packs import ROWS, HeadPacks, packed, unpacked
@@ -138,6 +139,31 @@ class CudaForwardKernel:
             work_list.keep(cu_seqlens_q, cu_seqlens_k, key, items)
         kernel = self._kernel if lse is None else self._kernel_with_lse
         self._launch(kernel, grid, self._threads, self._smem, stream, arguments)
+
+    def recipe(self, layout: Layout, scale: float, bottom_right: bool, with_lse: bool) -> Recipe | None:
+        """What ``forward`` does in such calls. None where each is looked at anew."""
+        plan = self._plans.get((layout, scale, bottom_right))
+        if plan is None:
+            return None
+        if self._by_rows:
+            at = range(params.ROWS_OFFSET, params.ROWS_OFFSET + params.ROWS.size, params.OUT_ROWS.size)
+            words = [(offset, name, 0) for offset, name in zip(at, params.ROW_TENSORS, strict=True)]
+        else:
+            words = map_words(params.MAPS)
+        words += pointer_words(params.POINTERS, params.SCALARS_OFFSET, {})
+        if self._out_rows:
+            words.append((params.OUT_ROWS_OFFSET, "out", 0))
+        if self._partial_bytes:
+            words.append((params.PARTIALS_OFFSET, "scratch", 0))
+        kernel = self._kernel_with_lse if with_lse else self._kernel
+        return Recipe(
+            block=plan.block,
+            words=tuple(words),
+            kernels=((kernel, plan.grid, self._threads, self._smem),),
+            unaligned=self._unaligned,
+            scratch_bytes=plan.results * self._partial_bytes,
+            list_key=plan.list_key,
+        )
 
     def _plan(
         self,

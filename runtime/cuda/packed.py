@@ -12,6 +12,7 @@ from jagtile.runtime.cuda import driver, params, work_list
 from jagtile.runtime.cuda.block import ParameterBlock, fill, map_addresses
 from jagtile.runtime.cuda.operands import find_maps, forward_copies
 from jagtile.runtime.cuda.plans import Plans, forward_layout
+from jagtile.runtime.cuda.recipe import Recipe, map_words, pointer_words
 from jagtile.runtime.cuda.tensor_map import ALIGNMENT, MapCache, address_comes_first
 from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
@@ -96,6 +97,19 @@ class CudaPackedKernel:
         )
         stream: int = torch._C._cuda_getCurrentRawStream(self._device)
         self._launch(self._kernel, plan.grid, self._threads, self._smem, stream, arguments)
+
+    def recipe(self, layout: Layout, scale: float, bottom_right: bool, with_lse: bool) -> Recipe | None:
+        """What ``forward`` does in such calls. None where each is looked at anew."""
+        plan = self._plans.get((layout, scale, bottom_right))
+        if plan is None:
+            return None
+        pointers = pointer_words(params.POINTERS, params.SCALARS_OFFSET, {"work_list": None})
+        return Recipe(
+            block=plan.block,
+            words=(*map_words(params.MAPS), *pointers),
+            kernels=((self._kernel, plan.grid, self._threads, self._smem),),
+            unaligned=ALIGNMENT - 1,
+        )
 
     def _plan(
         self,

@@ -14,6 +14,7 @@ from jagtile.runtime.cuda.block import ParameterBlock, fill, map_addresses
 from jagtile.runtime.cuda.delta_rows import PREPARE, ROW_THREADS, check_rows, row_ctas
 from jagtile.runtime.cuda.operands import backward_copies
 from jagtile.runtime.cuda.plans import Plans, backward_layout
+from jagtile.runtime.cuda.recipe import Recipe, map_words, pointer_words
 from jagtile.runtime.dropout import Dropout
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.layouts import Layout
@@ -119,6 +120,25 @@ class CudaPackedBackwardKernel:
         launch = self._launch
         launch(self._prepare, plan.row_ctas, ROW_THREADS, 0, stream, arguments)
         launch(self._kernel, plan.grid, self._threads, self._smem, stream, arguments)
+
+    def recipe(self, layout: Layout, scale: float, bottom_right: bool) -> Recipe | None:
+        """What ``backward`` does in such calls. None where each is looked at anew."""
+        plan = self._plans.get((layout, scale, bottom_right))
+        if plan is None:
+            return None
+        pointers = pointer_words(
+            packed_backward_params.POINTERS, packed_backward_params.SCALARS_OFFSET, {"delta": ("scratch", 0)}
+        )
+        return Recipe(
+            block=plan.block,
+            words=(*map_words(packed_backward_params.MAPS), *pointers),
+            kernels=(
+                (self._prepare, plan.row_ctas, ROW_THREADS, 0),
+                (self._kernel, plan.grid, self._threads, self._smem),
+            ),
+            unaligned=tensor_map.ALIGNMENT - 1,
+            scratch_bytes=4 * plan.delta_floats,
+        )
 
     def _plan(
         self,

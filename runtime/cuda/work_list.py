@@ -13,7 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -66,6 +66,39 @@ class _Entry(NamedTuple):
 _ENTRIES: dict[tuple[int, int, Hashable], _Entry] = {}
 
 
+class Mirror(Protocol):
+    """Who keeps the same lists. ``key``: identities of both tensors, and what is beside them the key of ``keep``."""
+
+    def keep(
+        self,
+        key: tuple[int, int, Hashable],
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        buffer: torch.Tensor,
+    ) -> None:
+        """A list was made for the offsets as they are now."""
+        ...
+
+    def drop(self, key: tuple[int, int, Hashable]) -> None:
+        """One of the tensors is no more."""
+        ...
+
+
+_mirror: Mirror | None = None
+
+
+def mirror(to: Mirror | None) -> None:
+    """Tell ``to`` of all lists, those that there are and those to come."""
+    global _mirror
+    _mirror = to
+    for key, entry in list(_ENTRIES.items()):
+        q, k = entry.cu_seqlens_q(), entry.cu_seqlens_k()
+        if to is None or q is None or k is None:
+            continue
+        if (q._version, k._version) == (entry.version_q, entry.version_k):
+            to.keep(key, q, k, entry.built.buffer)
+
+
 def capacity(total: int, batch: int, block: int) -> int:
     """The most blocks of ``block`` tokens that sequences of so many tokens in all can give."""
     return total // block + batch
@@ -112,6 +145,8 @@ def keep(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, key: Hashable, 
 
     def forget(_: object) -> None:
         _ENTRIES.pop(full_key, None)
+        if _mirror is not None:
+            _mirror.drop(full_key)
 
     _ENTRIES[full_key] = _Entry(
         built,
@@ -120,3 +155,5 @@ def keep(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, key: Hashable, 
         weakref.ref(cu_seqlens_q, forget),
         weakref.ref(cu_seqlens_k, forget),
     )
+    if _mirror is not None:
+        _mirror.keep(full_key, cu_seqlens_q, cu_seqlens_k, built.buffer)

@@ -25,6 +25,7 @@ import torch
 
 from jagtile.runtime.cuda import driver as jagtile_driver
 from jagtile.runtime.cuda import tensor_map, work_list
+from jagtile.runtime.settings import settings
 
 _MAGIC = 0x544D4150
 _MAP_BYTES = 128
@@ -324,6 +325,7 @@ def emulated(processors: int = 2, seed: int = 0) -> Iterator[Machine]:
             (work_list, "_ENTRIES", {}),
         ):
             stack.enter_context(mock.patch.object(target, name, answer, create=True))
+        stack.enter_context(settings.override(native_host="off"))  # whose thread would make objects old meanwhile
         for cached in (jagtile_driver.bindings, tensor_map.address_comes_first):
             cached.cache_clear()
             stack.callback(cached.cache_clear)

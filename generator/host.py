@@ -1,0 +1,120 @@
+"""Build the host side of eager calls (templates/host): an extension module of Python against torch's C++ headers.
+
+It is an artifact like a kernel's, kept in the same store. Its key has torch's version and Python's ABI in the place of
+the compiler's version: what one compiler made serves where there is none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sysconfig
+from functools import lru_cache
+from importlib.machinery import ExtensionFileLoader
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from jagtile.generator import elf
+from jagtile.generator.ninja_run import Compilation, compile_all
+from jagtile.generator.render import TEMPLATES
+from jagtile.generator.toolchain import find_cxx
+from jagtile.runtime.artifact import ABI_VERSION, Artifact, ArtifactMeta, CompileReport
+from jagtile.runtime.errors import BuildError, CompilerNotFoundError
+from jagtile.runtime.settings import settings
+from jagtile.runtime.store import ArtifactStore
+
+NAME = "_jagtile_host"
+_SYMBOL = f"PyInit_{NAME}"
+_MAIN = "module.cpp"
+_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden")
+_LIBRARIES = ("torch_python", "torch_cpu", "c10")
+_SHOWN_OUTPUT = 4000  # characters of a compiler's output in a message
+
+
+def built() -> ModuleType:
+    """The module, from the cache or built. CompilerNotFoundError where it is not there and nothing can build it,
+    BuildError where the compiler fails, ImportError where it can't be loaded.
+    """
+    store, key = ArtifactStore(), _key()
+    artifact = store.get(key)
+    if artifact is None:
+        if not settings.jit:
+            raise CompilerNotFoundError("it is not in the cache, and JAGTILE_JIT=0 forbids building it")
+        with store.lock(key):
+            artifact = store.get(key) or _build(store, key)
+    return load(artifact.path)
+
+
+@lru_cache(maxsize=8)
+def load(path: Path) -> ModuleType:
+    """Import a built module."""
+    loader = ExtensionFileLoader(NAME, str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(NAME, path, loader=loader))  # type: ignore[arg-type]
+    loader.exec_module(module)
+    return module
+
+
+def _sources() -> dict[str, str]:
+    folder = TEMPLATES / "host"
+    return {
+        path.name: path.read_text(encoding="utf-8")
+        for path in sorted(folder.iterdir())
+        if path.suffix in (".h", ".cpp")
+    }
+
+
+def _flags() -> tuple[str, ...]:
+    return (*_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
+
+
+def _key() -> str:
+    """sha256 of what the module depends on: sources, flags, torch, Python."""
+    identity = {
+        "abi": ABI_VERSION,
+        "flags": _flags(),
+        "python": sysconfig.get_config_var("SOABI"),
+        "sources": _sources(),
+        "torch": [torch.__version__, torch.version.git_version],
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _build(store: ArtifactStore, key: str) -> Artifact:
+    compiler, binary = find_cxx(), f"{NAME}.so"
+    torchs = Path(torch.__file__).parent
+    includes = (torchs / "include", Path(sysconfig.get_path("include")))
+    command = (
+        *(*compiler.command, *_flags()),
+        *(word for folder in includes for word in ("-isystem", str(folder))),
+        *(_MAIN, "-o", binary, "-L", str(torchs / "lib")),
+        *(f"-l{library}" for library in _LIBRARIES),
+    )
+    compilation = Compilation(key, command, _sources())
+    with store.workspace() as workspace:
+        (compiled,) = compile_all([compilation], workspace, parallel=1)
+        problem = f"the compiler gave exit code {compiled.exit_code}" if compiled.exit_code else None
+        problem = problem or elf.defect(compiled.folder / binary, _SYMBOL)
+        if problem is not None:
+            kept = store.keep_failure(key, {**compilation.files, "log": compiled.output})
+            raise BuildError(
+                f"{problem} ({compiler.version}); source and log are in {kept}\n{compiled.output[:_SHOWN_OUTPUT]}"
+            )
+        meta = ArtifactMeta(
+            abi=ABI_VERSION,
+            key=key,
+            target="host",
+            spec="host",
+            config={},
+            symbol=_SYMBOL,
+            file=binary,
+            size=0,
+            sha256="",
+            source_sha256=hashlib.sha256("\0".join(_sources().values()).encode()).hexdigest(),
+            compiler=compiler.version,
+            launch={},
+            report=CompileReport(seconds=compiled.seconds),
+        )
+        return store.publish(key, compiled.folder / binary, meta)

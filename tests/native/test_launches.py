@@ -1,0 +1,134 @@
+"""The compiled host launches what Python launches: the same kernels, grids and blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stand_in import Batch, alike, connect
+
+import jagtile
+from jagtile.generator.spec import KernelSpec
+
+FORWARDS = [
+    ("persistent", 64, 64),
+    ("persistent", 33, 33),  # by rows, without tensor maps
+    ("persistent", 64, 36),  # out is stored from registers
+    ("split", 64, 64),  # with scratch
+    ("packed", 64, 64),  # without a work list
+]
+
+
+def operands(dim: int, dim_v: int) -> list[torch.Tensor]:
+    batch = Batch(dim)
+    return [batch.q, batch.k, batch.v[..., :dim_v].clone(), batch.cu, batch.cu]
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize(("algorithm", "dim", "dim_v"), FORWARDS)
+def test_a_forward_is_launched_as_by_python(recorder, kernels, algorithm, dim, dim_v, return_lse):
+    kernels(KernelSpec("fwd", "bf16", dim, dim_v, causal=True), algorithm)
+    given = operands(dim, dim_v)
+    kind = {"is_causal": True, "causal_alignment": "bottom_right", "scale": 0.3, "return_lse": return_lse}
+    first = jagtile.varlen_attention(*given, **kind)
+    of_python = recorder.take("python")
+    second = jagtile.varlen_attention(*given, **kind)
+    (of_native,) = recorder.take("native")
+    assert first is not second
+    firsts, seconds = (found if return_lse else (found,) for found in (first, second))
+    for a, b in zip(firsts, seconds, strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+        assert b.data_ptr() in of_native.words
+    alike(of_python[-1], of_native, list(zip(firsts, seconds, strict=True)))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize(
+    ("algorithm", "dim", "heads_kv"),
+    [("keyblocks", 64, 4), ("packedrows", 64, 2), ("wide", 192, 4), ("keyblocks", 128, 1)],
+)
+def test_a_backward_is_launched_as_by_python(recorder, kernels, algorithm, dim, heads_kv, return_lse, is_causal):
+    kernels(KernelSpec("fwd", "bf16", dim, dim, is_causal), "persistent")
+    kernels(KernelSpec("bwd", "bf16", dim, dim, is_causal), algorithm)
+    batch, dlse = Batch(dim, heads_kv), torch.randn(4, 48)
+    launches, outputs = [], []
+    for _ in range(3):  # by Python, by a node that asks Python, by the host
+        found = batch.attend(is_causal=is_causal, return_lse=return_lse)
+        recorder.take()
+        out, douts = (found, (batch.dout, dlse)) if return_lse else ((found,), (batch.dout,))
+        grads = torch.autograd.grad(out, batch.leaves, douts)
+        launches.append([launch for launch in recorder.take() if "build" not in launch.kernel])
+        outputs.append((*out, *grads))
+    assert {launch.by for launch in launches[1]} == {"python"}
+    assert {launch.by for launch in launches[2]} == {"native"}
+    unknown = 1 + (not return_lse)  # scratch, and an lse that is no output
+    for a, b in zip(launches[1], launches[2], strict=True):
+        alike(a, b, list(zip(outputs[1], outputs[2], strict=True)), unknown)
+    first, _, last = outputs
+    for a, b in zip(first, last, strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+    for grad in last[-3:]:
+        assert any(grad.data_ptr() in launch.words for launch in launches[2])
+    if return_lse:
+        assert dlse.data_ptr() in launches[2][0].words
+
+
+def test_gradients_that_nobody_asks_for_are_none(recorder, default_kernels, batch):
+    for needed in ((0,), (1, 2), (0, 1, 2)):
+        for _ in range(3):
+            leaves = [x if at in needed else x.detach() for at, x in enumerate(batch.leaves)]
+            out = jagtile.varlen_attention(*leaves, batch.cu, batch.cu)
+            out.backward(batch.dout)
+        assert recorder.launches[-1].by == "native"
+        assert [x.grad is not None for x in batch.leaves] == [at in needed for at in range(3)]
+        for x in batch.leaves:
+            x.grad = None
+
+
+def test_nested_calls_are_launched_too(recorder, default_kernels, batch):
+    outs, grads, nested_launches = [], [], []
+    for _ in range(3):
+        out = batch.attend_nested()
+        outs.append(out)
+        grads.append(torch.autograd.grad(out, batch.nested_leaves, batch.nested_dout))
+        nested_launches.append([launch for launch in recorder.take() if "build" not in launch.kernel])
+    assert {launch.by for launch in nested_launches[2]} == {"native"}
+    assert outs[2].grad_fn.name() == type(outs[0].grad_fn).__name__
+    for a, b in zip((outs[0], *grads[0]), (outs[2], *grads[2]), strict=True):
+        assert (a.shape, a._strides, a.dtype, a.layout) == (b.shape, b._strides, b.dtype, b.layout)
+        assert a._offsets is b._offsets
+        assert a._metadata_cache is b._metadata_cache
+        assert a._values.stride() == b._values.stride()
+        assert b._values.data_ptr() in {word for launch in nested_launches[2] for word in launch.words}
+        assert b.transpose(1, 2).is_contiguous()
+    with torch.no_grad():
+        for expected in ("python", "native"):
+            out = jagtile.sdpa(*batch.nested)
+            assert recorder.take()[-1].by == expected
+            assert out.grad_fn is None
+            assert (out + batch.nested[0]).shape == out.shape
+
+
+def test_what_packed_calls_taught_serves_nested_ones(recorder, default_kernels, batch):
+    with torch.no_grad():
+        jagtile.varlen_attention(batch.q, batch.k, batch.v, batch.cu, batch.cu, 40, 40)
+        recorder.take("python")
+        jagtile.sdpa(*batch.nested)
+        recorder.take("native")
+
+
+def test_every_stream_has_its_own_list(recorder, default_kernels, batch, extension):
+    def attend() -> int:
+        with torch.no_grad():
+            jagtile.varlen_attention(batch.q, batch.k, batch.v, batch.cu, batch.cu)
+        launch = recorder.take()[-1]
+        assert launch.stream == recorder.stream
+        return launch.words[64 + 2]  # behind four maps and the offsets
+
+    lists = []
+    for stream in (0, 7):
+        recorder.stream = stream
+        connect(extension, recorder)
+        assert len({attend() for _ in range(3)}) == 1
+        lists.append(attend())
+    assert lists[0] != lists[1]
