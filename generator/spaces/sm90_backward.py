@@ -63,7 +63,7 @@ _DEFAULT_TILES = tuple(
     Sm90BackwardConfig(block_m, 128, 2, 1, "bulk", overlap, kv_stages, held, late_dq, early_dv=False, fused=fused)
     for block_m, overlap, kv_stages, held, late_dq, fused in (
         (128, False, 2, "kv", True, False),
-        (128, True, 1, "none", False, True),
+        (128, False, 1, "none", True, True),
         (64, False, 1, "v", True, True),
         (64, False, 1, "none", True, True),
     )
