@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from jagtile.runtime.eager import is_eager
 from jagtile.runtime.errors import CompilerNotFoundError, JagtileWarning
 from jagtile.runtime.layouts import Layout, layout_of_backward
 from jagtile.runtime.settings import settings
@@ -74,24 +75,51 @@ def _have() -> None:
 def connect(host: ModuleType, launch: int, is_capturing: int, device_type: str = "cuda") -> None:
     """Let a loaded host serve calls on a kind of device by two functions of the driver, given by their addresses."""
     global _host, serve, serve_nested
+    from jagtile.runtime.cuda import work_list
+
+    _use_python(host)
+    host.use_driver(launch, is_capturing, device_type, torch._C._cuda_getCurrentRawStream, _failed)
+    _host = host
+    work_list.mirror(_Lists(host))
+    serve, serve_nested = host.serve, _first_nested
+
+
+def _use_python(host: Any, marks: tuple[Any, Any] = ((), ())) -> None:
+    """What the host asks Python for. marks: names of attributes, of nested tensors and of their values."""
     from torch.nested._internal.nested_tensor import NestedTensor
 
-    from jagtile.runtime.cuda import work_list
     from jagtile.runtime.njt_autograd import last_derivative
-    from jagtile.runtime.njt_form import Form, marks_if
+    from jagtile.runtime.njt_form import Form
 
     def nest(offsets: Any, cache: Any, size: Any, strides: Any, packed: torch.Tensor) -> torch.Tensor:
         return Form(offsets, None, 2, cache, size, strides).nest(packed)
 
-    def nest_like(model: NestedTensor, values: torch.Tensor, marks: Any) -> Any:
-        host.use_python(_gradients, nest, last_derivative, NestedTensor, marks.nested, marks.values)
+    host.use_python(_gradients, nest, last_derivative, NestedTensor, *marks)
+
+
+def _first_nested(*call: Any) -> Any:
+    """``serve_nested`` until it is known whether the host puts nested tensors together as torch's constructor does.
+
+    That is seen here and not while the host is loaded: the constructor imports modules of torch, which threads must not
+    do beside others that may be importing the same.
+    """
+    global serve_nested
+    from jagtile.runtime.njt_form import marks_if
+
+    host = _host
+    if host is None or not is_eager():
+        return None
+
+    def nest_like(model: Any, values: torch.Tensor, marks: Any) -> Any:
+        _use_python(host, (marks.nested, marks.values))
         return host.nest_like(model, values)
 
-    nests = marks_if(nest_like) is not None
-    host.use_driver(launch, is_capturing, device_type, torch._C._cuda_getCurrentRawStream, _failed)
-    _host = host
-    work_list.mirror(_Lists(host))
-    serve, serve_nested = host.serve, host.serve_nested if nests else None
+    serve_nested = host.serve_nested if marks_if(nest_like) is not None else _leave_to_python
+    return serve_nested(*call)
+
+
+def _leave_to_python(*call: Any) -> None:
+    """``serve_nested`` where the host can't."""
 
 
 def disconnect() -> None:

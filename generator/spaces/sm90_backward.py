@@ -138,8 +138,8 @@ def _ds_bytes(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
 
 
 def _dq_bytes(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
-    """Buffers of dQ, those of two warpgroups that have columns each as large as the first. Where dK and dV leave through
-    them and one buffer of dS, as much as that takes.
+    """Buffers of dQ, those of two warpgroups that have columns each as large as the first. With one buffer of dS, as
+    much as dK and dV take to leave through both.
     """
     if config.dq != "bulk":
         return 0
@@ -328,10 +328,11 @@ class Sm90BackwardSpace:
         others = _transposed_blocks(spec) if config.block_n == 128 else ()
         if config.block_m not in (64, config.block_n, *others):
             return (
-                f"block_m must be 64, the rows of one product of dQ, as many as block_n, or 80 of two warpgroups with a "
-                f"head_dim above 64, got {config.block_m}"
+                f"block_m must be 64, the rows of one product of dQ, as many as block_n, or 80 with two warpgroups "
+                f"and a head_dim above 64, got {config.block_m}"
             )
-        if config.block_m in others and (config.late_dq or config.early_dv or config.dq != "bulk" or config.kv_stages > 1):
+        two_ds = config.late_dq or config.early_dv or config.kv_stages > 1
+        if config.block_m in others and (two_ds or config.dq != "bulk"):
             return "block_m 80: one buffer of dS: dq must be bulk, kv_stages 1, without late_dq and early_dv"
         if groups not in FRAGMENT_LIMIT:
             return f"{config.ctas_per_sm} CTAs an SM with block_n {config.block_n} need more than 64K registers"
@@ -350,10 +351,7 @@ class Sm90BackwardSpace:
         if config.held not in ("none", "v", "kv"):
             return f"held must be none, v or kv, got {config.held}"
         if config.late_dk and (
-            config.overlap
-            or config.late_dq
-            or config.early_dv
-            or dq_split(spec, config) in ("transposed", "alternate")
+            config.overlap or config.late_dq or config.early_dv or dq_split(spec, config) in ("transposed", "alternate")
         ):
             return (
                 "late_dk: every warpgroup must have a part of each dQ (block_m 64 a warpgroup, or head_dim above 64 "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -38,6 +39,22 @@ def test_it_is_had_once_and_in_time_where_that_is_asked_for(fresh, extension):
         for _ in range(2):
             native.start()
             assert fresh == [extension]
+
+
+def test_a_thread_imports_nothing_of_torch_while_it_connects(extension):
+    """Modules that import each other must not be imported by two threads at a time."""
+    program = """
+import sys
+from jagtile.generator import host
+from jagtile.runtime import native
+module = host.built()
+before = set(sys.modules)
+native.connect(module, 1, 1, "cpu")
+print(sorted(name for name in set(sys.modules) - before if name.startswith("torch")))
+"""
+    prologue = "import torch\ntorch._C._cuda_getCurrentRawStream = None\n"
+    ran = subprocess.run([sys.executable, "-c", prologue + program], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
 
 
 def test_off_is_off(fresh):
