@@ -53,7 +53,7 @@ def test_every_spec_has_a_legal_default_of_128_keys(spec: KernelSpec) -> None:
     ("name", "tile"),
     [
         ("d32", "m128_n128_s2_c1_dbulk_o0_k2_hkv_l1_e0"),
-        ("d64", "m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1"),
+        ("d64", "m128_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1"),
         ("d72_dv40", "m64_n128_s2_c1_dbulk_o0_k1_hv_l1_e0_f1"),
         ("d96", "m64_n128_s2_c1_dbulk_o0_k1_hv_l1_e0_f1"),
         ("d128", "m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1"),
@@ -67,7 +67,8 @@ def test_the_default_takes_what_there_is_room_for(name: str, tile: str) -> None:
     ("change", "reason"),
     [
         ({"block_m": 96}, "block_m must be 64"),
-        ({"block_m": 128, "block_n": 64}, "or as many as block_n"),
+        ({"block_m": 80}, "block_m 80: one buffer of dS"),
+        ({"block_m": 128, "block_n": 64}, "as many as block_n, or 80"),
         ({"block_m": 128}, "shared memory"),
         ({"block_n": 96}, "block_n is 64 a math warpgroup"),
         ({"num_stages": 1}, "num_stages must be at least 2"),

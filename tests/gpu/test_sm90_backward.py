@@ -39,6 +39,7 @@ LONG_STEPS: dict[str, Knob] = {
     "fused": False,
 }
 SHORT_STEPS: dict[str, Knob] = LONG_STEPS | {"block_m": 64, "overlap": False, "kv_stages": 1}
+EIGHTY_STEPS: dict[str, Knob] = SHORT_STEPS | {"block_m": 80, "late_dq": False}
 EARLY_DV: dict[str, Knob] = SHORT_STEPS | {"late_dq": False, "early_dv": True}
 # (spec, what differs from the default config of its space)
 CASES = (
@@ -78,6 +79,12 @@ CASES = (
     ("bwd_bf16_d64_causal", LONG_STEPS | {"kv_stages": 1, "late_dq": False, "fused": True, "claim_ahead": 5}),
     ("bwd_bf16_d64", SHORT_STEPS | {"late_dq": False, "fused": True, "claim_ahead": 2, "row_buffers": 4}),
     ("bwd_bf16_d128", {"claim_ahead": 5}),
+    ("bwd_bf16_d128", EIGHTY_STEPS),
+    ("bwd_fp16_d128_causal", EIGHTY_STEPS),
+    ("bwd_bf16_d96_causal", EIGHTY_STEPS | {"fused": True, "row_buffers": 1}),
+    ("bwd_fp16_d72", EIGHTY_STEPS | {"held": "v"}),
+    ("bwd_bf16_d64", {"late_dq": False}),
+    ("bwd_bf16_d64_causal", {"overlap": True}),
     ("bwd_fp16_d64_causal", {"overlap": False, "polynomial": 4}),
     ("bwd_bf16_d32", {"polynomial": 2}),
     ("bwd_bf16_d64_causal", {"overlap": False, "late_dk": True}),

@@ -67,6 +67,7 @@ constexpr int kTileSlots = 2;
 constexpr int kPanels = 2;   // 64-column panels of Q and K
 constexpr int kPanelsV = 2;  // of V and dO
 constexpr int kStepsM = kBlockM / 16;
+constexpr int kStatsOfLane = 2;  // of a warp that has a step's lse and delta
 
 constexpr int kQPanelBytes = kBlockM * 128;
 constexpr int kKVPanelBytes = kBlockN * 128;
@@ -226,7 +227,7 @@ __device__ __forceinline__ void issue_dq(float (&d)[32], uint32_t a, uint32_t b)
 __device__ __forceinline__ void put_part(const BackwardParams& p, const WorkItem& item, int head, int row, int part,
                                          uint32_t buffer) {
   put_sums(Sums::row(p.dq_sums, p.total_q, head, part, item.q_begin + row), buffer,
-           min(item.q_length - row, 64) * Sums::columns(part) * 4, item);
+           min(item.q_length - row, kBlockM) * Sums::columns(part) * 4, item);
   tma_store_commit();
 }
 
@@ -327,9 +328,9 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
         KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
           const int rows = item.q_length - row - lane;  // the lane's first one included
           const long long first = static_cast<long long>(head) * p.total_q + item.q_begin + row + lane;
-          float lse[kBlockM / 32], delta[kBlockM / 32];
+          float lse[kStatsOfLane], delta[kStatsOfLane];
 #pragma unroll
-          for (int i = 0; i < kBlockM / 32; ++i) {
+          for (int i = 0; i < kStatsOfLane; ++i) {
             const float natural = 32 * i < rows ? p.lse[first + 32 * i] : -INFINITY;
             const bool sees_keys = natural != -INFINITY;  // else P = exp2(S - inf) = 0
             lse[i] = sees_keys ? natural * 1.44269504088896f : INFINITY;
@@ -338,7 +339,7 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
           control.stats.wait_empty(at);
           float* slot = stats + at.slot * 2 * kBlockM + Stats::place(lane);
 #pragma unroll
-          for (int i = 0; i < kBlockM / 32; ++i) {
+          for (int i = 0; i < kStatsOfLane; ++i) {
             slot[32 * i] = lse[i];
             slot[kBlockM + 32 * i] = delta[i];
           }
@@ -397,6 +398,7 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
     const int kv_head = control.tiles[tile_at.slot].head;
     if (kv_head < 0) break;
     const WorkItem& item = control.tiles[tile_at.slot].item;
+    const bool has_all_keys = KeyTile::has_all_keys(item);
     float dk[kHeadDim / 2] = {}, dv[kHeadDimV / 2] = {};
 
     // Blocks of queries from mask_end on are seen whole by the warpgroup's keys, all of which are seen.
@@ -439,10 +441,10 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
       pin_registers(dp);
       pack_gradients<pack_bf16>(probabilities, ds, scores, dp, Stats(step_stats + kBlockM, quad));
       control.stats.arrive_empty(at);
-      issue_dv(dv, probabilities, dout_tile);
       control.ds.wait_empty(ds_at);
       stage_fragments<kKVPanelBytes>(ds, ds_tile + warpgroup * kRowsBytes, warp, lane);
       fence_async_proxy();
+      issue_dv(dv, probabilities, dout_tile);  // no sooner: P would be packed while registers still have dP
       __syncwarp();
       if (lane == 0) control.ds.arrive_full(ds_at);
       // dQ of the block before, with every warpgroup's dS^T.
@@ -460,7 +462,7 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
         if (leader) control.dout.arrive_empty(at);
         if (leader) control.ds.arrive_empty(ds_before);
 
-        if (KeyTile::has_all_keys(item)) {
+        if (has_all_keys) {
           const bool row_begins = head == kv_head * p.gqa_ratio;
           const int dq_head = row_begins ? head + p.gqa_ratio - 1 : head - 1;  // of the step before
           const int dq_row = row_begins ? row + kBlockM : row;
@@ -500,7 +502,7 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
       wgmma_wait<0>();
       pin_registers(dq);
       if (leader) control.ds.arrive_empty(ds_before);
-      if (KeyTile::has_all_keys(item)) {
+      if (has_all_keys) {
         const bool row_begins = head == kv_head * p.gqa_ratio;
         const int dq_head = row_begins ? head + p.gqa_ratio - 1 : head - 1;  // of the step before
         const int dq_row = row_begins ? row + kBlockM : row;

@@ -1,4 +1,4 @@
-// jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1
+// jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
 //
 // Backward of attention over a jagged batch, one kernel for one case:
 //   target      sm_90a
@@ -11,14 +11,14 @@
 //   num_stages          2
 //   ctas_per_sm         1
 //   dq                  bulk
-//   overlap             true
+//   overlap             false
 //   kv_stages           1
 //   held                none
-//   late_dq             false
+//   late_dq             true
 //   early_dv            false
 //   fused               true
 // Generated; edit the template, not this text. To see it again:
-//   jagtile generate sm_90a/bwd_bf16_d64/keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1
+//   jagtile generate sm_90a/bwd_bf16_d64/keyblocks_m128_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
 //
 // One persistent CTA an SM: 2 math warpgroups of 64 keys each, one that feeds them, one with rows. K and V of a tile
 // stay; the queries that see its keys go by from the last, those of every head that shares the kv head.
@@ -30,7 +30,7 @@
 //   warps 8...  S^T = K Q^T, dP^T = V dO^T, P and dS in registers, dV += P^T dO, dK += dS^T Q, dQ = dS K (wgmma);
 //               dK and dV leave through dS^T's and dQ's buffers (TMA), dQ from registers where the tile has all keys
 // P and dS are packed when both are there, so that P is never in registers twice.
-// dK is still being multiplied when the next block's S^T begins.
+// dQ of a block is multiplied behind dV of the next block: warpgroups need not be at the same block.
 //
 // Shared memory          bytes
 //   K                      16384   1 panel of 128 rows x 128 B
@@ -67,6 +67,7 @@ constexpr int kTileSlots = 2;
 constexpr int kPanels = 1;   // 64-column panels of Q and K
 constexpr int kPanelsV = 1;  // of V and dO
 constexpr int kStepsM = kBlockM / 16;
+constexpr int kStatsOfLane = 4;  // of a warp that has a step's lse and delta
 
 constexpr int kQPanelBytes = kBlockM * 128;
 constexpr int kKVPanelBytes = kBlockN * 128;
@@ -82,7 +83,7 @@ constexpr int kMathBarrier = kWarpgroups + 1;
 constexpr int kParts = 2;
 constexpr int kPartBytes = 16384;
 constexpr int kDqStages = 1;
-using Stats = StatsInMemory;
+using Stats = StatsInRegisters<kBlockM>;
 using Sums = DqSums<kHeadDim>;
 using KeyTile = KeyTiles</*kCausal=*/false, kBlockM, kBlockN, /*kAdders=*/1>;
 
@@ -98,6 +99,7 @@ struct Control {
   RingBarriers<1> loaded;  // all of the tile is on its way
   RingBarriers<kKVStages> k, v;
   RingBarriers<kStages> q, dout, stats;
+  RingBarriers<2> ds;
   RingBarriers<kDqStages> dq[kParts];
   BulkTurns turns;
 };
@@ -257,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(kRowThreads) jagtile_backward_prepa
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1)
-jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1(const __grid_constant__ BackwardParams p) {
+jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1(const __grid_constant__ BackwardParams p) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const uint32_t k_tile = smem_address(shared);
   const uint32_t v_tile = k_tile + 16384;
@@ -278,6 +280,7 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1(const 
     control.q.init(1, kWarpgroups);
     control.dout.init(1, kWarpgroups);
     control.stats.init(32, 128 * kWarpgroups);
+    control.ds.init(4 * kWarpgroups, kWarpgroups);
     for (int part = 0; part < kParts; ++part) control.dq[part].init(4, 1);
     control.row_units.init(1, kRowWarps);
     control.rows.begin(p);
@@ -324,9 +327,9 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1(const 
         KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
           const int rows = item.q_length - row - lane;  // the lane's first one included
           const long long first = static_cast<long long>(head) * p.total_q + item.q_begin + row + lane;
-          float lse[kBlockM / 32], delta[kBlockM / 32];
+          float lse[kStatsOfLane], delta[kStatsOfLane];
 #pragma unroll
-          for (int i = 0; i < kBlockM / 32; ++i) {
+          for (int i = 0; i < kStatsOfLane; ++i) {
             const float natural = 32 * i < rows ? p.lse[first + 32 * i] : -INFINITY;
             const bool sees_keys = natural != -INFINITY;  // else P = exp2(S - inf) = 0
             lse[i] = sees_keys ? natural * 1.44269504088896f : INFINITY;
@@ -335,7 +338,7 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1(const 
           control.stats.wait_empty(at);
           float* slot = stats + at.slot * 2 * kBlockM + Stats::place(lane);
 #pragma unroll
-          for (int i = 0; i < kBlockM / 32; ++i) {
+          for (int i = 0; i < kStatsOfLane; ++i) {
             slot[32 * i] = lse[i];
             slot[kBlockM + 32 * i] = delta[i];
           }
@@ -383,6 +386,7 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1(const 
   const uint32_t k_rows = k_tile + warpgroup * kRowsBytes;
   const uint32_t v_rows = v_tile + warpgroup * kRowsBytes;
   RingPosition<kStages> at;  // in the rings of Q, of dO, and of lse and delta
+  uint32_t step = 0;  // of all tiles
   RingPosition<kDqStages> dq_at;
   const int part = warpgroup;  // of dQ, this warpgroup's
 
@@ -393,6 +397,7 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1(const 
     const int kv_head = control.tiles[tile_at.slot].head;
     if (kv_head < 0) break;
     const WorkItem& item = control.tiles[tile_at.slot].item;
+    const bool has_all_keys = KeyTile::has_all_keys(item);
     float dk[kHeadDim / 2] = {}, dv[kHeadDimV / 2] = {};
 
     // Blocks of queries from mask_end on are seen whole by the warpgroup's keys, all of which are seen.
@@ -407,20 +412,15 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1(const 
     const int steps = item.q_blocks * p.gqa_ratio;
     int row = KeyTile::last_row(item);  // of the block's queries, within the sequence
     int head = kv_head * p.gqa_ratio;
-    uint32_t ds[kStepsM][4] = {};
-    RingPosition<kStages> q_used;  // what dK is being multiplied with
 #pragma unroll 1
     for (int left = steps; left > 0; --left) {
       const uint32_t q_tile = q_tiles + at.slot * kQBytes;
       float scores[kBlockM / 2];
       control.q.wait_full(at);
       issue_scores(scores, k_rows, q_tile);
-      wgmma_wait<1>();  // dP has no registers before dS leaves them
-      pin_registers(dk);
-      pin_registers(ds);
-      if (leader && left < steps) control.q.arrive_empty(q_used);
       const uint32_t dout_tile = dout_tiles + at.slot * kDoutBytes;
-      const uint32_t ds_tile = ds_tiles + left % 2 * kDsBytes;
+      const RingPosition<2> ds_at = {static_cast<int>(step % 2), step / 2 % 2};
+      const uint32_t ds_tile = ds_tiles + ds_at.slot * kDsBytes;
       const float* step_stats = stats + at.slot * 2 * kBlockM;
       float dp[kBlockM / 2];
       control.dout.wait_full(at);
@@ -435,26 +435,77 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1(const 
         mask_queries(scores, KeyTile::first_query(p, item, key) - row - 2 * quad,
                      KeyTile::first_query(p, item, key + 8) - row - 2 * quad);
       }
-      uint32_t probabilities[kStepsM][4];
+      uint32_t probabilities[kStepsM][4], ds[kStepsM][4];
       wgmma_wait<0>();
       pin_registers(dp);
       pack_gradients<pack_bf16>(probabilities, ds, scores, dp, Stats(step_stats + kBlockM, quad));
       control.stats.arrive_empty(at);
-      issue_dv(dv, probabilities, dout_tile);
+      control.ds.wait_empty(ds_at);
       stage_fragments<kKVPanelBytes>(ds, ds_tile + warpgroup * kRowsBytes, warp, lane);
       fence_async_proxy();
-      named_barrier_sync(kMathBarrier, 128 * kWarpgroups);  // all of dS^T is there, and the other dS^T has been read
-      float dq[32];
-      issue_dq(dq, ds_tile + warpgroup * kKVPanelBytes, k_tile);
-      issue_dk(dk, ds, q_tile);
-      wgmma_wait<1>();
-      pin_registers(dv);
-      pin_registers(probabilities);
-      pin_registers(dq);
-      if (leader) control.dout.arrive_empty(at);
+      issue_dv(dv, probabilities, dout_tile);  // no sooner: P would be packed while registers still have dP
+      __syncwarp();
+      if (lane == 0) control.ds.arrive_full(ds_at);
+      // dQ of the block before, with every warpgroup's dS^T.
+      const RingPosition<2> ds_before = {static_cast<int>((step - 1) % 2), (step - 1) / 2 % 2};
+      const bool add_before = left < steps;
+      if (add_before) {
+        float dq[32];
+        control.ds.wait_full(ds_before);
+        issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes + warpgroup * kKVPanelBytes, k_tile);
+        issue_dk(dk, ds, q_tile);
+        wgmma_wait<1>();
+        pin_registers(dv);
+        pin_registers(probabilities);
+        pin_registers(dq);
+        if (leader) control.dout.arrive_empty(at);
+        if (leader) control.ds.arrive_empty(ds_before);
 
-      if (KeyTile::has_all_keys(item)) {
-        write_part(dq, p, item, head, warpgroup, row + 64 * warpgroup + thread_row, quad);
+        if (has_all_keys) {
+          const bool row_begins = head == kv_head * p.gqa_ratio;
+          const int dq_head = row_begins ? head + p.gqa_ratio - 1 : head - 1;  // of the step before
+          const int dq_row = row_begins ? row + kBlockM : row;
+          write_part(dq, p, item, dq_head, warpgroup, dq_row + 64 * warpgroup + thread_row, quad);
+        } else {
+          control.dq[part].wait_empty(dq_at);
+          const int token = item.q_begin + thread_row;  // odd or even as in all blocks
+          stage_part(dq, dq_parts + part * (kPartBytes / 4), warpgroup, thread_row, quad, token);
+          fence_async_proxy();
+          __syncwarp();
+          if (lane == 0) control.dq[part].arrive_full(dq_at);
+          dq_at.parity ^= 1;
+        }
+      } else {
+        issue_dk(dk, ds, q_tile);
+        wgmma_wait<1>();
+        pin_registers(dv);
+        pin_registers(probabilities);
+        if (leader) control.dout.arrive_empty(at);
+      }
+      if (++head == (kv_head + 1) * p.gqa_ratio) {
+        head = kv_head * p.gqa_ratio;
+        row -= kBlockM;
+      }
+      wgmma_wait<0>();
+      pin_registers(dk);
+      pin_registers(ds);
+      if (leader) control.q.arrive_empty(at);
+      at.advance();
+      ++step;
+    }
+    if (steps > 0) {
+      const RingPosition<2> ds_before = {static_cast<int>((step - 1) % 2), (step - 1) / 2 % 2};
+      float dq[32];
+      control.ds.wait_full(ds_before);
+      issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes + warpgroup * kKVPanelBytes, k_tile);
+      wgmma_wait<0>();
+      pin_registers(dq);
+      if (leader) control.ds.arrive_empty(ds_before);
+      if (has_all_keys) {
+        const bool row_begins = head == kv_head * p.gqa_ratio;
+        const int dq_head = row_begins ? head + p.gqa_ratio - 1 : head - 1;  // of the step before
+        const int dq_row = row_begins ? row + kBlockM : row;
+        write_part(dq, p, item, dq_head, warpgroup, dq_row + 64 * warpgroup + thread_row, quad);
       } else {
         control.dq[part].wait_empty(dq_at);
         const int token = item.q_begin + thread_row;  // odd or even as in all blocks
@@ -462,19 +513,9 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o1_k1_hnone_l0_e0_f1(const 
         fence_async_proxy();
         __syncwarp();
         if (lane == 0) control.dq[part].arrive_full(dq_at);
+        dq_at.parity ^= 1;
       }
-      if (!KeyTile::has_all_keys(item)) dq_at.advance();
-      if (++head == (kv_head + 1) * p.gqa_ratio) {
-        head = kv_head * p.gqa_ratio;
-        row -= kBlockM;
-      }
-      q_used = at;
-      at.advance();
     }
-    wgmma_wait<0>();
-    pin_registers(dk);
-    pin_registers(ds);
-    if (leader && steps > 0) control.q.arrive_empty(q_used);
 
     // K and V of the next tile arrive while dV leaves through this warpgroup's part of dQ, which is on its way or gone, and dK
     // through its rows of dS^T, when every warpgroup has read them.
