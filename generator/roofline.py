@@ -212,7 +212,7 @@ def _hopper_backward(variant: Variant, config: Sm90BackwardConfig, workload: Wor
     """Every warpgroup has a part of the keys, and all of their products."""
     spec, ctas = variant.spec, config.ctas_per_sm
     units = _backward_step_clocks(config, spec)
-    hidden = config.overlap or config.late_dq or config.late_dk  # the last one's is a guess: not measured yet
+    hidden = config.overlap or config.late_dq or config.late_dk  # the last one's was a guess, and is too good
     alone = (units["tensor"] + units["exp"]) * (_BACKWARD_HIDDEN if hidden else 1)
     waits = {**{unit: clocks * ctas for unit, clocks in units.items()}, "latency": alone + 2 * _STEP_LATENCY}
     step = _together(waits)

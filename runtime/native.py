@@ -149,13 +149,13 @@ def learn(
     layout: Layout | None,
 ) -> None:
     """Teach a call that Python has served, by a kernel that does the same in all of its kind."""
-    from jagtile.runtime.ops import forward_route
+    from jagtile.runtime.ops import route_of
     from jagtile.runtime.routes import ROUTES
 
     host, q, (max_seqlen_q, max_seqlen_k) = _host, batch[0], batch[5:]
     if host is None or layout is None or (is_causal, trained) not in layout.served:
         return
-    route = forward_route(layout.sizes, q.dtype, q.get_device(), max_seqlen_q, max_seqlen_k, is_causal)
+    route = route_of("fwd", layout.sizes, q.dtype, q.get_device(), max_seqlen_q, max_seqlen_k, is_causal)
     kernel = ROUTES.get(route)
     recipe_of = getattr(kernel, "recipe", None)
     recipe = recipe_of and recipe_of(layout, scale, bottom_right, trained or return_lse)
@@ -172,7 +172,7 @@ def _gradients(
 ) -> tuple[torch.Tensor, ...]:
     """What a node of the host gives back where it asks Python, and teaches it if it wants."""
     from jagtile.runtime.autograd import gradients_of
-    from jagtile.runtime.ops import backward_route
+    from jagtile.runtime.ops import route_of
     from jagtile.runtime.routes import BACKWARD_ROUTES
 
     *operands, options = operands_and_options
@@ -183,7 +183,7 @@ def _gradients(
         max_seqlen_q, max_seqlen_k, is_causal, bottom_right, scale = options
         layout = layout_of_backward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, dout)
         assert layout is not None
-        route = backward_route(layout.sizes, q.dtype, q.get_device(), max_seqlen_q, max_seqlen_k, is_causal)
+        route = route_of("bwd", layout.sizes, q.dtype, q.get_device(), max_seqlen_q, max_seqlen_k, is_causal)
         kernel = BACKWARD_ROUTES.get(route)
         recipe_of = getattr(kernel, "recipe", None)
         recipe = recipe_of and recipe_of(layout, scale, bottom_right)

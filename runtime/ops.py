@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from jagtile.generator.spec import Direction
 from jagtile.runtime.checks import check_offsets_on_host
 from jagtile.runtime.dropout import dropout_of
 from jagtile.runtime.layouts import Layout, Sizes, layout_of_backward, sizes_of
@@ -14,7 +15,8 @@ from jagtile.runtime.problem import regime_index, tiny_mean
 from jagtile.runtime.routes import BACKWARD_ROUTES, ROUTES, Route, resolve, resolve_backward
 
 
-def forward_route(
+def route_of(
+    direction: Direction,
     sizes: Sizes,
     dtype: torch.dtype,
     device_index: int,
@@ -23,26 +25,13 @@ def forward_route(
     is_causal: bool,
     dropout: bool = False,
 ) -> Route:
-    """Of a forward that has something to compute."""
+    """Of a call that has something to compute."""
     batch, total_q, heads, head_dim, total_k, heads_kv, head_dim_v = sizes
-    rows = total_q * heads if device_index >= 0 else 0
-    regime = regime_index(batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0, heads // heads_kv, rows)
-    return dtype, head_dim, head_dim_v, is_causal, device_index, regime, dropout
-
-
-def backward_route(
-    sizes: Sizes,
-    dtype: torch.dtype,
-    device_index: int,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    is_causal: bool,
-    dropout: bool = False,
-) -> Route:
-    """Likewise, of a backward."""
-    batch, total_q, heads, head_dim, total_k, heads_kv, head_dim_v = sizes
-    tiny = tiny_mean("bwd", head_dim, head_dim_v, device_index >= 0)
-    regime = regime_index(batch, total_q, total_k, max_seqlen_q or 0, max_seqlen_k or 0, heads // heads_kv, 0, tiny)
+    on_gpu = device_index >= 0
+    rows = total_q * heads if on_gpu and direction == "fwd" else 0
+    tiny = tiny_mean(direction, head_dim, head_dim_v, on_gpu)
+    hints = (max_seqlen_q or 0, max_seqlen_k or 0)
+    regime = regime_index(batch, total_q, total_k, *hints, heads // heads_kv, rows, tiny)
     return dtype, head_dim, head_dim_v, is_causal, device_index, regime, dropout
 
 
@@ -80,7 +69,7 @@ def forward(
     if batch and total_q and total_k:
         dropout = dropout_of(dropout_p, dropout_state) if dropout_p else None
         hints = (max_seqlen_q, max_seqlen_k)
-        route = forward_route(sizes, q.dtype, device_index, *hints, is_causal, dropout is not None)
+        route = route_of("fwd", sizes, q.dtype, device_index, *hints, is_causal, dropout is not None)
         kernel = ROUTES.get(route) or resolve(route)
         kernel.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, scale, bottom_right, dropout, layout)
     else:
@@ -125,7 +114,7 @@ def backward(
     if batch and total_q and total_k:
         dropout = dropout_of(dropout_p, dropout_state) if dropout_p else None
         hints = (max_seqlen_q, max_seqlen_k)
-        route = backward_route(sizes, q.dtype, q.get_device(), *hints, is_causal, dropout is not None)
+        route = route_of("bwd", sizes, q.dtype, q.get_device(), *hints, is_causal, dropout is not None)
         kernel = BACKWARD_ROUTES.get(route) or resolve_backward(route)
         operands = (q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse)
         kernel.backward(*operands, dq, dk, dv, scale, bottom_right, dropout, layout)

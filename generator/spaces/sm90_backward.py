@@ -146,7 +146,7 @@ def _dq_bytes(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     split = dq_split(spec, config)
     if split in ("columns", "transposed"):
         parts = 2 * config.block_m * 64 * 4
-        if not frees_kv(spec, config) or split == "columns":
+        if split == "columns":
             return parts
         leaving = (panel_count(spec.head_dim) + panel_count(spec.head_dim_v)) * config.block_n * 128
         return max(parts, leaving - _ds_bytes(spec, config))
