@@ -181,7 +181,8 @@ def test_threads_share_what_was_taught(recorder, taught):
 def test_nested_outputs_can_be_copied_and_viewed(taught):
     out = taught.attend_nested()
     assert copy.deepcopy(out.detach()).shape[1:2] == out.shape[1:2]
-    assert torch.equal(out.values(), out._values)
+    # The driver computes nothing: the values are whatever the memory held, so their place is compared.
+    assert out.values().data_ptr() == out._values.data_ptr()
     (out.transpose(1, 2).flatten(2) * 2).values().sum().backward()
     assert all(x.grad is not None for x in taught.nested_leaves)
 
