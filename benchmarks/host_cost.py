@@ -7,8 +7,8 @@ for the same graph: a node whose output and gradients are there beforehand takes
 the CPU, are calls through a GPU's launchers up to the driver, and a stand-in for that does nothing; "native" the same
 calls, served by the compiled host (docs/native-host.md). On a GPU, where a launch does not wait for the kernel,
 "native" are real calls as they are by default, "launch" those without the compiled host; "one thread" both, and the
-floor, with autograd's backward in the caller's thread instead of the device's; "no driver" all that Python does in real
-calls but the driver's cuLaunchKernel; "torch" its own. With --profile the dearest functions of each call follow, by
+floor, with autograd's backward in the caller's thread instead of the device's; "no driver" both without
+the driver's cuLaunchKernel; "torch" its own. With --profile the dearest functions of each call follow, by
 cProfile, which sees one thread: of real calls on a GPU, of dispatch on the CPU.
 """
 
@@ -109,15 +109,17 @@ def launchers_alone() -> Iterator[None]:
 
 
 @contextmanager
-def native_host() -> Iterator[None]:
-    """Calls on the CPU that go through a GPU's launchers are served by the compiled host."""
+def native_host_alone(device: str) -> Iterator[None]:
+    """Calls that go through a GPU's launchers are served by the compiled host, to a driver that does nothing."""
     nothing = ctypes.cast(ctypes.CDLL(None).labs, ctypes.c_void_p).value  # of the arguments 0 it says 0: success
     assert nothing is not None
-    native.connect(host.built(), nothing, nothing, "cpu")
+    native.connect(host.built(), nothing, nothing, device)
     try:
         yield
     finally:
         native.disconnect()
+        if device == "cuda":
+            native._have()
 
 
 def python_alone() -> Any:
@@ -297,7 +299,7 @@ def main(device: str, profile: bool) -> None:
         if device == "cpu":
             with launchers_alone():
                 show("launchers", calls, device)
-                with native_host():
+                with native_host_alone(device):
                     show("native", calls, device)
         if device == "cuda":
             show("native", calls, device)
@@ -308,8 +310,10 @@ def main(device: str, profile: bool) -> None:
                 with python_alone():
                     show("  Python", trained, device)
                 show("its floor", floors, device)
-            with python_alone(), no_driver_launches():
+            with native_host_alone(device):
                 show("no driver", calls, device)
+            with python_alone(), no_driver_launches():
+                show("  Python", calls, device)
             if profile:
                 show_profiles(calls, device)
     if device == "cuda":

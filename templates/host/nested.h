@@ -127,6 +127,17 @@ inline void mark(PyObject* attributes, PyObject* names, int axis) {
   }
 }
 
+// What stands in C++ for a nested tensor that is made here. It answers for size and layout itself, with what Python would
+// say: autograd asks each gradient, in a thread that has to get hold of the interpreter for an answer from there.
+class NestedImpl final : public c10::TensorImpl {
+ public:
+  using c10::TensorImpl::TensorImpl;
+
+ private:
+  c10::SymIntArrayRef sym_sizes_custom() const override { return sym_sizes_default(); }
+  c10::Layout layout_custom() const override { return at::kJagged; }
+};
+
 // The nested tensor of values (heads, tokens, dim), as torch's constructor makes it by _make_wrapper_subclass.
 inline Held nest(const Form& form, const at::Tensor& values) {
   const NestedPython& python = nested_python();
@@ -138,7 +149,7 @@ inline Held nest(const Form& form, const at::Tensor& values) {
   storage.set_data_ptr_noswap(at::DataPtr{nullptr, values.device()});
   const auto key = c10::computeDispatchKey(values.scalar_type(), c10::kJagged, values.device());
   const c10::DispatchKeySet keys({key, c10::DispatchKey::NestedTensor, c10::DispatchKey::AutogradNestedTensor});
-  at::Tensor tensor = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), keys, values.dtype());
+  at::Tensor tensor = at::detail::make_tensor<NestedImpl>(std::move(storage), keys, values.dtype());
   c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   impl->set_sizes_and_strides(size, stride);
   impl->set_python_custom_sizes_strides(c10::TensorImpl::SizesStridesPolicy::CustomSizes);

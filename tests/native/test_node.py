@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import threading
 import weakref
 
@@ -185,6 +186,28 @@ def test_nested_outputs_can_be_copied_and_viewed(taught):
     assert out.values().data_ptr() == out._values.data_ptr()
     (out.transpose(1, 2).flatten(2) * 2).values().sum().backward()
     assert all(x.grad is not None for x in taught.nested_leaves)
+
+
+def test_size_and_layout_of_what_it_makes_ask_nothing_of_python(taught):
+    out = taught.attend_nested()
+    grads = torch.autograd.grad(out, taught.nested_leaves, taught.nested_dout)
+    assert asks_python(taught.nest(taught.q))
+    for made in (out, *grads):
+        assert not asks_python(made)
+        assert made.layout == torch.jagged
+        assert (made.shape, made.stride()) == (made._size, made._strides)
+
+
+def asks_python(nested: torch.Tensor) -> bool:
+    """Whether looks at size and layout get to a rule for nested tensors, or to their class."""
+    called = set()
+    with torch._C.DisableTorchFunctionSubclass():
+        sys.setprofile(lambda frame, *_: called.add(frame.f_code.co_name))
+        try:
+            _ = nested.layout, nested.shape
+        finally:
+            sys.setprofile(None)
+    return bool(called & {"find_torch_dispatch_rule", "__torch_dispatch__"})
 
 
 def test_compiled_autograd_sees_the_operator(taught):
