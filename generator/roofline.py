@@ -218,7 +218,7 @@ def _hopper_backward(variant: Variant, config: Sm90BackwardConfig, workload: Wor
     step = _together(waits)
     if config.dq == "red":
         step += config.block_m * spec.head_dim * 4 / _REDUCTION_BYTES
-    step *= _UNTOLD ** ((config.claim_ahead > 0) + (config.row_buffers != 2))
+    step *= _UNTOLD ** ((config.claim_ahead > 0) + (config.row_buffers != 2) + (config.row_warps != 4))
     tile = _BACKWARD_TILE_CLOCKS[config.kv_stages]
     compute_us = _key_tiles_us(workload, config.block_m, config.block_n, step, tile, device.units * ctas)
     return _with_passes(compute_us, max(waits, key=waits.__getitem__), variant, workload, device)

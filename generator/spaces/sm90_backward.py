@@ -50,11 +50,17 @@ class Sm90BackwardConfig(TileConfig):
     row_buffers: int = field(default=2, metadata={"short": "r"})  # of rows beside the tiles
     polynomial: int = field(default=0, metadata={"short": "p"})  # exponentials of each p-th pair by FMA; 0: none
     late_dk: bool = field(default=False, metadata={"short": "t"})  # dK of a step is multiplied in the next one
+    row_warps: int = field(default=4, metadata={"short": "w"})  # for rows beside the tiles: a warpgroup's, or 1
 
     @property
     def warpgroups(self) -> int:
         """Math warpgroups."""
         return self.block_n // 64
+
+    @property
+    def own_row_warpgroup(self) -> bool:
+        """Whether rows beside the tiles are worked on by a warpgroup of their own."""
+        return self.fused and self.row_warps > 1
 
 
 # P and dS packed together; steps of 128 queries where registers have room, else a late dQ; passes over rows beside the
@@ -210,13 +216,14 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     where these are the same in every tile.
 
     Without it, dQ of the step before is multiplied when S and dP are gone, and dP when the dS of the step before is.
-    What counts beside them, with and without ``overlap``, is what compiling shows; so is what is added for ``fused``,
-    with which math warps have 8 registers less, of three warpgroups 16, with two CTAs an SM 24, and for ``polynomial``.
+    What counts beside them, with and without ``overlap``, is what compiling shows; so is what is added for
+    ``polynomial``, and for a warpgroup with rows, beside which math warps have 8 registers less, of three warpgroups
+    16, with two CTAs an SM 24.
     """
     kept = spec.head_dim // 2 + spec.head_dim_v // 2 + held_registers(spec, config)
     if config.polynomial and config.block_m == 128:
         kept += 20 if config.polynomial == 2 else 16 if config.late_dq or config.overlap else 0
-    if config.fused and config.warpgroups == 3:
+    if config.own_row_warpgroup and config.warpgroups == 3:
         kept += 16 if config.kv_stages == 1 else 12
         if config.late_dq and not config.early_dv:
             kept += 16
@@ -225,13 +232,13 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
         beside = 10 if not config.overlap else 40 if config.block_m == 64 else 16
         if dq_split(spec, config) == "transposed":
             beside = 40 if config.overlap else 0
-        if config.fused:
+        if config.own_row_warpgroup:
             beside += _beside_rows(spec, config)
         return kept + max(2 * scores, dq + 2 * packed) + beside
     with_p = 2 * scores + packed
     most = with_p + dq if config.late_dq else max(with_p, dq + 2 * packed)
     lasting = config.late_dq or config.held == "kv" or frees_kv(spec, config)
-    if config.fused or (config.kv_stages == 1 and lasting):
+    if config.own_row_warpgroup or (config.kv_stages == 1 and lasting):
         most += 2
     if config.fused and config.held != "none":
         most += 8
@@ -257,8 +264,19 @@ def _transposed_blocks(spec: KernelSpec) -> tuple[int, ...]:
 
 
 def num_threads(config: Sm90BackwardConfig) -> int:
-    """Of a CTA: the math warpgroups, one that feeds them and, where it is fused, one that works on rows."""
-    return 128 * (config.warpgroups + 1 + config.fused)
+    """Of a CTA: the math warpgroups, one that feeds them and, where there is one, that which works on rows."""
+    return 128 * (config.warpgroups + 1 + config.own_row_warpgroup)
+
+
+def setmaxnreg(config: Sm90BackwardConfig) -> tuple[int, int]:
+    """Registers a thread of the warpgroups that feed or work on rows, and of those that multiply."""
+    registers = FUSED_REGISTERS if config.own_row_warpgroup else REGISTERS
+    return registers[config.warpgroups, config.ctas_per_sm]
+
+
+def _loader_has_room(config: Sm90BackwardConfig) -> bool:
+    """Whether 24 registers are enough for the warp that loads to copy lse and delta too, as compiling shows."""
+    return config.block_m <= 80 and config.kv_stages == 1 and not config.late_dk
 
 
 def row_buffer_bytes(spec: KernelSpec) -> int:
@@ -315,6 +333,7 @@ class Sm90BackwardSpace:
             "fused": (True, False),
             "claim_ahead": (0, 2, 5),
             "row_buffers": (2, 4, 1),
+            "row_warps": (4, 1),
             "late_dk": (False, True),
             "polynomial": (0, 4) if max(spec.head_dim, spec.head_dim_v) <= POLYNOMIAL_COLUMNS else (0,),
         }
@@ -346,6 +365,13 @@ class Sm90BackwardSpace:
             return f"claim_ahead must be 0 to {MOST_AHEAD}, got {config.claim_ahead}"
         if config.row_buffers not in (1, 2, 4) or (config.row_buffers != 2 and not config.fused):
             return f"row_buffers must be 2, or where fused 1 or 4, got {config.row_buffers}"
+        if config.row_warps not in (4, 1) or (config.row_warps == 1 and not config.fused):
+            return f"row_warps must be 4, or where fused 1, got {config.row_warps}"
+        if config.row_warps == 1 and config.warpgroups == 2 and not _loader_has_room(config):
+            return (
+                "row_warps 1: with two math warpgroups the warp that loads has 24 registers: block_m must be at most "
+                "80, kv_stages 1, without late_dk"
+            )
         if config.kv_stages not in (1, 2, 3):
             return f"kv_stages must be 1, 2 or 3, got {config.kv_stages}"
         if config.held not in ("none", "v", "kv"):
@@ -386,13 +412,13 @@ class Sm90BackwardSpace:
     def context(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, object]:
         """Panels, steps, registers and the shared-memory map."""
         config = cast(Sm90BackwardConfig, config)
-        registers = FUSED_REGISTERS if config.fused else REGISTERS
-        producer, consumer = registers[config.warpgroups, config.ctas_per_sm]
+        producer, consumer = setmaxnreg(config)
         split, columns = dq_split(spec, config), dq_columns(spec, config)
         return {
             "warpgroups": config.warpgroups,
             "num_threads": num_threads(config),
-            "feeding_warps": 4 * (1 + config.fused),
+            "feeding_warps": 4 * (1 + config.own_row_warpgroup),
+            "own_row_warpgroup": config.own_row_warpgroup,
             "panels": panel_count(spec.head_dim),
             "panels_v": panel_count(spec.head_dim_v),
             "query_panels": panel_count(config.block_m),

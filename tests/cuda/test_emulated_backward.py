@@ -211,11 +211,22 @@ ONE_WARPGROUP = (
     config("bulk", keys=64, ctas=2, held="v", late_dq=True, early_dv=False, fused=True),
 )
 THREE_KV_STAGES = ("bwd_bf16_d32_causal", config("bulk", kv=3, late_dq=True, early_dv=False, fused=True))
+# Rows worked on by one of the warps that feed, lse and delta copied by the one that loads.
+ONE_ROW_WARP = tuple(
+    (name, replace(tile, early_dv=False, fused=True, row_warps=1))
+    for name, tile in (
+        ("bwd_bf16_d128_causal", config("bulk", block_m=80, row_buffers=1)),
+        ("bwd_fp16_d32", config("bulk", keys=192, kv=2, held="kv", late_dq=True)),
+        ("bwd_bf16_d64_causal", config("bulk", keys=64, ctas=2, held="v")),
+        ("bwd_fp16_d96_causal", config("bulk", keys=64, late_dk=True)),
+    )
+)
 FUSED += (
     ("bwd_fp16_d96_causal", config("bulk", early_dv=False, late_dk=True, fused=True, row_buffers=1)),
     ("bwd_bf16_d32", config("bulk", keys=192, kv=2, early_dv=False, fused=True)),
     ONE_WARPGROUP,
     THREE_KV_STAGES,
+    *ONE_ROW_WARP,
 )
 CAUSAL_FUSED = tuple(case for case in FUSED if KernelSpec.parse(case[0]).causal)
 
@@ -245,7 +256,7 @@ def test_rows_that_no_tile_has_are_zeros(case: tuple[str, Sm90BackwardConfig], a
     assert_right(built(*case), workload(case[0], QUERIES, KEYS, (4, 2), alignment), with_dlse=False)
 
 
-@pytest.mark.parametrize("case", FUSED[2:4], ids=lambda case: case[1].name)
+@pytest.mark.parametrize("case", [*FUSED[2:4], *ONE_ROW_WARP[:2]], ids=lambda case: case[1].name)
 def test_slices_of_long_sequences_whatever_the_schedule(case: tuple[str, Sm90BackwardConfig]) -> None:
     for seed in range(3):
         assert_right(built(*case), workload(case[0], (500, 20, 130), (400, 260, 70), (3, 1)), seed, with_dlse=False)
@@ -268,6 +279,7 @@ EAGER = tuple(
         (FUSED[0], {"claim_ahead": 2}),
         (ONE_WARPGROUP, {"claim_ahead": 5}),
         (THREE_KV_STAGES, {"claim_ahead": 2, "row_buffers": 4}),
+        (ONE_ROW_WARP[2], {"claim_ahead": 5}),
     )
 )
 
@@ -286,7 +298,7 @@ def test_tiles_that_are_claimed_early(case: tuple[str, Sm90BackwardConfig], in_o
 
 
 def test_slices_beside_additions_in_order(deterministic: None) -> None:
-    for case in FUSED[:2]:
+    for case in (*FUSED[:2], ONE_ROW_WARP[0]):
         assert_right(built(*case), workload(case[0], (300, 200, 5), (300, 400, 70), (2, 2)), with_dlse=False)
 
 

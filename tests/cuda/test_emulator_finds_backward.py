@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from jagtile.generator.workloads import Workload
 SPEC = KernelSpec.parse("bwd_bf16_d32")
 FUSED = Sm90BackwardConfig(64, 64, 2, 1, "bulk", False, 1, "none", True, early_dv=False, fused=True)
 LATE_DK = Sm90BackwardConfig(64, 64, 2, 1, "bulk", False, 1, "none", False, early_dv=False, late_dk=True)
+ROW_WARP = replace(FUSED, row_warps=1)
 LENGTHS = (300, 40, 0, 200)
 MISTAKES: dict[str, tuple[str, str, str]] = {
     "the first tile adds to sums that nobody has zeroed": (
@@ -46,12 +48,12 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "race on global",
     ),
     "a tile begins before its rows are prepared": (
-        "load_acquire(&progress->pair(pair).prepared) < kRowWarps * pair_tiles(claims, next.item)",
+        "load_acquire(&progress->pair(pair).prepared) < Units::kWarps * pair_tiles(claims, next.item)",
         "false",
         "race on global",
     ),
     "rows are told to be prepared by the first warp that is done": (
-        "< kRowWarps * pair_tiles",
+        "< Units::kWarps * pair_tiles",
         "< pair_tiles",
         "race on global",
     ),
@@ -76,6 +78,18 @@ LATE_DK_MISTAKES: dict[str, tuple[str, str, str]] = {
         "      probabilities_of_scores(first_half(scores)",
         "      if (leader) control.q.arrive_empty(q_before);\n      probabilities_of_scores(first_half(scores)",
         "race on|arrivals more than|wrong",
+    ),
+}
+ROW_WARP_MISTAKES: dict[str, tuple[str, str, str]] = {
+    "a unit is counted while lanes look for it": (
+        "    if constexpr (kAlone) __syncwarp();\n",
+        "",
+        "race on|polls|wrong",
+    ),
+    "lse is passed on to steps that still read the one before": (
+        "          control.stats.wait_empty(at);\n",
+        "",
+        "race on|livelock",
     ),
 }
 
@@ -104,7 +118,7 @@ def outcome(mistake: tuple[str, str] | None, tile: Sm90BackwardConfig = FUSED) -
 
 
 def test_nothing_is_found_in_the_kernel_as_it_is() -> None:
-    assert [outcome(None, tile) for tile in (FUSED, LATE_DK) for _ in range(4)] == [None] * 8
+    assert [outcome(None, tile) for tile in (FUSED, LATE_DK, ROW_WARP) for _ in range(4)] == [None] * 12
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -119,5 +133,13 @@ def test_it_is_found(mistake: str) -> None:
 def test_it_is_found_where_dk_is_late(mistake: str) -> None:
     old, new, report = LATE_DK_MISTAKES[mistake]
     found = outcome((old, new), LATE_DK)
+    assert found is not None
+    assert re.search(report, found, re.DOTALL), found
+
+
+@pytest.mark.parametrize("mistake", ROW_WARP_MISTAKES)
+def test_it_is_found_where_one_warp_works_on_rows(mistake: str) -> None:
+    old, new, report = ROW_WARP_MISTAKES[mistake]
+    found = outcome((old, new), ROW_WARP)
     assert found is not None
     assert re.search(report, found, re.DOTALL), found

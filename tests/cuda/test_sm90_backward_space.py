@@ -16,6 +16,8 @@ from jagtile.generator.spaces.sm90_backward import (
     dq_split,
     dq_stages,
     fragment_registers,
+    num_threads,
+    setmaxnreg,
     smem_layout,
 )
 from jagtile.generator.spec import KernelSpec
@@ -78,6 +80,9 @@ def test_the_default_takes_what_there_is_room_for(name: str, tile: str) -> None:
         ({"row_buffers": 3, "fused": True}, "row_buffers must be 2, or where fused 1 or 4, got 3"),
         ({"row_buffers": 1, "fused": True, "dq": "bulk", "block_n": 64}, "row_buffers: one is for where"),
         ({"row_buffers": 4}, "row_buffers must be 2, or where fused 1 or 4, got 4"),
+        ({"row_warps": 1}, "row_warps must be 4, or where fused 1, got 1"),
+        ({"row_warps": 2, "fused": True, "dq": "bulk"}, "row_warps must be 4, or where fused 1, got 2"),
+        ({"row_warps": 1, "fused": True, "dq": "bulk", "kv_stages": 2}, "the warp that loads has 24 registers"),
         ({"late_dk": True}, "late_dk: every warpgroup must have a part of each dQ"),
         ({"late_dk": True, "early_dv": False, "block_n": 192}, "late_dk: every warpgroup must have a part of each dQ"),
         ({"polynomial": 3}, "polynomial must be one of 0, 8, 4, 2, got 3"),
@@ -164,6 +169,16 @@ def test_registers_where_the_most_are_alive() -> None:
         fragment_registers(d64, together) == 32 + 32 + 64 + 64 + 10
     )  # P and dS are packed when S and dP are done with
     assert fragment_registers(d64, replace(together, late_dq=True)) == fragment_registers(d64, together)
+
+
+def test_one_row_warp_leaves_math_warps_their_registers() -> None:
+    eighty = replace(BASE, block_m=80, early_dv=False, fused=True, row_buffers=1)
+    assert "216 registers a thread > 208" in str(SPACE.rejection(D128, eighty))
+    among_feeding = replace(eighty, row_warps=1)
+    assert SPACE.rejection(D128, among_feeding) is None
+    assert num_threads(eighty) - num_threads(among_feeding) == 128
+    assert setmaxnreg(among_feeding) == setmaxnreg(replace(among_feeding, fused=False, row_warps=4, row_buffers=2))
+    assert SPACE.context(D128, among_feeding)["feeding_warps"] == 4
 
 
 def test_names_parse_back() -> None:

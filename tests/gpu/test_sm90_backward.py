@@ -40,6 +40,7 @@ LONG_STEPS: dict[str, Knob] = {
 }
 SHORT_STEPS: dict[str, Knob] = LONG_STEPS | {"block_m": 64, "overlap": False, "kv_stages": 1}
 EIGHTY_STEPS: dict[str, Knob] = SHORT_STEPS | {"block_m": 80, "late_dq": False}
+ONE_ROW_WARP: dict[str, Knob] = {"fused": True, "row_warps": 1}
 EARLY_DV: dict[str, Knob] = SHORT_STEPS | {"late_dq": False, "early_dv": True}
 # (spec, what differs from the default config of its space)
 CASES = (
@@ -82,6 +83,11 @@ CASES = (
     ("bwd_bf16_d128", EIGHTY_STEPS),
     ("bwd_fp16_d128_causal", EIGHTY_STEPS),
     ("bwd_bf16_d96_causal", EIGHTY_STEPS | {"fused": True, "row_buffers": 1}),
+    ("bwd_bf16_d128", EIGHTY_STEPS | ONE_ROW_WARP | {"row_buffers": 1}),
+    ("bwd_fp16_d128_causal", EIGHTY_STEPS | ONE_ROW_WARP | {"row_buffers": 1}),
+    ("bwd_bf16_d128", ONE_ROW_WARP),
+    ("bwd_bf16_d32", SHORT_STEPS | ONE_ROW_WARP | {"block_n": 192, "kv_stages": 2, "held": "kv"}),
+    ("bwd_fp16_d64_causal", SHORT_STEPS | ONE_ROW_WARP | {"block_n": 64, "ctas_per_sm": 2, "held": "v"}),
     ("bwd_fp16_d72", EIGHTY_STEPS | {"held": "v"}),
     ("bwd_bf16_d64", {"late_dq": False}),
     ("bwd_bf16_d64_causal", {"overlap": True}),

@@ -1,7 +1,7 @@
-// The passes over rows (backward_rows.cuh) beside the tiles: a warpgroup of its own prepares rows of tiles that come later, and
-// finishes those to whose dQ all has been added, while the math warps multiply: sums are mostly read while they are in L2. A
-// slice has as many rows of a sequence and kv head as there are slices of it, one a tile, and goes by its tile's number in the
-// order of work. The thread that claims tiles also claims slices, and copies their rows to shared memory, a unit at a time.
+// The passes over rows (backward_rows.cuh) beside the tiles: a warpgroup of its own, or one warp, prepares rows of tiles that come
+// later, and finishes those to whose dQ all has been added, while the math warps multiply: sums are mostly read while they are in
+// L2. A slice has as many rows of a sequence and kv head as there are slices of it, one a tile, and goes by its tile's number in
+// the order of work. The thread that claims tiles also claims slices, and copies their rows to shared memory, a unit at a time.
 // What is left to finish when a math warp has no more tiles it finishes itself.
 //
 // Who prepares is ahead of who multiplies by two slices a CTA, or by as much as it takes: a tile is begun when all slices of
@@ -72,6 +72,7 @@ struct RowTasks {
   int begun;     // tiles
   int prepared;  // slices claimed
   bool no_tiles, none_to_prepare, none_to_finish;  // left to claim
+  uint32_t worked;  // units, where one warp works on rows
 
   // A tile's pair, numbered by its first item.
   __device__ __forceinline__ static int pair_number(const BackwardParams& p, const WorkItem& item, int kv_head) {
@@ -108,6 +109,7 @@ struct RowTasks {
     slice.row = slice.end = to_finish.row = to_finish.end = 0;
     claimed = kNone;
     begun = prepared = 0;
+    if constexpr (Units::kWarps == 1) worked = 0;
     no_tiles = none_to_prepare = none_to_finish = false;
   }
 
@@ -146,7 +148,7 @@ struct RowTasks {
       claim_key_tile<kBlockN>(next, claims, claimed);
     }
     const int pair = pair_number(p, next.item, next.head);
-    if (load_acquire(&progress->pair(pair).prepared) < kRowWarps * pair_tiles(claims, next.item)) return true;
+    if (load_acquire(&progress->pair(pair).prepared) < Units::kWarps * pair_tiles(claims, next.item)) return true;
     control.tile.arrive_full(at);
     claimed = kNone;
     ++begun;
@@ -162,7 +164,7 @@ struct RowTasks {
         claim_key_tile<kBlockN>(tile, claims, index);
         slice = slice_of(p, claims, tile, kPrepareRows);
         ++prepared;
-        if (slice.ended()) tell_prepared(slice.pair, kRowWarps);
+        if (slice.ended()) tell_prepared(slice.pair, Units::kWarps);
         return;
       }
     }
@@ -208,10 +210,12 @@ __device__ __forceinline__ void claim_tiles_and_rows(const BackwardParams& p, Co
   rewind_work_list(control.claims.list);
 }
 
-// Works on the units that are copied, in every warp of a warpgroup.
+// Works on the units that are copied, in every warp that works on rows.
 template <typename Units, Unpack kUnpack, Pack kPack, typename Control>
 __device__ __forceinline__ void work_on_rows(const BackwardParams& p, Control& control, uint32_t buffers, int warp) {
-  for (uint32_t units = 0;; ++units) {
+  constexpr bool kAlone = Units::kWarps == 1;  // it has no register for their number
+  for (uint32_t count = 0;; ++count) {
+    const uint32_t& units = kAlone ? control.rows.worked : count;
     const auto at = RingPosition<Units::kBuffers>::after(computed_here(units));  // one register through a unit's work
     control.row_units.wait_full(at);
     const RowUnit& unit = control.rows.units[at.slot];
@@ -219,15 +223,17 @@ __device__ __forceinline__ void work_on_rows(const BackwardParams& p, Control& c
     const uint32_t buffer = buffers + at.slot * Units::kBytes;
     const int own = computed_here(warp);  // or what follows from it takes registers all the time
     if (unit.task == kPrepareRows) {
-      Units::template prepare<kUnpack>(p, unit, buffer, own);
+      Units::for_each_eight(unit, own, [&](int eight) { Units::template prepare<kUnpack>(p, unit, buffer, eight); });
     } else {
-      Units::template finish<kPack>(p, unit, buffer, own);
+      Units::for_each_eight(unit, own, [&](int eight) { Units::template finish<kPack>(p, unit, buffer, eight); });
     }
     __syncwarp();
     if (lane_here() == 0) {
       if (unit.ends >= 0) control.rows.tell_prepared(unit.ends, 1);
       control.row_units.arrive_empty(RingPosition<Units::kBuffers>::after(computed_here(units)));
+      if constexpr (kAlone) ++control.rows.worked;
     }
+    if constexpr (kAlone) __syncwarp();
   }
 }
 

@@ -1,5 +1,5 @@
 // Rows of a head on their way through shared memory, where the passes over rows (backward_rows.cuh) are made beside the tiles
-// (row_tasks.cuh): copied (TMA, bulk copies) while four warps work on the rows before, 8 of them each.
+// (row_tasks.cuh): copied (TMA, bulk copies) while warps work on the rows before, 8 of them at a time.
 #pragma once
 #include <cstdint>
 
@@ -7,8 +7,6 @@
 #include "cuda/include/backward_rows.cuh"
 #include "cuda/include/fragments.cuh"
 #include "cuda/include/ptx.cuh"
-
-constexpr int kRowWarps = 4;
 
 enum RowTask { kPrepareRows, kFinishRows, kNoRows };
 
@@ -21,12 +19,14 @@ struct alignas(16) RowUnit {
   int ends;  // the pair whose slice is prepared with these rows, or -1
 };
 
-template <typename Sums, int kHeadDimV, int kBufferBytes, int kCount>
+template <typename Sums, int kHeadDimV, int kBufferBytes, int kCount, int kWorkers>
 struct RowUnits {
   static constexpr int kBytes = kBufferBytes;
   static constexpr int kBuffers = kCount;
-  static constexpr int kRows = 8;  // a warp
-  static constexpr int kTokens = kRowWarps * kRows;  // of a unit, at most: a box of the maps
+  static constexpr int kWarps = kWorkers;
+  static constexpr int kRows = 8;     // of a warp, at a time
+  static constexpr int kTokens = 32;  // of a unit, at most: a box of the maps
+  static_assert(kWarps == 1 || kWarps * kRows == kTokens);
 
   // In a buffer O and dO are panels of 64 columns, of rows of 128 bytes, swizzled.
   static constexpr int kPanelBytes = kTokens * 128;
@@ -56,10 +56,21 @@ struct RowUnits {
     }
   }
 
-  // delta = rowsum(dO * O) - dlse, of the warp's rows.
+  // Calls `work(rows)` for a warp's rows, by the number of these eight.
+  template <typename Work>
+  __device__ __forceinline__ static void for_each_eight(const RowUnit& unit, int warp, Work work) {
+    if constexpr (kWarps > 1) {
+      work(warp);
+    } else {
+#pragma unroll 1
+      for (int eight = 0; kRows * eight < unit.count; ++eight) work(eight);
+    }
+  }
+
+  // delta = rowsum(dO * O) - dlse, of eight rows.
   template <Unpack kUnpack>
-  __device__ __forceinline__ static void prepare(const BackwardParams& p, const RowUnit& unit, uint32_t buffer, int warp) {
-    const int begin = kRows * warp, rows = min(unit.count - begin, kRows);
+  __device__ __forceinline__ static void prepare(const BackwardParams& p, const RowUnit& unit, uint32_t buffer, int eight) {
+    const int begin = kRows * eight, rows = min(unit.count - begin, kRows);
     float delta = row_product<kUnpack>(buffer + 128 * begin);
     delta += __shfl_xor_sync(0xffffffff, delta, 8);
     delta += __shfl_xor_sync(0xffffffff, delta, 16);
@@ -87,16 +98,16 @@ struct RowUnits {
     return sum;
   }
 
-  // dq = scale * sums, of the warp's rows, a quad a lane: what lanes read of shared memory lies side by side.
+  // dq = scale * sums, of eight rows, a quad a lane: what lanes read of shared memory lies side by side.
   template <Pack kPack, int kPanel = 0>
-  __device__ __forceinline__ static void finish(const BackwardParams& p, const RowUnit& unit, uint32_t buffer, int warp) {
+  __device__ __forceinline__ static void finish(const BackwardParams& p, const RowUnit& unit, uint32_t buffer, int eight) {
     constexpr int kQuads = Sums::columns(kPanel) / 4;
     const auto address_of = [&](unsigned place) {
       const int token = unit.token + place / kQuads;
       const int column = Sums::first_column(kPanel) + Sums::column_of(kPanel, place % kQuads, token);
       return static_cast<uint16_t*>(p.dq) + token * p.dq_token + unit.head * p.dq_head + column;
     };
-    const int first = kRows * warp, quads = kQuads * min(unit.count - first, kRows);
+    const int first = kRows * eight, quads = kQuads * min(unit.count - first, kRows);
     const uint32_t sums_at = buffer + kTokens * Sums::first_column(kPanel) * 4 + 16 * kQuads * first;
     unsigned place = lane_here();
     uint16_t* dq = address_of(kQuads * first + place);
@@ -113,6 +124,6 @@ struct RowUnits {
         dq = address_of(kQuads * first + place + 32);
       }
     }
-    if constexpr (kPanel + 1 < Sums::kPanels) finish<kPack, kPanel + 1>(p, unit, buffer, warp);
+    if constexpr (kPanel + 1 < Sums::kPanels) finish<kPack, kPanel + 1>(p, unit, buffer, eight);
   }
 };

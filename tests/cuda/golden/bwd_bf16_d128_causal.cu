@@ -87,7 +87,7 @@ using Stats = StatsInRegisters<kBlockM>;
 using Sums = DqSums<kHeadDim>;
 using KeyTile = KeyTiles</*kCausal=*/true, kBlockM, kBlockN, /*kAdders=*/1>;
 
-using Units = RowUnits<Sums, kHeadDimV, 16384, 2>;
+using Units = RowUnits<Sums, kHeadDimV, 16384, 2, 4>;
 using Rows = RowTasks<kBlockN, Units>;
 
 struct Control {
@@ -283,7 +283,7 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
     control.stats.init(32, 128 * kWarpgroups);
     control.ds.init(4 * kWarpgroups, kWarpgroups);
     for (int part = 0; part < kParts; ++part) control.dq[part].init(4, 1);
-    control.row_units.init(1, kRowWarps);
+    control.row_units.init(1, Units::kWarps);
     control.rows.begin(p);
     mbarrier_init_fence();
     set_claims(control.claims, p);
@@ -329,7 +329,6 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
           const int rows = item.q_length - row - lane;  // the lane's first one included
           const long long first = static_cast<long long>(head) * p.total_q + item.q_begin + row + lane;
           float lse[kStatsOfLane], delta[kStatsOfLane];
-#pragma unroll
           for (int i = 0; i < kStatsOfLane; ++i) {
             const float natural = 32 * i < rows ? p.lse[first + 32 * i] : -INFINITY;
             const bool sees_keys = natural != -INFINITY;  // else P = exp2(S - inf) = 0
@@ -338,7 +337,6 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
           }
           control.stats.wait_empty(at);
           float* slot = stats + at.slot * 2 * kBlockM + Stats::place(lane);
-#pragma unroll
           for (int i = 0; i < kStatsOfLane; ++i) {
             slot[32 * i] = lse[i];
             slot[kBlockM + 32 * i] = delta[i];
