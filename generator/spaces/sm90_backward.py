@@ -24,6 +24,9 @@ MAX_HEAD_DIM = 128  # dK and dV of a block of keys are accumulators
 FRAGMENT_LIMIT = {(1, 1): 208, (1, 2): 160, (2, 1): 208, (3, 1): 128}
 # Beside a warpgroup that works on rows (row_tasks.cuh), which has as many as the one that feeds: (producer, consumer).
 FUSED_REGISTERS = {(1, 1): (56, 256), (1, 2): (24, 192), (2, 1): (24, 232), (3, 1): (24, 144)}
+# The same for steps of up to 80 queries without ``early_dv`` and without a warpgroup with rows, where more is counted
+# beside the fragments than they need (650 tiles compiled): plain, with ``late_dq``, with ``overlap``.
+LATE_DV_LIMIT = {(1, 2): (176, 176, 200), (2, 1): (208, 218, 232), (3, 1): (138, 138, 152)}
 MOST_AHEAD = 8  # steps
 POLYNOMIALS = (0, 8, 4, 2)
 POLYNOMIAL_COLUMNS = 64  # of the wider head dim: above, products take much longer than exponentials
@@ -245,6 +248,13 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     return kept + most + (packed if config.overlap else 0)
 
 
+def _fragment_limit(config: Sm90BackwardConfig) -> int:
+    groups = (config.warpgroups, config.ctas_per_sm)
+    if groups not in LATE_DV_LIMIT or config.early_dv or config.own_row_warpgroup or config.block_m > 80:
+        return FRAGMENT_LIMIT[groups]
+    return LATE_DV_LIMIT[groups][2 if config.overlap else 1 if config.late_dq else 0]
+
+
 def _beside_rows(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     """What counts more without ``early_dv`` for a warpgroup with rows, as compiling shows."""
     held = config.held != "none"
@@ -394,7 +404,7 @@ class Sm90BackwardSpace:
             return f"shared memory {smem} B > {room} B a CTA with {config.ctas_per_sm} an SM"
         if config.row_buffers == 1 and smem + row_buffer_bytes(spec) <= room:
             return "row_buffers: one is for where shared memory has no room for two"
-        registers, limit = fragment_registers(spec, config), FRAGMENT_LIMIT[groups]
+        registers, limit = fragment_registers(spec, config), _fragment_limit(config)
         if registers > limit:
             return (
                 f"accumulators and fragments take {registers} registers a thread > {limit} with {config.warpgroups} "

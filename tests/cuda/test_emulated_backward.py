@@ -217,7 +217,9 @@ ONE_ROW_WARP = tuple(
     for name, tile in (
         ("bwd_bf16_d128_causal", config("bulk", block_m=80, row_buffers=1)),
         ("bwd_fp16_d32", config("bulk", keys=192, kv=2, held="kv", late_dq=True)),
-        ("bwd_bf16_d64_causal", config("bulk", keys=64, ctas=2, held="v")),
+        ("bwd_bf16_d64_causal", config("bulk", keys=64, ctas=2, held="kv", overlap=True)),
+        ("bwd_bf16_d64", config("bulk", keys=192, stages=3, late_dq=True)),
+        ("bwd_fp16_d128_causal", config("bulk", overlap=True, late_dq=True)),
         ("bwd_fp16_d96_causal", config("bulk", keys=64, late_dk=True)),
     )
 )

@@ -126,11 +126,13 @@ def _search(url: str, name: str, trials: int, together: Barrier) -> None:
             workloads=(),
             recorded=[],
         )
-        together.wait(60)  # else the first may be done when the last has started
-        while batch := search.ask(3):
+        batch = search.ask(3)
+        together.wait(60)  # else one may be done with all of it before another has asked
+        while batch:
             time.sleep(0.01)
             for config in batch:
                 search.tell(config, landscape(config))
+            batch = search.ask(3)
         while search.elsewhere:
             time.sleep(0.05)
             search.sync()
