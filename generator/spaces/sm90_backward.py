@@ -28,6 +28,7 @@ FUSED_REGISTERS = {(1, 1): (56, 256), (1, 2): (24, 192), (2, 1): (24, 232), (3, 
 # beside the fragments than they need (650 tiles compiled): plain, with ``late_dq``, with ``overlap``.
 LATE_DV_LIMIT = {(1, 2): (176, 176, 200), (2, 1): (208, 218, 232), (3, 1): (138, 138, 152)}
 MOST_AHEAD = 8  # steps
+UNIT_ROWS = 32  # of rows beside the tiles that are copied at a time
 POLYNOMIALS = (0, 8, 4, 2)
 POLYNOMIAL_COLUMNS = 64  # of the wider head dim: above, products take much longer than exponentials
 Split = Literal["rows", "columns", "transposed", "alternate"]
@@ -129,7 +130,7 @@ def smem_layout(spec: KernelSpec, config: Sm90BackwardConfig) -> SmemLayout:
         dout_bytes=config.num_stages * config.block_m * v_panels * 128,
         ds_bytes=_ds_bytes(spec, config),
         dq_bytes=_dq_bytes(spec, config),
-        rows_bytes=config.row_buffers * row_buffer_bytes(spec) if config.fused else 0,
+        rows_bytes=config.row_buffers * row_buffer_bytes(spec, UNIT_ROWS) if config.fused else 0,
         stats_bytes=config.num_stages * 2 * config.block_m * 4,
         control_bytes=CONTROL_BYTES,
     )
@@ -289,9 +290,9 @@ def _loader_has_room(config: Sm90BackwardConfig) -> bool:
     return config.block_m <= 80 and config.kv_stages == 1 and not config.late_dk
 
 
-def row_buffer_bytes(spec: KernelSpec) -> int:
-    """What 32 rows of passes beside the tiles take (row_units.cuh): panels of O and dO, or dQ's sums."""
-    return max(2 * 32 * panel_count(spec.head_dim_v) * 128, 32 * spec.head_dim * 4)
+def row_buffer_bytes(spec: KernelSpec, rows: int) -> int:
+    """What some rows of passes beside the tiles take (row_units.cuh): panels of O and dO, or dQ's sums."""
+    return rows * max(2 * panel_count(spec.head_dim_v) * 128, spec.head_dim * 4)
 
 
 def frees_kv(spec: KernelSpec, config: Sm90BackwardConfig) -> bool:
@@ -402,7 +403,7 @@ class Sm90BackwardSpace:
         smem, room = smem_layout(spec, config).total, smem_room(config.ctas_per_sm)
         if smem > room:
             return f"shared memory {smem} B > {room} B a CTA with {config.ctas_per_sm} an SM"
-        if config.row_buffers == 1 and smem + row_buffer_bytes(spec) <= room:
+        if config.row_buffers == 1 and smem + row_buffer_bytes(spec, UNIT_ROWS) <= room:
             return "row_buffers: one is for where shared memory has no room for two"
         registers, limit = fragment_registers(spec, config), _fragment_limit(config)
         if registers > limit:
@@ -429,6 +430,7 @@ class Sm90BackwardSpace:
             "num_threads": num_threads(config),
             "feeding_warps": 4 * (1 + config.own_row_warpgroup),
             "own_row_warpgroup": config.own_row_warpgroup,
+            "unit_rows": UNIT_ROWS,
             "panels": panel_count(spec.head_dim),
             "panels_v": panel_count(spec.head_dim_v),
             "query_panels": panel_count(config.block_m),
@@ -468,6 +470,7 @@ class Sm90BackwardSpace:
             "dq_adders": dq_adders(config),
             "first_stores": int(config.dq == "bulk"),  # of a sequence's tiles, so that sums need no zeros
             "fused": int(config.fused),
+            "unit_rows": UNIT_ROWS,
         }
 
     def compile_flags(self, spec: KernelSpec, config: TileConfig) -> tuple[str, ...]:

@@ -16,12 +16,13 @@ from jagtile.generator.spaces.sm90 import (
     panel_widths,
     tma_rejection,
 )
-from jagtile.generator.spaces.sm90_backward import MAX_HEAD_DIM
+from jagtile.generator.spaces.sm90_backward import MAX_HEAD_DIM, row_buffer_bytes
 from jagtile.generator.spec import Direction, KernelSpec
 from jagtile.generator.tile import Knob, TileConfig
 
 BLOCK_M = 64  # queries a step: the rows of one warpgroup's products
 WARPGROUPS = 2  # math warpgroups: one makes dV, the other dK and dQ
+UNIT_ROWS = 16  # of rows beside the tiles that are copied at a time, of which there is one buffer
 # Registers a thread after reallocation: 504 over the three warpgroups. With 24 the loaders spill.
 LOADER_REGISTERS = 40
 MATH_REGISTERS = 464
@@ -44,6 +45,7 @@ class Sm90BackwardWideConfig(TileConfig):
     dout_stages: int = field(metadata={"short": "o"})  # dO buffers
     dq_panels: int = field(metadata={"short": "d"})  # panels of dQ that dV's warpgroup makes; the rest are dK's
     dq: str = field(metadata={"short": "a"})  # how dQ is added up: "bulk" through shared memory, "red" from registers
+    fused: bool = field(default=False, metadata={"short": "f"})  # passes over rows beside the tiles, not as kernels
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class SmemLayout:
     dout_bytes: int
     p_bytes: int
     dq_bytes: int
+    rows_bytes: int
     control_bytes: int
 
     @property
@@ -64,9 +67,14 @@ class SmemLayout:
         return self.k_bytes + self.v_bytes + self.q_bytes + self.dout_bytes + 2 * self.p_bytes
 
     @property
+    def rows_begin(self) -> int:
+        """Where rows of passes over them begin."""
+        return self.dq_begin + self.dq_bytes
+
+    @property
     def control_begin(self) -> int:
         """Where tiles and barriers begin."""
-        return self.dq_begin + self.dq_bytes
+        return self.rows_begin + self.rows_bytes
 
     @property
     def total(self) -> int:
@@ -114,6 +122,7 @@ def smem_layout(spec: KernelSpec, config: Sm90BackwardWideConfig) -> SmemLayout:
         dout_bytes=config.dout_stages * BLOCK_M * v_panels * 128,
         p_bytes=BLOCK_M * panel_count(config.block_n) * 128,
         dq_bytes=buffers.stages * buffers.panel_bytes,
+        rows_bytes=row_buffer_bytes(spec, UNIT_ROWS) if config.fused else 0,
         control_bytes=CONTROL_BYTES,
     )
 
@@ -219,6 +228,7 @@ class Sm90BackwardWideSpace:
             "dout_stages": (2, 1, 3),
             "dq_panels": tuple(sorted(range(panel_count(spec.head_dim)), key=lambda count: abs(count - _even(spec)))),
             "dq": ("bulk", "red"),
+            "fused": (True, False),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
@@ -237,6 +247,8 @@ class Sm90BackwardWideSpace:
             return f"dq must be bulk or red, got {config.dq}"
         if config.dq == "bulk" and config.dq_panels:
             return f"with dq bulk dK's warpgroup hands all of dQ over: dq_panels must be 0, got {config.dq_panels}"
+        if config.fused and config.dq != "bulk":
+            return "fused: the warp that adds dQ by bulk copies tells of complete tiles: dq must be bulk"
         smem = smem_layout(spec, config).total
         if smem > SMEM_BYTES:
             return f"shared memory {smem} B > {SMEM_BYTES} B"
@@ -293,6 +305,7 @@ class Sm90BackwardWideSpace:
             "loader_registers": LOADER_REGISTERS,
             "dv_registers": registers.dv,
             "dk_registers": registers.dk,
+            "unit_rows": UNIT_ROWS,
             "smem": smem_layout(spec, config),
         }
 
@@ -309,6 +322,8 @@ class Sm90BackwardWideSpace:
             "causal": int(spec.causal),
             "dq_adders": _dq_adders(config),
             "first_stores": int(config.dq == "bulk"),  # of a sequence's tiles, so that sums need no zeros
+            "fused": int(config.fused),
+            "unit_rows": UNIT_ROWS,
         }
 
     def compile_flags(self, spec: KernelSpec, config: TileConfig) -> tuple[str, ...]:

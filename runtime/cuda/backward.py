@@ -55,7 +55,8 @@ class CudaBackwardKernel:
         self._causal, self._dq_adders = launch["causal"], launch["dq_adders"]
         self._fused, self._first_stores = bool(launch.get("fused")), bool(launch["first_stores"])
         block_m, block_n, store_rows = self._block_m, self._block_n, launch["store_rows"]
-        rows = (*(block_m,) * 2, *(block_n,) * 2, *(store_rows,) * 2, *(backward_params.UNIT_ROWS,) * 2)
+        unit_rows = launch.get("unit_rows", backward_params.UNIT_ROWS)  # kernels of old don't say
+        rows = (*(block_m,) * 2, *(block_n,) * 2, *(store_rows,) * 2, *(unit_rows,) * 2)
         sms: int = torch.cuda.get_device_properties(self._device).multi_processor_count
         self._sms, self._slots = sms, sms * launch["ctas_per_sm"]
         with torch.cuda.device(self._device):

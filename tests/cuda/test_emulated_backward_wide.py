@@ -29,7 +29,11 @@ CASES: tuple[tuple[str, dict[str, Knob]], ...] = (
     ("bwd_bf16_d136_dv200_causal", {"block_n": 32, "q_stages": 3}),  # panels that are not full, pieces of 8 columns
     ("bwd_bf16_d136_dv200_causal", {"block_n": 32, "q_stages": 3, "dq_panels": 1, "dq": "red"}),
     ("bwd_fp16_d40_dv256", {}),  # one panel, narrower than 64 columns
+    ("bwd_bf16_d192_causal", {"block_n": 96, "fused": True}),  # two buffers for three panels
+    ("bwd_fp16_d192_dv128", {"block_n": 48, "q_stages": 3, "dout_stages": 2, "fused": True}),
+    ("bwd_bf16_d136_dv200_causal", {"block_n": 32, "q_stages": 3, "fused": True}),
 )
+SLICED = ("bwd_bf16_d192_causal", (("block_n", 48), ("fused", True)))
 EDGES = (0, 1, 63, 64, 65, 0, 129)
 
 
@@ -114,3 +118,15 @@ def test_keys_past_the_end_weigh_nothing_where_all_scores_are_far_below_zero() -
     expected = reference_gradients(*b[:5], dout, is_causal=True, scale=gradient_checks.SCALE)
     for grad, truth in zip(found, expected, strict=True):  # the column of the offset is all cancellation
         assert errors(grad[..., 1:], truth[..., 1:]).rel <= gradient_tolerance("fp16")
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_slices_of_rows_beside_tiles(in_order: bool) -> None:
+    torch.use_deterministic_algorithms(in_order)
+    try:
+        artifact = built(*SLICED)
+        for seed in range(3):  # each under another schedule
+            w = Workload("slices", (300, 20, 130, 0), (200, 260, 70, 5), 3, 1, 192, 192, True)
+            assert_right(artifact, w, seed, with_dlse=False, launches=2)
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -208,6 +208,7 @@ def test_rendering_is_reproducible_and_as_reviewed(name: str) -> None:
         {"block_n": 64, "num_stages": 3},
         {"kv_stages": 2, "held": "v", "late_dq": True},
         {"late_dq": True, "overlap": True, "early_dv": False},
+        {"fused": True, "row_warps": 1, "claim_ahead": 2, "early_dv": False},
     ],
 )
 def test_rendered_lines_are_tidy(spec: KernelSpec, change: dict[str, int]) -> None:

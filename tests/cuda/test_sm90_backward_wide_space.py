@@ -71,6 +71,8 @@ def test_every_wide_head_has_a_legal_default_and_is_served_by_this_backward_alon
         ({"dq_panels": 4}, "dq_panels must leave one of 4"),
         ({"dq": "green"}, "dq must be bulk or red"),
         ({"dq": "bulk"}, "dq_panels must be 0, got 2"),
+        ({"fused": True}, "fused: the warp that adds dQ by bulk copies tells of complete tiles: dq must be bulk"),
+        ({"dq": "bulk", "dq_panels": 0, "fused": True}, "shared memory 246784 B > 232448 B"),
         ({"dq": "bulk", "dq_panels": 0, "q_stages": 3}, "shared memory 263168 B > 232448 B"),
         ({"block_n": 96}, "dV and S take 240 registers a thread, dK and dP 240"),
     ],
@@ -149,7 +151,9 @@ def test_rendering_is_reproducible_and_as_reviewed() -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-@pytest.mark.parametrize("change", [{}, {"block_n": 32, "q_stages": 3}, {"dq": "red"}])
+@pytest.mark.parametrize(
+    "change", [{}, {"block_n": 32, "q_stages": 3}, {"dq": "red"}, {"block_n": 32, "dout_stages": 1, "fused": True}]
+)
 def test_rendered_lines_are_tidy(spec: KernelSpec, change: dict[str, Knob]) -> None:
     config = replace(SPACE.default(spec), **change)
     text = render_unchecked(Variant("sm_90a", spec, config)).text

@@ -19,13 +19,13 @@ struct alignas(16) RowUnit {
   int ends;  // the pair whose slice is prepared with these rows, or -1
 };
 
-template <typename Sums, int kHeadDimV, int kBufferBytes, int kCount, int kWorkers>
+template <typename Sums, int kHeadDimV, int kUnitRows, int kBufferBytes, int kCount, int kWorkers>
 struct RowUnits {
   static constexpr int kBytes = kBufferBytes;
   static constexpr int kBuffers = kCount;
   static constexpr int kWarps = kWorkers;
-  static constexpr int kRows = 8;     // of a warp, at a time
-  static constexpr int kTokens = 32;  // of a unit, at most: a box of the maps
+  static constexpr int kRows = 8;            // of a warp, at a time
+  static constexpr int kTokens = kUnitRows;  // of a unit, at most: a box of the maps
   static_assert(kWarps == 1 || kWarps * kRows == kTokens);
 
   // In a buffer O and dO are panels of 64 columns, of rows of 128 bytes, swizzled.

@@ -87,7 +87,7 @@ using Stats = StatsInRegisters<kBlockM>;
 using Sums = DqSums<kHeadDim>;
 using KeyTile = KeyTiles</*kCausal=*/true, kBlockM, kBlockN, /*kAdders=*/1>;
 
-using Units = RowUnits<Sums, kHeadDimV, 16384, 2, 4>;
+using Units = RowUnits<Sums, kHeadDimV, 32, 16384, 2, 4>;
 using Rows = RowTasks<kBlockN, Units>;
 
 struct Control {

@@ -87,7 +87,7 @@ using Stats = StatsInRegisters<kBlockM>;
 using Sums = DqSums<kHeadDim>;
 using KeyTile = KeyTiles</*kCausal=*/false, kBlockM, kBlockN, /*kAdders=*/1>;
 
-using Units = RowUnits<Sums, kHeadDimV, 8192, 2, 4>;
+using Units = RowUnits<Sums, kHeadDimV, 32, 8192, 2, 4>;
 using Rows = RowTasks<kBlockN, Units>;
 
 struct Control {
