@@ -7,9 +7,9 @@ for the same graph: a node whose output and gradients are there beforehand takes
 the CPU, are calls through a GPU's launchers up to the driver, and a stand-in for that does nothing; "native" the same
 calls, served by the compiled host (docs/native-host.md). On a GPU, where a launch does not wait for the kernel,
 "native" are real calls as they are by default, "launch" those without the compiled host; "one thread" both, and the
-floor, with autograd's backward in the caller's thread instead of the device's; "no driver" both without
-the driver's cuLaunchKernel; "torch" its own. With --profile the dearest functions of each call follow, by
-cProfile, which sees one thread: of real calls on a GPU, of dispatch on the CPU.
+floor, with autograd's backward in the caller's thread instead of the device's; "no driver" both without the driver's
+cuLaunchKernel; "torch" its own. With --profile the dearest functions of each call follow, by cProfile, which sees one
+thread: of real calls on a GPU, of dispatch on the CPU.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def launchers_alone() -> Iterator[None]:
 @contextmanager
 def native_host_alone(device: str) -> Iterator[None]:
     """Calls that go through a GPU's launchers are served by the compiled host, to a driver that does nothing."""
-    nothing = ctypes.cast(ctypes.CDLL(None).labs, ctypes.c_void_p).value  # of the arguments 0 it says 0: success
+    # It does nothing with its arguments, and says 0: success.
+    nothing = ctypes.cast(ctypes.CDLL(None).pthread_condattr_destroy, ctypes.c_void_p).value
     assert nothing is not None
     native.connect(host.built(), nothing, nothing, device)
     try:

@@ -22,11 +22,11 @@ MAX_HEAD_DIM = 128  # dK and dV of a block of keys are accumulators
 # Registers for accumulators and fragments that ptxas 13.0 schedules without serialising wgmma (C7512) or spilling, by
 # (math warpgroups, CTAs an SM): fifteen pairs of head dims compiled at and around these limits.
 FRAGMENT_LIMIT = {(1, 1): 208, (1, 2): 160, (2, 1): 208, (3, 1): 128}
-# Beside a warpgroup that works on rows (row_tasks.cuh), which has as many as the one that feeds: (producer, consumer).
-FUSED_REGISTERS = {(1, 1): (56, 256), (1, 2): (24, 192), (2, 1): (24, 232), (3, 1): (24, 144)}
 # The same for steps of up to 80 queries without ``early_dv`` and without a warpgroup with rows, where more is counted
 # beside the fragments than they need (650 tiles compiled): plain, with ``late_dq``, with ``overlap``.
 LATE_DV_LIMIT = {(1, 2): (176, 176, 200), (2, 1): (208, 218, 232), (3, 1): (138, 138, 152)}
+# Beside a warpgroup that works on rows (row_tasks.cuh), which has as many as the one that feeds: (producer, consumer).
+FUSED_REGISTERS = {(1, 1): (56, 256), (1, 2): (24, 192), (2, 1): (24, 232), (3, 1): (24, 144)}
 MOST_AHEAD = 8  # steps
 UNIT_ROWS = 32  # of rows beside the tiles that are copied at a time
 POLYNOMIALS = (0, 8, 4, 2)

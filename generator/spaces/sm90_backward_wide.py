@@ -258,6 +258,9 @@ class Sm90BackwardWideSpace:
                 f"dV and S take {needed.dv} registers a thread, dK and dP {needed.dk}: with {SPARE_REGISTERS} more "
                 f"each they need more than {MAX_REGISTERS}, or more than {MATH_REGISTERS} together"
             )
+        two_panels = (spec.head_dim, panel_count(spec.head_dim_v)) == (192, 2)
+        if config.fused and two_panels and (config.block_n, config.dout_stages) == (96, 2):
+            return "fused: with head_dim 192, two panels of V, 96 keys and two buffers of dO dK's warpgroup spills"
         if needed.dk + SPARE_REGISTERS == MAX_REGISTERS and config.dq == "bulk" and spec.head_dim % 64 == 8:
             return f"dK's warpgroup, with {needed.dk} accumulators a thread, spills where it hands over 8 columns of dQ"
         if needed.dk + SPARE_REGISTERS == MAX_REGISTERS and 0 < config.dq_panels < panel_count(spec.head_dim) - 1:

@@ -55,7 +55,7 @@ class CudaBackwardKernel:
         self._causal, self._dq_adders = launch["causal"], launch["dq_adders"]
         self._fused, self._first_stores = bool(launch.get("fused")), bool(launch["first_stores"])
         block_m, block_n, store_rows = self._block_m, self._block_n, launch["store_rows"]
-        unit_rows = launch.get("unit_rows", backward_params.UNIT_ROWS)  # kernels of old don't say
+        unit_rows = launch.get("unit_rows", 32)  # kernels of old don't say
         rows = (*(block_m,) * 2, *(block_n,) * 2, *(store_rows,) * 2, *(unit_rows,) * 2)
         sms: int = torch.cuda.get_device_properties(self._device).multi_processor_count
         self._sms, self._slots = sms, sms * launch["ctas_per_sm"]

@@ -9,7 +9,6 @@ import struct
 from jagtile.runtime.cuda.tensor_map import MAP_BYTES
 
 MAPS = ("map_q", "map_dout", "map_k", "map_v", "map_dk", "map_dv", "map_rows_out", "map_rows_dout")
-UNIT_ROWS = 32  # of a box of the last two (row_units.cuh)
 POINTERS = (
     *("cu_seqlens_q", "cu_seqlens_k", "work_list", "lse", "dlse"),
     *("out", "dout", "dq", "delta", "dq_sums", "turns", "progress", "direct", "summed"),

@@ -220,6 +220,19 @@ def test_rendered_lines_are_tidy(spec: KernelSpec, change: dict[str, int]) -> No
     assert "\n\n\n" not in text
 
 
+# At the limits: of three warpgroups, of two with a late dQ, with overlap and with steps of 80, of two CTAs an SM.
+AT_THE_LIMITS = (
+    "bwd_bf16_d64/keyblocks_m64_n192_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1_a5_w1",
+    "bwd_bf16_d32/keyblocks_m64_n192_s2_c1_dbulk_o1_k2_hkv_l1_e0_f1_w1",
+    "bwd_fp16_d112/keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hv_l1_e0_f1_a2_w1",
+    "bwd_fp16_d96_causal/keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hkv_l1_e0",
+    "bwd_fp16_d128/keyblocks_m64_n128_s2_c1_dbulk_o1_k1_hnone_l1_e0_f1_a5_w1",
+    "bwd_bf16_d128_causal/keyblocks_m80_n128_s2_c1_dbulk_o0_k1_hnone_l0_e0_f1_r1_w1",
+    "bwd_bf16_d64/keyblocks_m64_n64_s2_c2_dbulk_o1_k1_hkv_l1_e0_f1_w1",
+    "bwd_bf16_d64/keyblocks_m64_n64_s2_c2_dbulk_o0_k1_hkv_l0_e0",
+)
+
+
 def _matrix() -> list[Variant]:
     """Defaults, and other legal tiles at random."""
     rng = random.Random(7)
@@ -234,6 +247,7 @@ def _matrix() -> list[Variant]:
         Variant("sm_90a", KernelSpec.parse("bwd_bf16_d64"), together),
         Variant("sm_90a", KernelSpec.parse("bwd_fp16_d64_causal"), replace(together, overlap=False, kv_stages=1)),
         Variant("sm_90a", D128, replace(BASE, late_dq=True, early_dv=False)),
+        *(Variant.parse(f"sm_90a/{name}") for name in AT_THE_LIMITS),
     ]
 
 

@@ -162,11 +162,20 @@ def test_rendered_lines_are_tidy(spec: KernelSpec, change: dict[str, Knob]) -> N
     assert "\n\n\n" not in text
 
 
+def test_a_tile_that_spills_is_refused() -> None:
+    tile = Sm90BackwardWideConfig(96, 2, 2, 0, "bulk", fused=True)
+    two_panels = KernelSpec.parse("bwd_bf16_d192_dv128")
+    assert "dK's warpgroup spills" in str(SPACE.rejection(two_panels, tile))
+    assert SPACE.rejection(two_panels, replace(tile, fused=False)) is None
+    assert SPACE.rejection(two_panels, replace(tile, dout_stages=1)) is None
+
+
 def _matrix() -> list[Variant]:
-    """Defaults, additions from registers, and a legal tile at random."""
+    """Defaults, additions from registers, rows beside the tiles, and a legal tile at random."""
     rng = random.Random(7)
     variants = [Variant("sm_90a", spec, SPACE.default(spec)) for spec in (SPECS[0], *SPECS[2:8:2], SPECS[3])]
     variants += [Variant("sm_90a", D256, BASE), Variant("sm_90a", D192, replace(BASE, block_n=96, dq_panels=1))]
+    variants += [Variant("sm_90a", D192, Sm90BackwardWideConfig(96, 2, 1, 0, "bulk", fused=True))]
     return [*variants, Variant("sm_90a", SPECS[3], rng.choice(legal_configs(SPACE, SPECS[3])))]
 
 
