@@ -228,12 +228,15 @@ __device__ __forceinline__ void work_on_rows(const BackwardParams& p, Control& c
       Units::for_each_eight(unit, own, [&](int eight) { Units::template finish<kPack>(p, unit, buffer, eight); });
     }
     __syncwarp();
-    if (lane_here() == 0) {
-      if (unit.ends >= 0) control.rows.tell_prepared(unit.ends, 1);
+    if (lane_here() == 0 && unit.ends >= 0) control.rows.tell_prepared(unit.ends, 1);
+    if (kAlone || lane_here() == 0) {
       control.row_units.arrive_empty(RingPosition<Units::kBuffers>::after(computed_here(units)));
-      if constexpr (kAlone) ++control.rows.worked;
     }
-    if constexpr (kAlone) __syncwarp();
+    if constexpr (kAlone) {
+      __syncwarp();
+      if (lane_here() == 0) ++control.rows.worked;
+      __syncwarp();
+    }
   }
 }
 
