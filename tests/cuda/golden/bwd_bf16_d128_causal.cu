@@ -283,7 +283,7 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
     control.stats.init(32, 128 * kWarpgroups);
     control.ds.init(4 * kWarpgroups, kWarpgroups);
     for (int part = 0; part < kParts; ++part) control.dq[part].init(4, 1);
-    control.row_units.init(1, Units::kWarps);
+    control.row_units.init(1, Units::kReaders);
     control.rows.begin(p);
     mbarrier_init_fence();
     set_claims(control.claims, p);

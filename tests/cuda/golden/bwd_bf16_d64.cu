@@ -282,7 +282,7 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1(const 
     control.stats.init(32, 128 * kWarpgroups);
     control.ds.init(4 * kWarpgroups, kWarpgroups);
     for (int part = 0; part < kParts; ++part) control.dq[part].init(4, 1);
-    control.row_units.init(1, Units::kWarps);
+    control.row_units.init(1, Units::kReaders);
     control.rows.begin(p);
     mbarrier_init_fence();
     set_claims(control.claims, p);

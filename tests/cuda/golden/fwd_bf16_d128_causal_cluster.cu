@@ -65,6 +65,11 @@ constexpr int kKBytes = kPanels * kKVPanelBytes;
 constexpr int kVBytes = kPanelsV * kKVPanelBytes;
 constexpr int kHeadroom = 16;  // probabilities are computed 2^-kHeadroom of what they are
 
+// The group of a pair's rows that a warpgroup takes. Lower rows see more keys: each CTA has some of both ends, in turn.
+__device__ __forceinline__ int rows_of(int warpgroup, bool reversed) {
+  return 2 * warpgroup + ((warpgroup ^ cluster_rank() ^ reversed) & 1);
+}
+
 struct Control {
   Tile tiles[kTileSlots];
   RingBarriers<kTileSlots> tile;
@@ -199,13 +204,15 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
     } else if (warp == 3 && elect_one()) {
       tma_prefetch_map(&p.map_q);
       RingPosition<kQBuffers> at;
+      bool reversed = false;
       for_each_tile(control, [&](const WorkItem& item, int head) {
         for (int warpgroup = 0; warpgroup < kWarpgroups; ++warpgroup) {
+          const int group = rows_of(warpgroup, reversed);
           const uint32_t full = smem_address(&control.q.full[at.slot]);
           const uint32_t buffer = q_tiles + at.slot * kQBytes;
           control.q.wait_empty(at);
           mbarrier_expect_bytes(full, kPanels * kQPanelBytes);
-          const int row = max(item.row + 64 * warpgroup, 0);  // never before the tensor's first
+          const int row = max(item.row + 64 * group, 0);  // never before the tensor's first
 #pragma unroll
           for (int panel = 0; panel < kPanels; ++panel) {
             tma_load_ragged(buffer + panel * kQPanelBytes, &p.map_q, full, 64 * panel, row,
@@ -213,6 +220,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
           }
           at.advance();
         }
+        reversed = !reversed;
       });
     } else if (warp == 1 && elect_one()) {
       // The first tile goes by the pair's number, the rest by a shared counter: the first CTA claims and tells the second.
@@ -224,8 +232,6 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
         control.tile.wait_empty(at);
         asm volatile("" : "+l"(list));  // the address of its items is not kept: whoever claims has few registers
         const bool claimed = claim_tile(control.tiles[at.slot], list, p, balancing, tile);
-        // Lower rows see more keys: the CTAs take them in turn.
-        control.tiles[at.slot].item.row += (rank ^ at.slot) * 64 * kWarpgroups;
         control.tile.arrive_full(at);
         if (!claimed) break;
         if (rank == 0) {
@@ -248,7 +254,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
   const int lane = threadIdx.x % 32;
   const bool leader = threadIdx.x % 128 == 0;
   const bool frees = threadIdx.x % 128 < 2;  // whether this thread frees blocks of keys and values, in the CTA of its number
-  const int thread_row = 64 * warpgroup + 16 * (warp % 4) + lane / 4;  // the upper of two, 8 apart
+  const int row_in_group = 16 * (warp % 4) + lane / 4;  // the upper of two, 8 apart
   const int thread_column = 2 * (lane % 4);
   const float scale_log2 = p.scale_log2;
   RingPosition<kTileSlots> tile_at;
@@ -267,6 +273,8 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
     const int head = control.tiles[tile_at.slot].head;
     if (head < 0) break;
     const WorkItem& item = control.tiles[tile_at.slot].item;
+    const int group = rows_of(warpgroup, tile_at.slot != 0);
+    const int thread_row = 64 * group + row_in_group;
     const uint32_t q_tile = q_tiles + q_at.slot * kQBytes;
     float output[kOutRegisters] = {};
     RowState rows;
@@ -275,11 +283,11 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
     control.q.wait_full(q_at);
     const int shift = p.bottom_right ? item.k_length - item.q_length : 0;
     // The tile's first key blocks, of which this warpgroup's rows see some key, and those that all of them see whole.
-    const int last_row = min(item.row + 64 * warpgroup + 63, item.q_length - 1);
+    const int last_row = min(item.row + 64 * group + 63, item.q_length - 1);
     const int keys = max(min(item.k_length, last_row + shift + 1), 0);
-    const bool idle = static_cast<unsigned>(item.row + 64 * warpgroup) >= item.q_length;  // or come before the first
+    const bool idle = static_cast<unsigned>(item.row + 64 * group) >= item.q_length;  // or come before the first
     const int blocks = idle ? 0 : (keys + kBlockN - 1) / kBlockN;
-    const int whole_blocks = max(min(item.k_length, item.row + 64 * warpgroup + shift + 1), 0) / kBlockN;
+    const int whole_blocks = max(min(item.k_length, item.row + 64 * group + shift + 1), 0) / kBlockN;
     const int upper_limit = item.row + thread_row + shift + 1;  // keys that the thread's upper row sees
 
     float inverse[2];
@@ -383,7 +391,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
     fence_async_proxy();
     named_barrier_sync(1 + warpgroup, 128);  // O is staged
     if (leader) {
-      const int row = item.row + 64 * warpgroup;
+      const int row = item.row + 64 * group;
       if (static_cast<unsigned>(row) < item.q_length) {
 #pragma unroll
         for (int panel = 0; panel < kPanelsV; ++panel) {
