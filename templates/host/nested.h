@@ -2,10 +2,16 @@
 // runtime/njt_form.py does, with the same attributes.
 #pragma once
 
+#include <algorithm>
+#include <array>
+#include <optional>
+
 #include <ATen/core/Tensor.h>
 #include <c10/core/Allocator.h>
+#include <c10/core/ConstantSymNodeImpl.h>
 #include <c10/core/TensorOptions.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/python_symnode.h>
 
 #include "recipe.h"
 
@@ -25,7 +31,8 @@ class Held {
   }
   ~Held() {
     if (!object_ || !Py_IsInitialized()) return;
-    pybind11::gil_scoped_acquire gil;
+    std::optional<pybind11::gil_scoped_acquire> gil;
+    if (!PyGILState_Check()) gil.emplace();  // to acquire what this thread has costs several times as much as to ask
     Py_DECREF(object_);
   }
   PyObject* get() const { return object_; }
@@ -71,6 +78,53 @@ inline Held owned(PyObject* made) {
   return Held(made);
 }
 
+// Where an object keeps its attributes.
+inline Held attributes_of(PyObject* object) { return owned(PyObject_GenericGetDict(object, nullptr)); }
+
+inline PyObject* new_reference(PyObject* object) {
+  Py_INCREF(object);
+  return object;
+}
+
+// Of four references, which it takes over.
+inline Held tuple_of(std::array<PyObject*, 4> items) {
+  const bool complete = std::all_of(items.begin(), items.end(), [](PyObject* item) { return item; });
+  Held tuple(complete ? PyTuple_New(items.size()) : nullptr);
+  if (!tuple) {
+    for (PyObject* item : items) Py_XDECREF(item);
+    throw_pythons();
+  }
+  for (size_t at = 0; at < items.size(); ++at) PyTuple_SET_ITEM(tuple.get(), at, items[at]);
+  return tuple;
+}
+
+// A nested int as C++ holds it. What is the same for all of them it answers itself, and that it equals itself: else each copy
+// of a size and each comparison of two is several calls of Python.
+class NestedInt final : public torch::impl::PythonSymNodeImpl {
+ public:
+  using PythonSymNodeImpl::PythonSymNodeImpl;
+
+  // The ragged dimension of a nested tensor's size.
+  static c10::SymInt of(const c10::SymInt& ragged) {
+    auto* node = ragged.is_heap_allocated() ? dynamic_cast<PythonSymNodeImpl*>(ragged.toSymNodeImplUnowned()) : nullptr;
+    if (!node || dynamic_cast<NestedInt*>(node)) return ragged;
+    auto pythons = pybind11::reinterpret_borrow<pybind11::object>(node->getPyObj());
+    return c10::SymInt(c10::SymNode(c10::make_intrusive<NestedInt>(std::move(pythons))));
+  }
+
+  bool is_int() override { return true; }
+  bool is_bool() override { return false; }
+  bool is_float() override { return false; }
+  bool is_nested_int() const override { return true; }
+  std::optional<int64_t> maybe_as_int() override { return std::nullopt; }
+  c10::SymNode clone() override { return c10::SymNode::reclaim_copy(this); }
+  c10::SymNode eq(const c10::SymNode& other) override {
+    auto* pythons = dynamic_cast<PythonSymNodeImpl*>(other.get());
+    if (!pythons || !pythons->getPyObj().is(getPyObj())) return PythonSymNodeImpl::eq(other);
+    return c10::make_intrusive<c10::ConstantSymNodeImpl<bool>>(true);
+  }
+};
+
 // What makes packed values a nested tensor of a given raggedness.
 struct Form {
   Held offsets, cache, size, strides;
@@ -86,19 +140,21 @@ struct Nested {
   static std::optional<Nested> of(PyObject* object) {
     const NestedPython& python = nested_python();
     if (Py_TYPE(object) != python.type) return std::nullopt;
-    const Held ragged_idx = attribute(object, python.ragged_idx), lengths = attribute(object, python.lengths);
-    if (PyLong_AsLong(ragged_idx.get()) != RAGGED || lengths.get() != Py_None) return std::nullopt;
-    const Held values = attribute(object, python.values);
-    Held offsets = attribute(object, python.offsets);
-    if (!THPVariable_CheckExact(values.get()) || !THPVariable_CheckExact(offsets.get())) return std::nullopt;
+    const Held attributes = attributes_of(object);
+    const auto get = [&](PyObject* name) { return PyDict_GetItemWithError(attributes.get(), name); };  // borrowed
+    PyObject *ragged_idx = get(python.ragged_idx), *values = get(python.values), *offsets = get(python.offsets),
+             *cache = get(python.cache), *size = get(python.size), *strides = get(python.strides);
+    if (!ragged_idx || !values || !offsets || !cache || !size || !strides) return std::nullopt;
+    if (PyLong_AsLong(ragged_idx) != RAGGED || get(python.lengths) != Py_None) return std::nullopt;
+    if (!THPVariable_CheckExact(values) || !THPVariable_CheckExact(offsets)) return std::nullopt;
     Nested nested;
     nested.tensor = THPVariable_Unpack(object);
-    nested.values = THPVariable_Unpack(values.get());
-    nested.offsets = THPVariable_Unpack(offsets.get());
+    nested.values = THPVariable_Unpack(values);
+    nested.offsets = THPVariable_Unpack(offsets);
     const auto sizes = nested.tensor.unsafeGetTensorImpl()->sym_sizes_default();
     if (sizes.size() != 4 || nested.values.dim() != 3) return std::nullopt;
-    nested.form = {std::move(offsets), attribute(object, python.cache), attribute(object, python.size),
-                   attribute(object, python.strides), sizes[0], sizes[RAGGED]};
+    nested.form = {Held::borrowed(offsets), Held::borrowed(cache), Held::borrowed(size),
+                   Held::borrowed(strides), sizes[0], NestedInt::of(sizes[RAGGED])};
     return nested;
   }
 
@@ -158,24 +214,20 @@ inline Held nest(const Form& form, const at::Tensor& values) {
 
   Held object = owned(THPVariable_Wrap(tensor, python.type));
   const Held of_values = owned(THPVariable_Wrap(values));
-  const Held attributes = owned(PyObject_GenericGetDict(object.get(), nullptr));
+  const Held attributes = attributes_of(object.get());
   const auto integer = [](int64_t number) { return PyLong_FromLongLong(number); };
-  PyObject* model_size = form.size.get();
-  const Held ragged_idx = owned(integer(RAGGED)), whole = whole_stride(form, strides[1]);
-  const Held size_tuple = owned(Py_BuildValue("(ONON)", PyTuple_GET_ITEM(model_size, 0), integer(sizes[0]),
-                                              PyTuple_GET_ITEM(model_size, RAGGED), integer(sizes[2])));
-  const Held stride_tuple = owned(
-      Py_BuildValue("(ONNN)", whole.get(), integer(strides[0]), integer(strides[1]), integer(strides[2])));
+  const auto same_size = [&](int dim) { return new_reference(PyTuple_GET_ITEM(form.size.get(), dim)); };
+  const Held ragged_idx = owned(integer(RAGGED));
+  const Held size_tuple = tuple_of({same_size(0), integer(sizes[0]), same_size(RAGGED), integer(sizes[2])});
+  const Held stride_tuple = tuple_of(
+      {whole_stride(form, strides[1]).release(), integer(strides[0]), integer(strides[1]), integer(strides[2])});
   for (auto [name, value] : {std::pair{python.ragged_idx, ragged_idx.get()}, {python.size, size_tuple.get()},
                              {python.strides, stride_tuple.get()}, {python.values, of_values.get()},
                              {python.offsets, form.offsets.get()}, {python.lengths, Py_None},
                              {python.cache, form.cache.get()}})
     if (PyDict_SetItem(attributes.get(), name, value)) throw_pythons();
   mark(attributes.get(), python.marks, RAGGED);
-  if (PyTuple_GET_SIZE(python.value_marks)) {
-    const Held of_values_attributes = owned(PyObject_GenericGetDict(of_values.get(), nullptr));
-    mark(of_values_attributes.get(), python.value_marks, RAGGED - 1);
-  }
+  if (PyTuple_GET_SIZE(python.value_marks)) mark(attributes_of(of_values.get()).get(), python.value_marks, RAGGED - 1);
   return object;
 }
 

@@ -7,6 +7,8 @@ import gc
 import sys
 import threading
 import weakref
+from collections.abc import Callable
+from types import FrameType
 
 import pytest
 import torch
@@ -198,16 +200,47 @@ def test_size_and_layout_of_what_it_makes_ask_nothing_of_python(taught):
         assert (made.shape, made.stride()) == (made._size, made._strides)
 
 
+def test_sizes_of_what_it_makes_are_copied_and_compared_without_pythons_nested_ints(taught):
+    out = taught.attend_nested()
+    called = python_called(lambda: torch.autograd.grad(out, taught.nested_leaves, taught.nested_dout))
+    asked = [name for name, file in called if file.endswith("nested_int.py")]
+    assert "clone" not in asked
+    assert asked.count("eq") <= 2  # of dout, by torch's Python and by autograd
+
+
+def test_nested_ints_of_what_it_makes_equal_none_of_other_lengths(taught):
+    out = taught.attend_nested()
+    flipped = taught.dout.flip(0)
+    lengths = taught.cu.diff().flip(0)
+    other = torch.nested.nested_tensor_from_jagged(
+        flipped, lengths=None, offsets=torch.cat([taught.cu[:1], lengths.cumsum(0).to(taught.cu.dtype)])
+    )
+    assert out.shape[2] == taught.nested_dout.shape[2] != other.shape[1]
+    with pytest.raises(RuntimeError, match=r"shape|size"):
+        torch.autograd.grad(out, taught.nested_leaves, other.transpose(1, 2))
+
+
 def asks_python(nested: torch.Tensor) -> bool:
     """Whether looks at size and layout get to a rule for nested tensors, or to their class."""
-    called = set()
     with torch._C.DisableTorchFunctionSubclass():
-        sys.setprofile(lambda frame, *_: called.add(frame.f_code.co_name))
-        try:
-            _ = nested.layout, nested.shape
-        finally:
-            sys.setprofile(None)
+        called = {name for name, _ in python_called(lambda: (nested.layout, nested.shape))}
     return bool(called & {"find_torch_dispatch_rule", "__torch_dispatch__"})
+
+
+def python_called(work: Callable[[], object]) -> list[tuple[str, str]]:
+    """Names and files of the Python functions that this thread runs meanwhile."""
+    called = []
+
+    def look(frame: FrameType, event: str, _: object) -> None:
+        if event == "call":
+            called.append((frame.f_code.co_name, frame.f_code.co_filename))
+
+    sys.setprofile(look)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return called
 
 
 def test_compiled_autograd_sees_the_operator(taught):
