@@ -141,7 +141,7 @@ PAIR_MISTAKES: dict[str, tuple[str, str, str | None]] = {
         "",
         "race on shared address|arrivals more than|deadlock",
     ),
-    "both take the same half of the rows": ("(rank ^ at.slot) * 64", "at.slot * 64", "race on global|^wrong$"),
+    "both take the same rows": ("warpgroup ^ cluster_rank() ^", "warpgroup ^", "race on global|^wrong$"),
 }
 
 # Of such pairs whose products sum up rows.

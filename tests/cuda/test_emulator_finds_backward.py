@@ -82,8 +82,13 @@ LATE_DK_MISTAKES: dict[str, tuple[str, str, str]] = {
 }
 ROW_WARP_MISTAKES: dict[str, tuple[str, str, str]] = {
     "a unit is counted while lanes look for it": (
-        "    if constexpr (kAlone) __syncwarp();\n",
-        "",
+        "++control.rows.worked;\n      __syncwarp();\n",
+        "++control.rows.worked;\n",
+        "race on|polls|wrong",
+    ),
+    "a unit is counted before all lanes have handed it back": (
+        "      __syncwarp();\n      if (lane_here() == 0) ++control.rows.worked;\n",
+        "      if (lane_here() == 0) ++control.rows.worked;\n",
         "race on|polls|wrong",
     ),
     "lse is passed on to steps that still read the one before": (
