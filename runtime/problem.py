@@ -15,9 +15,8 @@ LookUp = tuple[str, ...]  # the regimes whose choices serve a call, in order: it
 
 # What ``regime_index`` gives an index into. A batch of few tiles is medium or long all the same and a huge one is long,
 # and each is served as such where nothing is chosen for it; no other regime has a neighbour.
-_OF_GPU_FORWARDS = (FEW, HUGE)
 LOOK_UPS: tuple[LookUp, ...] = (
-    *((name,) for name in REGIMES if name not in _OF_GPU_FORWARDS),
+    *((name,) for name in REGIMES if name not in (FEW, HUGE)),
     (FEW, "medium"),
     (FEW, "long"),
     (HUGE, "long"),
@@ -36,7 +35,7 @@ SHORT_MEAN = 96
 GROUP = 4  # query heads a kv head from which on nothing is tiny: packed, few tokens fill a tile
 SHORT_MEAN_OF_GROUPS = 128
 LONG_MEAN = 1024
-HUGE_MEAN = 2048  # of forwards on a GPU
+HUGE_MEAN = 2048  # on a GPU
 MAX_SHARE = 8
 UNEQUAL_RATIO = 2  # total_k and total_q further apart than this make a cross (or decode) batch
 DECODE_MEAN = 16  # queries a sequence, at most
@@ -67,10 +66,9 @@ class Problem:
 
 
 def regimes_for(direction: Direction, device: str) -> tuple[str, ...]:
-    """The regimes of a direction's specs on a kind of device or target; "few" and "huge" are of forwards on a GPU."""
-    if direction == "fwd" and device != "cpu":
-        return REGIMES
-    return tuple(name for name in REGIMES if name not in _OF_GPU_FORWARDS)
+    """The regimes of a direction's specs on a kind of device or target; "few" is of a GPU's forwards, "huge" of a GPU."""
+    missing = (FEW, HUGE) if device == "cpu" else (FEW,) if direction == "bwd" else ()
+    return tuple(name for name in REGIMES if name not in missing)
 
 
 def look_up_of(regime: str) -> LookUp:
@@ -80,7 +78,7 @@ def look_up_of(regime: str) -> LookUp:
 
 def look_up(problem: Problem, device: str = "cuda") -> LookUp:
     """The regimes that serve a problem on a kind of device or target."""
-    has_all = regimes_for(problem.spec.direction, device) == REGIMES
+    direction, on_gpu = problem.spec.direction, device != "cpu"
     return LOOK_UPS[
         regime_index(
             problem.batch,
@@ -89,10 +87,15 @@ def look_up(problem: Problem, device: str = "cuda") -> LookUp:
             problem.max_seqlen_q or 0,
             problem.max_seqlen_k or 0,
             problem.heads // problem.heads_kv,
-            problem.rows if has_all else 0,
-            tiny_mean(problem.spec.direction, problem.spec.head_dim, problem.spec.head_dim_v, device != "cpu"),
+            counted_rows(direction, problem.rows, on_gpu),
+            tiny_mean(direction, problem.spec.head_dim, problem.spec.head_dim_v, on_gpu),
         )
     ]
+
+
+def counted_rows(direction: Direction, rows: int, on_gpu: bool) -> int:
+    """What ``regime_index`` takes for ``rows``: those of a GPU's forward; enough, so that no backward there is few; or 0."""
+    return 0 if not on_gpu else FEW_ROWS if direction == "bwd" else rows
 
 
 def tiny_mean(direction: Direction, head_dim: int, head_dim_v: int, on_gpu: bool) -> int:

@@ -163,12 +163,19 @@ def test_long_batches_of_few_tiles_and_huge_ones_are_what_they_were_before_too(p
     assert regime(problem) == expected[0]
 
 
-def test_no_backward_and_nothing_on_a_cpu_is_few_or_huge():
+def test_no_backward_is_few_and_nothing_on_a_cpu_is_few_or_huge():
     problem = few_rows((4000, 4358, 5031), 2)
     assert look_up(problem, "cpu") == ("long",)
-    assert look_up(replace(problem, spec=replace(SPEC, direction="bwd"))) == ("long",)
-    for direction, device in (("fwd", "cpu"), ("bwd", "sm_90a"), ("bwd", "cuda")):
-        assert regimes_for(direction, device) == tuple(name for name in REGIMES if name not in ("few", "huge"))
+    backward = replace(problem, spec=replace(SPEC, direction="bwd"))
+    assert (look_up(backward), look_up(backward, "cpu")) == (("huge", "long"), ("long",))
+    assert look_up(replace(backward, total_q=3 * 2047, total_k=3 * 2047)) == ("long",)
+    for direction, device, missing in (
+        ("fwd", "cpu", ("few", "huge")),
+        ("bwd", "cpu", ("few", "huge")),
+        ("bwd", "sm_90a", ("few",)),
+        ("bwd", "cuda", ("few",)),
+    ):
+        assert regimes_for(direction, device) == tuple(name for name in REGIMES if name not in missing)
     assert regimes_for("fwd", "sm_90a") == regimes_for("fwd", "cuda") == REGIMES
 
 

@@ -22,13 +22,13 @@ def test_each_regime_is_swept_and_tuned_twice_and_what_is_on_record_is_not_measu
 
     def examine():
         workers.append(FakeWorker(noise=0.0005))
-        arguments = ([SPEC], ("medium", "long"), torch.device("cuda"), tmp_path, lambda: workers[-1])
+        arguments = ([SPEC], ("medium", "huge"), torch.device("cuda"), tmp_path, lambda: workers[-1])
         return examine_all(*arguments, build=FakeBuilder())
 
     found = examine()
     best = min(LEGAL, key=landscape)
     assert [(each.regime, each.configs, each.trials) for each in found] == [
-        (regime, len(LEGAL), len(LEGAL) // 4) for regime in ("medium", "long")
+        (regime, len(LEGAL), len(LEGAL) // 4) for regime in ("medium", "huge")
     ]
     for each in found:
         assert each.best == best.name
@@ -36,7 +36,7 @@ def test_each_regime_is_swept_and_tuned_twice_and_what_is_on_record_is_not_measu
         assert each.regrets == pytest.approx([own[name] for name in each.chosen], abs=0.002)
         assert each.worst == max(*each.regrets, each.apart)
     assert json.loads((tmp_path / "quality.json").read_text())[0]["spec"] == SPEC.name
-    # long has two workloads
+    # huge has two workloads
     assert [len(sweep.configs) for sweep in read_sweeps(tmp_path / "sweeps")] == [len(LEGAL)] * 3
 
     again = examine()
