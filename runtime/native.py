@@ -86,6 +86,7 @@ def connect(host: ModuleType, launch: int, is_capturing: int, device_type: str =
 
 def _use_python(host: Any, marks: tuple[Any, Any] = ((), ())) -> None:
     """What the host asks Python for. marks: names of attributes, of nested tensors and of their values."""
+    from torch.nested._internal.nested_int import NestedIntNode
     from torch.nested._internal.nested_tensor import NestedTensor
 
     from jagtile.runtime.njt_autograd import last_derivative
@@ -94,7 +95,7 @@ def _use_python(host: Any, marks: tuple[Any, Any] = ((), ())) -> None:
     def nest(offsets: Any, cache: Any, size: Any, strides: Any, packed: torch.Tensor) -> torch.Tensor:
         return Form(offsets, None, 2, cache, size, strides).nest(packed)
 
-    host.use_python(_gradients, nest, last_derivative, NestedTensor, *marks)
+    host.use_python(_gradients, nest, last_derivative, NestedTensor, NestedIntNode, *marks)
 
 
 def _first_nested(*call: Any) -> Any:

@@ -66,7 +66,7 @@ class Problem:
 
 
 def regimes_for(direction: Direction, device: str) -> tuple[str, ...]:
-    """The regimes of a direction's specs on a kind of device or target; "few" is of a GPU's forwards, "huge" of a GPU."""
+    """The regimes of a direction's specs on a kind of device or target; "few" is of GPUs' forwards, "huge" of GPUs."""
     missing = (FEW, HUGE) if device == "cpu" else (FEW,) if direction == "bwd" else ()
     return tuple(name for name in REGIMES if name not in missing)
 
@@ -94,7 +94,7 @@ def look_up(problem: Problem, device: str = "cuda") -> LookUp:
 
 
 def counted_rows(direction: Direction, rows: int, on_gpu: bool) -> int:
-    """What ``regime_index`` takes for ``rows``: those of a GPU's forward; enough, so that no backward there is few; or 0."""
+    """What ``regime_index`` takes for ``rows``: a forward's own on a GPU, enough for no backward to be few, else 0."""
     return 0 if not on_gpu else FEW_ROWS if direction == "bwd" else rows
 
 

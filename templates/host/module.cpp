@@ -171,10 +171,11 @@ void use_driver(uintptr_t launch, uintptr_t is_capturing, const std::string& dev
 }
 
 void use_python(py::object gradients, py::object nest, py::object last_derivative, py::object nested_type,
-                py::tuple marks, py::tuple value_marks) {
+                py::object nested_int, py::tuple marks, py::tuple value_marks) {
   fallback = {gradients.release().ptr(), nest.release().ptr(), last_derivative.release().ptr()};
   NestedPython& python = nested_python();
   python.type = reinterpret_cast<PyTypeObject*>(nested_type.release().ptr());
+  python.nested_int = reinterpret_cast<PyTypeObject*>(nested_int.release().ptr());
   python.marks = marks.release().ptr();
   python.value_marks = value_marks.release().ptr();
 }

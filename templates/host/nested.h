@@ -19,6 +19,16 @@ namespace jagtile {
 
 constexpr int RAGGED = 2;  // the ragged dimension of (batch, heads, tokens, dim)
 
+// Whether this thread has the interpreter, also where there are several (PyGILState_Check says yes to all then).
+inline bool has_interpreter() {
+#if PY_VERSION_HEX >= 0x030D0000
+  PyThreadState* const current = PyThreadState_GetUnchecked();
+#else
+  PyThreadState* const current = _PyThreadState_UncheckedGet();
+#endif
+  return current && current == PyGILState_GetThisThreadState();
+}
+
 // A Python object that may be let go of in any thread.
 class Held {
  public:
@@ -32,7 +42,7 @@ class Held {
   ~Held() {
     if (!object_ || !Py_IsInitialized()) return;
     std::optional<pybind11::gil_scoped_acquire> gil;
-    if (!PyGILState_Check()) gil.emplace();  // to acquire what this thread has costs several times as much as to ask
+    if (!has_interpreter()) gil.emplace();  // to acquire what this thread has costs several times as much as to ask
     Py_DECREF(object_);
   }
   PyObject* get() const { return object_; }
@@ -50,6 +60,7 @@ class Held {
 // Python's part. Names are interned, once.
 struct NestedPython {
   PyTypeObject* type = nullptr;  // NestedTensor
+  PyTypeObject* nested_int = nullptr;  // NestedIntNode, which a nested int in Python refers to
   PyObject* marks = nullptr;     // names of attributes by which torch marks the ragged dimension of a nested tensor
   PyObject* value_marks = nullptr;  // likewise, of its values
   PyObject *values, *offsets, *lengths, *ragged_idx, *size, *strides, *cache, *max_seqlen;
@@ -109,6 +120,7 @@ class NestedInt final : public torch::impl::PythonSymNodeImpl {
     auto* node = ragged.is_heap_allocated() ? dynamic_cast<PythonSymNodeImpl*>(ragged.toSymNodeImplUnowned()) : nullptr;
     if (!node || dynamic_cast<NestedInt*>(node)) return ragged;
     auto pythons = pybind11::reinterpret_borrow<pybind11::object>(node->getPyObj());
+    if (Py_TYPE(pythons.ptr()) != nested_python().nested_int) return ragged;
     return c10::SymInt(c10::SymNode(c10::make_intrusive<NestedInt>(std::move(pythons))));
   }
 
@@ -121,7 +133,7 @@ class NestedInt final : public torch::impl::PythonSymNodeImpl {
   c10::SymNode eq(const c10::SymNode& other) override {
     auto* pythons = dynamic_cast<PythonSymNodeImpl*>(other.get());
     if (!pythons || !pythons->getPyObj().is(getPyObj())) return PythonSymNodeImpl::eq(other);
-    return c10::make_intrusive<c10::ConstantSymNodeImpl<bool>>(true);
+    return c10::make_intrusive<c10::ConstantSymNodeImpl<bool>>(true);  // to be read, not combined with Python's answers
   }
 };
 

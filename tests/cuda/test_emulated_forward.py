@@ -44,6 +44,7 @@ CASES: tuple[tuple[str, dict[str, int | str]], ...] = (
     ("fwd_fp16_d72_causal", {"block_m": 128, "block_n": 16, "q_stages": 1, "epilogue": "direct", "cluster": 2}),
     ("fwd_bf16_d64_causal", {"block_m": 192, "block_n": 32, "q_stages": 1, "cluster": 2}),
     ("fwd_bf16_d64_causal", {"block_m": 192, "block_n": 32, "q_stages": 2, "alternate": True, "cluster": 2}),
+    ("fwd_bf16_d64_causal", {"block_m": 256, "block_n": 32, "q_stages": 1, "alternate": True, "cluster": 2}),
     ("fwd_bf16_d64", {"block_m": 128, "block_n": 80, "tensor_sums": True, "cluster": 2}),
     # Rows summed up by products: in the same instructions as O, in others for the sake of V's columns or of registers.
     ("fwd_bf16_d64", {"tensor_sums": True}),

@@ -141,6 +141,7 @@ PAIR_MISTAKES: dict[str, tuple[str, str, str | None]] = {
         "",
         "race on shared address|arrivals more than|deadlock",
     ),
+    "queries are loaded for other rows than are worked on": ("        reversed = !reversed;\n", "", "^wrong$"),
     "both take the same rows": ("warpgroup ^ cluster_rank() ^", "warpgroup ^", "race on global|^wrong$"),
 }
 

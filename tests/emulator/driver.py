@@ -143,10 +143,11 @@ class _TensorSpans:
         self._collections = collections
         for thing in (thing for generation in generations for thing in gc.get_objects(generation)):
             if issubclass(type(thing), torch.Tensor):
-                with suppress(RuntimeError):  # what compilers leave behind may have no memory
-                    if thing.device.type == "cpu" and thing.untyped_storage().nbytes():
+                with suppress(RuntimeError):  # ... or no memory
+                    nbytes = thing.untyped_storage().nbytes()  # what compilers leave behind may have a symbol for it
+                    if thing.device.type == "cpu" and isinstance(nbytes, int) and nbytes:
                         begin = thing.untyped_storage().data_ptr()
-                        self._spans.add((begin, begin + thing.untyped_storage().nbytes()))
+                        self._spans.add((begin, begin + nbytes))
         return sorted(self._spans)
 
 

@@ -208,16 +208,24 @@ def test_sizes_of_what_it_makes_are_copied_and_compared_without_pythons_nested_i
     assert asked.count("eq") <= 2  # of dout, by torch's Python and by autograd
 
 
-def test_nested_ints_of_what_it_makes_equal_none_of_other_lengths(taught):
-    out = taught.attend_nested()
-    flipped = taught.dout.flip(0)
-    lengths = taught.cu.diff().flip(0)
-    other = torch.nested.nested_tensor_from_jagged(
-        flipped, lengths=None, offsets=torch.cat([taught.cu[:1], lengths.cumsum(0).to(taught.cu.dtype)])
-    )
-    assert out.shape[2] == taught.nested_dout.shape[2] != other.shape[1]
-    with pytest.raises(RuntimeError, match=r"shape|size"):
-        torch.autograd.grad(out, taught.nested_leaves, other.transpose(1, 2))
+def test_autograd_takes_no_gradient_of_other_lengths_that_it_makes(taught):
+    """Whose size is compared in C++: torch's Python sees only what ``grad`` is given."""
+    other = Batch(lengths=(3, 40, 0, 5))
+    with torch.no_grad():
+        made = [other.attend_nested() for _ in range(2)][-1]
+    assert not asks_python(made)
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dout):
+            return made
+
+    with pytest.raises(RuntimeError, match="invalid gradient"):
+        torch.autograd.grad(Wrong.apply(taught.attend_nested()), taught.nested_leaves, taught.nested_dout)
 
 
 def asks_python(nested: torch.Tensor) -> bool:

@@ -16,7 +16,7 @@
 //   jagtile generate sm_90a/fwd_bf16_d128_causal/persistent_m128_n128_s2_q1_c1_x2
 //
 // One persistent CTA an SM: 2 math warpgroups of 64 query rows each, one warpgroup that feeds them.
-// Two CTAs are a pair, a cluster: they work on the halves of a tile's rows, and each loads half of the rows of every K and V
+// Two CTAs are a pair, a cluster: they share the groups of 64 rows of a tile, and each loads half of the rows of every K and V
 // block for both, so that L2 is read once.
 //   warp 0      copies K tiles into shared memory (TMA, clipped at the sequence's end)
 //   warp 1      claims tiles from the work list, longest first; the first CTA's for the pair
@@ -65,7 +65,8 @@ constexpr int kKBytes = kPanels * kKVPanelBytes;
 constexpr int kVBytes = kPanelsV * kKVPanelBytes;
 constexpr int kHeadroom = 16;  // probabilities are computed 2^-kHeadroom of what they are
 
-// The group of a pair's rows that a warpgroup takes. Lower rows see more keys: each CTA has some of both ends, in turn.
+// The group of a pair's rows that a warpgroup takes. Lower rows see more keys: each CTA has some of both ends. The CTAs change
+// places from tile to tile.
 __device__ __forceinline__ int rows_of(int warpgroup, bool reversed) {
   return 2 * warpgroup + ((warpgroup ^ cluster_rank() ^ reversed) & 1);
 }
