@@ -92,11 +92,6 @@ inline Held owned(PyObject* made) {
 // Where an object keeps its attributes.
 inline Held attributes_of(PyObject* object) { return owned(PyObject_GenericGetDict(object, nullptr)); }
 
-inline PyObject* new_reference(PyObject* object) {
-  Py_INCREF(object);
-  return object;
-}
-
 // Of four references, which it takes over.
 inline Held tuple_of(std::array<PyObject*, 4> items) {
   const bool complete = std::all_of(items.begin(), items.end(), [](PyObject* item) { return item; });
@@ -228,7 +223,7 @@ inline Held nest(const Form& form, const at::Tensor& values) {
   const Held of_values = owned(THPVariable_Wrap(values));
   const Held attributes = attributes_of(object.get());
   const auto integer = [](int64_t number) { return PyLong_FromLongLong(number); };
-  const auto same_size = [&](int dim) { return new_reference(PyTuple_GET_ITEM(form.size.get(), dim)); };
+  const auto same_size = [&](int dim) { return Py_NewRef(PyTuple_GET_ITEM(form.size.get(), dim)); };
   const Held ragged_idx = owned(integer(RAGGED));
   const Held size_tuple = tuple_of({same_size(0), integer(sizes[0]), same_size(RAGGED), integer(sizes[2])});
   const Held stride_tuple = tuple_of(

@@ -143,8 +143,8 @@ class _TensorSpans:
         self._collections = collections
         for thing in (thing for generation in generations for thing in gc.get_objects(generation)):
             if issubclass(type(thing), torch.Tensor):
-                with suppress(RuntimeError):  # ... or no memory
-                    nbytes = thing.untyped_storage().nbytes()  # what compilers leave behind may have a symbol for it
+                with suppress(RuntimeError):  # what compilers leave behind may have no memory, or a symbol for its size
+                    nbytes = thing.untyped_storage().nbytes()
                     if thing.device.type == "cpu" and isinstance(nbytes, int) and nbytes:
                         begin = thing.untyped_storage().data_ptr()
                         self._spans.add((begin, begin + nbytes))
