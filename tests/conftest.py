@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # philox.py
 
 _CACHE = "JAGTILE_CACHE_DIR"
 _KEPT = "JAGTILE_TEST_CACHE"  # where set, kernels (and nothing else) are kept there from run to run
+_SEED = "JAGTILE_TEST_SEED"  # set for other random numbers than those of every run
 _GPU_BYTES = 10 << 30  # of a worker: the largest batches with their float64 oracles, and what torch keeps
 _owned: list[Path] = []
 
@@ -58,6 +60,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if marked and (reason := missing()):
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> None:
+    """A test's random numbers are its own: not by chance of what ran before it in the same worker."""
+    import torch
+
+    torch.manual_seed(zlib.crc32(f"{os.environ.get(_SEED, '')}{request.node.nodeid}".encode()))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

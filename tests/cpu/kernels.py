@@ -120,7 +120,7 @@ class Inputs:
 
     def __init__(self, spec: KernelSpec, call: Call) -> None:
         self.spec, self.call, self.dtype = spec, call, torch_dtype(spec.dtype)
-        self._generator = torch.Generator().manual_seed(call.seed)
+        self.generator = torch.Generator().manual_seed(call.seed)
         offsets_q = torch.tensor([0, *(q for q, _ in call.lengths)]).cumsum(0)
         offsets_k = torch.tensor([0, *(k for _, k in call.lengths)]).cumsum(0)
         total_q, total_k = int(offsets_q[-1]) + call.spare, int(offsets_k[-1]) + call.spare
@@ -139,7 +139,7 @@ class Inputs:
         self.meaning = {"is_causal": spec.causal, "causal_alignment": call.alignment, "scale": self.scale}
         self.dropout = None
         if spec.dropout:
-            state = torch.randint(-(1 << 63), (1 << 63) - 1, (2,), generator=self._generator)
+            state = torch.randint(-(1 << 63), (1 << 63) - 1, (2,), generator=self.generator)
             self.dropout = dropout_of(call.dropout_p, state)
             self.meaning["kept"] = torch.zeros(heads, total_q, total_k, dtype=torch.float64)
             begins = zip(offsets_q.tolist(), offsets_k.tolist(), strict=True)
@@ -152,7 +152,7 @@ class Inputs:
         """Random values in the layout of q, k, v or out; NaN for tokens of no sequence."""
 
         def fill(shape: tuple[int, ...]) -> torch.Tensor:
-            values = torch.randn(shape, generator=self._generator)
+            values = torch.randn(shape, generator=self.generator)
             values[values.shape[0] - self.call.spare :] = NAN
             return values
 
@@ -192,19 +192,22 @@ def check_backward(kernel: BackwardKernel, spec: KernelSpec, call: Call) -> None
     blind = exact_lse.isneginf()
     dout = given.normal(3)
     dout.masked_fill_(blind.T.unsqueeze(2), NAN)
-    dlse = torch.randn(lse.shape).masked_fill_(blind, NAN) if call.with_lse else None
+    dlse = torch.randn(lse.shape, generator=given.generator).masked_fill_(blind, NAN) if call.with_lse else None
     grads, storages = zip(*(given.poisoned(which) for which in range(3)), strict=True)
 
     kernel.backward(*operands, out, lse, dout, dlse, *grads, given.scale, given.bottom_right, given.dropout)
 
     expected = reference_gradients(*operands, dout, dlse, **given.meaning)
-    # Scores' gradients are differences dP - delta that may cancel: an error is measured by what they are made of.
-    delta = (dout.double() * exact_out).sum(dim=2).T
-    parts = reference_gradients(*operands, dout, delta, **given.meaning)
+    # Scores' gradients are differences dP - delta that may cancel, as delta's own terms may: an error is measured by
+    # what they are made of.
+    terms = dout.double() * exact_out
+    by_dp = reference_gradients(*operands, dout, terms.sum(dim=2).T, **given.meaning)
+    nothing = torch.zeros_like(dout).masked_fill_(blind.T.unsqueeze(2), NAN)
+    by_delta = reference_gradients(*operands, nothing, terms.abs().sum(dim=2).T, **given.meaning)
     unseen = (reference_gradients(*operands, dout, **{**given.meaning, "kept": None}).dv == 0).all(dim=2)
     alone = (blind.T, unseen, unseen)
-    for name, grad, want, part, rows, storage in zip("qkv", grads, expected, parts, alone, storages, strict=True):
-        size = max(float(want.norm()), float(part.norm()))
+    sizes = [max(float(part.norm()) for part in parts) for parts in zip(expected, by_dp, by_delta, strict=True)]
+    for name, grad, want, size, rows, storage in zip("qkv", grads, expected, sizes, alone, storages, strict=True):
         assert float((grad.double() - want).norm()) <= gradient_tolerance(given.dtype) * size, f"d{name}"
         assert not grad[rows].any(), f"d{name} of tokens without partners"
         grad.fill_(NAN)
