@@ -34,37 +34,49 @@ def pack() -> None:
 )
 @click.option("-o", "--output", type=_PATH, default=Path(), show_default="here", help="Folder to put the pack into.")
 @click.option("--wheel", is_flag=True, help="Write a wheel for pip instead of a folder.")
+@click.option("--host", is_flag=True, help="Also the native host of GPU calls, for the torch and Python at hand.")
 @click.option("--version", help="Of the pack. [default: jagtile's]")
 @json_option
 def build(
-    specs: tuple[str, ...], device: str | None, output: Path, wheel: bool, version: str | None, as_json: bool
+    specs: tuple[str, ...],
+    device: str | None,
+    output: Path,
+    wheel: bool,
+    host: bool,
+    version: str | None,
+    as_json: bool,
 ) -> None:
     """Compile what the choices for a device name and pack it: jagtile-kernels-SLUG, a folder or a wheel.
 
     Without SPECs: everything that has choices for the device, and the backward of each forward. Needs the compiler of
-    its target, not the device.
+    its target, not the device; --host a C++ compiler.
 
     \b
     jagtile pack build --device sm90-132sm --wheel -o dist
+    jagtile pack build --device sm90-132sm --wheel --host -o dist
     jagtile pack build fwd_fp32_d64 fwd_fp32_d64_causal --device cpu
     """
     import tempfile
 
     import jagtile
+    from jagtile.generator.host import artifact as native_artifact
     from jagtile.generator.pack import build_pack, plan_pack
     from jagtile.generator.pack_wheel import check_version, write_wheel
     from jagtile.tuning_db.store import Database
 
     version = check_version(version or jagtile.__version__)
     plan = plan_pack(device_slug(device), [parse_spec(name) for name in specs], Database())
+    if host and plan.choices.device.target == "cpu":
+        raise click.UsageError(f"--host serves calls on a GPU, and {plan.choices.device.slug} is none")
     click.echo(f"packing {len(plan.variants)} kernels of {len(plan.choices.specs)} specs", err=True)
+    native_host = native_artifact() if host else None
     if wheel:
         with tempfile.TemporaryDirectory(prefix="jagtile-pack-") as temporary:
-            made = build_pack(plan, Path(temporary) / plan.name, version)
+            made = build_pack(plan, Path(temporary) / plan.name, version, native_host)
             path = write_wheel(made, output)
     else:
         path = output / plan.name
-        made = build_pack(plan, path, version)
+        made = build_pack(plan, path, version, native_host)
     if as_json:
         print_json({**_facts(made), "path": str(path)})
     else:
@@ -133,7 +145,7 @@ def list_(as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    columns = ("name", "version", "device", "specs", "kernels", "megabytes", "from", "path", "refused")
+    columns = ("name", "version", "device", "specs", "kernels", "megabytes", "host", "from", "path", "refused")
     print_table("Kernel packs", columns, [[row.get(name, "") for name in columns] for row in rows], right=columns[3:6])
 
 
@@ -144,8 +156,20 @@ def _facts(pack: Pack) -> dict[str, object]:
         "device": pack.device.slug,
         "specs": len(pack.choices.specs),
         "kernels": len(pack.symbols),
+        "host": _host_of(pack),
         "megabytes": round(sum(file.size for file in pack.manifest.files.values()) / 1e6, 2),
     }
+
+
+def _host_of(pack: Pack) -> str:
+    """What the native host in it is for, "" without one."""
+    from jagtile.runtime.errors import PackError
+
+    try:
+        artifact = pack.host(pack.host_key) if pack.host_key else None
+    except PackError:
+        return "damaged"
+    return f"torch {artifact.meta.config['torch']}, {artifact.meta.config['python']}" if artifact else ""
 
 
 def _listed(found: Found) -> dict[str, object]:
@@ -154,7 +178,9 @@ def _listed(found: Found) -> dict[str, object]:
 
 
 def _described(pack: Pack) -> str:
-    return "{name} {version}, {kernels} kernels of {specs} specs for {device}, {megabytes} MB".format(**_facts(pack))
+    facts = _facts(pack)
+    host = f", native host for {facts['host']}" if facts["host"] else ""
+    return "{name} {version}, {kernels} kernels of {specs} specs for {device}{0}, {megabytes} MB".format(host, **facts)
 
 
 def _verdict(row: dict[str, object]) -> str:

@@ -1,7 +1,8 @@
 """Build the host side of eager calls (templates/host): an extension module of Python against torch's C++ headers.
 
-It is an artifact like a kernel's, kept in the same store. Its key has torch's version and Python's ABI in the place of
-the compiler's version: what one compiler made serves where there is none.
+It is an artifact like a kernel's, kept in the same store, and in a kernel pack where that was asked for. Its key has
+torch's version and Python's ABI in the place of the compiler's version: what one compiler made serves where there is
+none.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import sysconfig
+import warnings
 from functools import lru_cache
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
@@ -21,8 +23,10 @@ from jagtile.generator import elf
 from jagtile.generator.ninja_run import Compilation, compile_all
 from jagtile.generator.render import TEMPLATES
 from jagtile.generator.toolchain import find_cxx
+from jagtile.runtime import packs
 from jagtile.runtime.artifact import ABI_VERSION, Artifact, ArtifactMeta, CompileReport
-from jagtile.runtime.errors import BuildError, CompilerNotFoundError
+from jagtile.runtime.errors import BuildError, CompilerNotFoundError, JagtileWarning
+from jagtile.runtime.pack import HOST
 from jagtile.runtime.settings import settings
 from jagtile.runtime.store import ArtifactStore
 
@@ -31,21 +35,34 @@ _SYMBOL = f"PyInit_{NAME}"
 _MAIN = "module.cpp"
 _FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden")
 _LIBRARIES = ("torch_python", "torch_cpu", "c10")
+_MAPPED = ("torch", "python")  # what headers' folders are called in the binary, wherever they are
 _SHOWN_OUTPUT = 4000  # characters of a compiler's output in a message
 
 
 def built() -> ModuleType:
-    """The module, from the cache or built. CompilerNotFoundError where it is not there and nothing can build it,
-    BuildError where the compiler fails, ImportError where it can't be loaded.
+    """The module, from a pack, the cache or built. CompilerNotFoundError where it is not there and nothing can build
+    it, BuildError where the compiler fails, ImportError where it can't be loaded.
     """
+    packed = packs.host(_key())
+    if packed is not None:
+        try:
+            return load(packed.path)
+        except ImportError as error:  # of a newer C library than here, say
+            what = f"the native host of the kernel pack {packed.path.parents[1]} can't be loaded: {error}"
+            warnings.warn(f"{what}; it is sought elsewhere", JagtileWarning, stacklevel=2)
+    return load(artifact().path)
+
+
+def artifact() -> Artifact:
+    """The module on disk, from the cache or built; errors as of ``built``."""
     store, key = ArtifactStore(), _key()
-    artifact = store.get(key)
-    if artifact is None:
-        if not settings.jit:
-            raise CompilerNotFoundError("it is not in the cache, and JAGTILE_JIT=0 forbids building it")
-        with store.lock(key):
-            artifact = store.get(key) or _build(store, key)
-    return load(artifact.path)
+    kept = store.get(key)
+    if kept is not None:
+        return kept
+    if not settings.jit:
+        raise CompilerNotFoundError("it is in no pack nor in the cache, and JAGTILE_JIT=0 forbids building it")
+    with store.lock(key):
+        return store.get(key) or _build(store, key)
 
 
 @lru_cache(maxsize=8)
@@ -75,6 +92,7 @@ def _key() -> str:
     identity = {
         "abi": ABI_VERSION,
         "flags": _flags(),
+        "mapped": _MAPPED,
         "python": sysconfig.get_config_var("SOABI"),
         "sources": _sources(),
         "torch": [torch.__version__, torch.version.git_version],
@@ -89,6 +107,7 @@ def _build(store: ArtifactStore, key: str) -> Artifact:
     command = (
         *(*compiler.command, *_flags()),
         *(word for folder in includes for word in ("-isystem", str(folder))),
+        *(f"-ffile-prefix-map={folder}={name}" for name, folder in zip(_MAPPED, includes, strict=True)),
         *(_MAIN, "-o", binary, "-L", str(torchs / "lib")),
         *(f"-l{library}" for library in _LIBRARIES),
     )
@@ -105,9 +124,9 @@ def _build(store: ArtifactStore, key: str) -> Artifact:
         meta = ArtifactMeta(
             abi=ABI_VERSION,
             key=key,
-            target="host",
-            spec="host",
-            config={},
+            target=HOST,
+            spec=HOST,
+            config={"torch": str(torch.__version__), "python": str(sysconfig.get_config_var("SOABI"))},
             symbol=_SYMBOL,
             file=binary,
             size=0,

@@ -21,13 +21,14 @@ from jagtile.generator.build import BuildResult, build
 from jagtile.generator.pack_place import check_free, place_folder
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Variant, spaces_of
-from jagtile.runtime.artifact import ABI_VERSION, CompileReport
+from jagtile.runtime.artifact import ABI_VERSION, Artifact, ArtifactMeta, CompileReport
 from jagtile.runtime.device import DeviceId, device_id
 from jagtile.runtime.dispatch import ORIGINS, choose_for_regime, recorded_as
 from jagtile.runtime.errors import BuildError, JagtileWarning, PackError, UnsupportedError
 from jagtile.runtime.pack import (
     CHOICES,
     FORMAT,
+    HOST,
     KERNELS,
     LICENCE,
     MANIFEST,
@@ -94,18 +95,19 @@ def plan_pack(slug: str, specs: Sequence[KernelSpec], database: Database) -> Pac
     )
 
 
-def build_pack(plan: PackPlan, folder: Path, version: str = jagtile.__version__) -> Pack:
+def build_pack(plan: PackPlan, folder: Path, version: str = jagtile.__version__, host: Artifact | None = None) -> Pack:
     """Compile what the plan names (cached kernels are taken) and write the pack to ``folder``, whole or not at all.
 
-    A pack that is there already is replaced; PackError where anything else is. BuildError names what does not compile.
+    host: the native host (``host.artifact``) where the pack is to hold it. A pack that is there already is replaced;
+    PackError where anything else is. BuildError names what does not compile.
     """
     check_free(folder)
     built = build(plan.variants)
     if failed := [result for result in built if result.artifact is None]:
         reasons = "; ".join(f"{result.variant.name} ({result.state}): {result.reason}" for result in failed)
         raise BuildError(f"{len(failed)} of {len(built)} kernels can't be packed: {reasons}")
-    contents = _contents(plan, built)
-    contents[MANIFEST] = _pretty(_manifest(plan, built, contents, version))
+    contents = {**_contents(plan, built), **_host_contents(host)}
+    contents[MANIFEST] = _pretty(_manifest(plan, built, host, contents, version))
     place_folder(folder, contents)
     return Pack(folder)
 
@@ -165,14 +167,30 @@ def _contents(plan: PackPlan, built: Sequence[BuildResult]) -> dict[str, bytes]:
     for result in built:
         assert result.artifact is not None
         meta, path = result.artifact.meta, result.artifact.path
-        # How long it took differs from run to run, what else the compiler said does not.
-        report = msgspec.structs.replace(meta.report, seconds=CompileReport().seconds)
-        contents[f"{KERNELS}/{meta.symbol}.json"] = _pretty(msgspec.structs.replace(meta, report=report))
+        contents[f"{KERNELS}/{meta.symbol}.json"] = _pretty(_timeless(meta))
         contents[f"{KERNELS}/{meta.file}"] = path.read_bytes()
     return contents
 
 
-def _manifest(plan: PackPlan, built: Sequence[BuildResult], contents: dict[str, bytes], version: str) -> Manifest:
+def _host_contents(host: Artifact | None) -> dict[str, bytes]:
+    if host is None:
+        return {}
+    meta = msgspec.structs.replace(_timeless(host.meta), file=f"{host.meta.key}.so")
+    return {f"{HOST}/{meta.key}.json": _pretty(meta), f"{HOST}/{meta.file}": host.path.read_bytes()}
+
+
+def _timeless(meta: ArtifactMeta) -> ArtifactMeta:
+    """Without how long it took, which differs from run to run; what else the compiler said does not."""
+    return msgspec.structs.replace(meta, report=msgspec.structs.replace(meta.report, seconds=CompileReport().seconds))
+
+
+def _manifest(
+    plan: PackPlan,
+    built: Sequence[BuildResult],
+    host: Artifact | None,
+    contents: dict[str, bytes],
+    version: str,
+) -> Manifest:
     metas = {result.variant.name: result.artifact.meta for result in built if result.artifact}
     return Manifest(
         format=FORMAT,
@@ -183,7 +201,7 @@ def _manifest(plan: PackPlan, built: Sequence[BuildResult], contents: dict[str, 
         licence=SPDX,
         provenance=Provenance(
             jagtile=jagtile.__version__,
-            compilers=_distinct(meta.compiler for meta in metas.values()),
+            compilers=_distinct(meta.compiler for meta in (*metas.values(), *([host.meta] if host else []))),
             sources={name: meta.source_sha256 for name, meta in metas.items()},
         ),
         files={path: _packed_file(content) for path, content in contents.items()},

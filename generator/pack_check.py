@@ -11,13 +11,20 @@ from jagtile.generator import elf
 from jagtile.generator.tile import Variant, config_from_dict
 from jagtile.runtime.artifact import ArtifactMeta
 from jagtile.runtime.errors import PackError
-from jagtile.runtime.pack import CHOICES, KERNELS, MANIFEST, RECORDS, Pack
+from jagtile.runtime.pack import CHOICES, HOST, KERNELS, MANIFEST, RECORDS, Pack
 from jagtile.tuning_db.schema import TuningRecord
 
 
 def check_pack(pack: Pack) -> list[str]:
     """What is wrong, a sentence each; empty for a pack that is as it was made."""
-    return [*_damaged(pack), *_unlisted(pack), *_bad_kernels(pack), *_missing(pack), *_bad_records(pack)]
+    return [
+        *_damaged(pack),
+        *_unlisted(pack),
+        *_bad_kernels(pack),
+        *_bad_host(pack),
+        *_missing(pack),
+        *_bad_records(pack),
+    ]
 
 
 def outdated_sources(pack: Pack) -> list[str]:
@@ -74,6 +81,20 @@ def _bad_kernels(pack: Pack) -> Iterator[str]:
             yield f"{KERNELS}/{meta.file}: {defect}"
         if pack.manifest.provenance.sources.get(variant.name) != meta.source_sha256:
             yield f"{MANIFEST} and {path} disagree on the source of {variant.name}"
+
+
+def _bad_host(pack: Pack) -> Iterator[str]:
+    key = pack.host_key
+    if key is None or any(_problem(pack, f"{HOST}/{key}.{end}") for end in ("json", "so")):
+        return
+    try:
+        artifact = pack.host(key)
+    except PackError as error:
+        yield str(error)
+        return
+    assert artifact is not None
+    if (defect := elf.defect(artifact.path, artifact.meta.symbol)) is not None:
+        yield f"{HOST}/{artifact.meta.file}: {defect}"
 
 
 def _missing(pack: Pack) -> Iterator[str]:

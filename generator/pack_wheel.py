@@ -35,7 +35,8 @@ def write_wheel(pack: Pack, folder: Path) -> Path:
     """Write the wheel of a pack into a folder; every file is verified. Returns its path."""
     module = _module(pack)
     info = f"{module}-{check_version(pack.manifest.version)}.dist-info"
-    tag = "py3-none-any" if pack.device.target != "cpu" else f"py3-none-{_platform()}"
+    has_objects = any(path.endswith(".so") for path in pack.manifest.files)
+    tag = f"py3-none-{_platform() if has_objects else 'any'}"
     files = {f"{module}/{path}": pack.read(path) for path in pack.manifest.files}
     files[f"{module}/{MANIFEST}"] = (pack.folder / MANIFEST).read_bytes()
     files[f"{info}/METADATA"] = _metadata(pack).encode()

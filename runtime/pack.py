@@ -1,7 +1,8 @@
 """One kernel pack: tuned kernels of one kind of device, which need no compiler. Opened, verified, read.
 
 A pack is a folder of ``manifest.json`` (what it is, and size and sha256 of every other file), ``choices.json``,
-``records.jsonl``, ``LICENSE``, and for each kernel ``kernels/<symbol>.json`` (its ArtifactMeta) beside its binary.
+``records.jsonl``, ``LICENSE``, for each kernel ``kernels/<symbol>.json`` (its ArtifactMeta) beside its binary, and at
+most one native host of a version of torch and Python, ``host/<key>.json`` beside ``host/<key>.so``.
 Nothing is believed before its sha256 was compared. That finds damage, not malice: who can change a file can change the
 manifest.
 """
@@ -21,7 +22,7 @@ from jagtile.tuning_db.schema import SCHEMA, Choices, DeviceFacts
 
 FORMAT = 1  # of the manifest and the folder; a pack of another format is not read
 MANIFEST, CHOICES, RECORDS, LICENCE = "manifest.json", "choices.json", "records.jsonl", "LICENSE"
-KERNELS = "kernels"
+KERNELS, HOST = "kernels", "host"
 
 T = TypeVar("T")
 
@@ -109,15 +110,36 @@ class Pack:
         named = (meta.abi, meta.target, meta.spec, meta.config, meta.symbol)
         if named != (ABI_VERSION, variant.target, variant.spec.name, variant.config.to_dict(), variant.symbol):
             raise PackError(f"{path} describes another kernel than {variant.name} of ABI {ABI_VERSION}")
-        binary = f"{KERNELS}/{meta.file}"
-        self.read(binary)
-        return Artifact(meta, self.folder / binary, f"pack:{self.name}")
+        return self._artifact(KERNELS, meta)
+
+    def host(self, key: str) -> Artifact | None:
+        """The verified native host of this key (generator/host.py), if it is here. PackError where one is damaged."""
+        path = f"{HOST}/{key}.json"
+        if path not in self.manifest.files:
+            return None
+        meta = _decoded(path, self.read(path), ArtifactMeta)
+        if (meta.abi, meta.target, meta.key) != (ABI_VERSION, HOST, key):
+            raise PackError(f"{path} describes something else than the host of that key and ABI {ABI_VERSION}")
+        return self._artifact(HOST, meta)
 
     @property
     def symbols(self) -> tuple[str, ...]:
         """Of its kernels."""
-        metas = (PurePosixPath(path) for path in self.manifest.files)
-        return tuple(path.stem for path in metas if str(path.parent) == KERNELS and path.suffix == ".json")
+        return self._described_in(KERNELS)
+
+    @property
+    def host_key(self) -> str | None:
+        """Of the native host that it holds, if it does."""
+        return next(iter(self._described_in(HOST)), None)
+
+    def _artifact(self, folder: str, meta: ArtifactMeta) -> Artifact:
+        binary = f"{folder}/{meta.file}"
+        self.read(binary)
+        return Artifact(meta, self.folder / binary, f"pack:{self.name}")
+
+    def _described_in(self, folder: str) -> tuple[str, ...]:
+        paths = (PurePosixPath(path) for path in self.manifest.files)
+        return tuple(path.stem for path in paths if str(path.parent) == folder and path.suffix == ".json")
 
 
 def _meta_path(symbol: str) -> str:

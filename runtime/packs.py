@@ -77,6 +77,20 @@ def artifact(variant: Variant, device: torch.device) -> Artifact | None:
     return None
 
 
+def host(key: str) -> Artifact | None:
+    """The verified native host of this key (generator/host.py) from the first pack that has it whole.
+
+    A JagtileWarning tells of damaged ones. The host is no device's: any pack's will do.
+    """
+    for pack in (found.pack for found in discover() if found.pack is not None):
+        try:
+            if (artifact := pack.host(key)) is not None:
+                return artifact
+        except PackError as error:
+            _warn(f"the kernel pack {pack.folder} is damaged: {error}; the native host is sought elsewhere")
+    return None
+
+
 def _packs_for(device: torch.device) -> tuple[Pack, ...]:
     if not discover():  # the usual case: no need to ask the device who it is
         return ()

@@ -1,0 +1,135 @@
+"""The native host in a pack: found by its key, before the cache and a compiler; passed over where it is of no use."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from click.testing import CliRunner
+
+from jagtile.generator import host
+from jagtile.generator.cli import cli
+from jagtile.generator.pack import build_pack
+from jagtile.generator.pack_check import check_pack
+from jagtile.generator.pack_place import opened
+from jagtile.generator.pack_wheel import write_wheel
+from jagtile.runtime import packs
+from jagtile.runtime.artifact import Artifact
+from jagtile.runtime.errors import CompilerNotFoundError, JagtileWarning
+from jagtile.runtime.pack import MANIFEST, Pack, PackedFile
+from jagtile.runtime.settings import settings
+
+
+@pytest.fixture(scope="session")
+def built_host() -> Artifact:
+    return host.artifact()
+
+
+@pytest.fixture(scope="session")
+def with_host(world, whole, built_host, tmp_path_factory) -> Pack:
+    """The pack of three kernels and the host, not to be changed."""
+    return build_pack(world.plan, tmp_path_factory.mktemp("packs") / world.plan.name, host=built_host)
+
+
+@pytest.fixture
+def folder(with_host, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(with_host.folder, tmp_path / "packs" / with_host.name))
+
+
+def rewrite(folder: Path, path: str, content: bytes) -> None:
+    """Put another file into a pack, in agreement with its manifest."""
+    (folder / path).write_bytes(content)
+    manifest = msgspec.json.decode((folder / MANIFEST).read_bytes())
+    manifest["files"][path] = msgspec.to_builtins(packed_file(content))
+    (folder / MANIFEST).write_bytes(msgspec.json.encode(manifest))
+
+
+def packed_file(content: bytes) -> PackedFile:
+    from jagtile.generator.pack import _packed_file
+
+    return _packed_file(content)
+
+
+def test_it_is_loaded_from_the_pack_where_nothing_can_be_built(folder, using, monkeypatch):
+    monkeypatch.setattr(host, "find_cxx", lambda: pytest.fail("a compiler was looked for"))
+    using(folder, jit=False)
+    module = host.built()
+    assert Path(module.__file__).is_relative_to(folder)
+    assert callable(module.serve)
+
+
+def test_it_is_whole_and_tells_what_it_is_for(with_host, built_host):
+    assert check_pack(with_host) == []
+    found = with_host.host(host._key())
+    assert found.meta.config["torch"] == torch.__version__
+    assert found.path.read_bytes() == built_host.path.read_bytes()
+    assert found.meta.report.seconds == 0
+    assert found.meta.compiler in with_host.manifest.provenance.compilers
+
+
+def test_another_torchs_is_passed_over(folder, using, monkeypatch):
+    using(folder, jit=False)
+    monkeypatch.setattr(torch, "__version__", "2.99")
+    with pytest.raises(CompilerNotFoundError, match="in no pack nor in the cache"):
+        host.built()
+
+
+def test_a_damaged_one_is_told_and_sought_elsewhere(folder, using):
+    (binary,) = (folder / "host").glob("*.so")
+    binary.write_bytes(binary.read_bytes()[:-1])
+    using(folder, jit=False)
+    with pytest.warns(JagtileWarning, match="is damaged: .*the native host is sought elsewhere"):
+        assert packs.host(host._key()) is None
+    assert any(problem.startswith("host/") for problem in check_pack(Pack(folder)))
+
+
+def test_one_that_the_system_does_not_load_is_told_and_sought_elsewhere(folder, using):
+    (binary,) = (folder / "host").glob("*.so")
+    rewrite(folder, f"host/{binary.name}", b"no shared object")
+    using(folder, jit=False)
+    with (
+        pytest.warns(JagtileWarning, match="can't be loaded: .*it is sought elsewhere"),
+        pytest.raises(CompilerNotFoundError),
+    ):
+        host.built()
+    assert any("host/" in problem for problem in check_pack(Pack(folder)))
+
+
+def test_metadata_of_something_else_is_refused(folder):
+    (path,) = (folder / "host").glob("*.json")
+    meta = json.loads(path.read_text())
+    rewrite(folder, f"host/{path.name}", json.dumps({**meta, "key": "0" * 64}).encode())
+    assert any("something else" in problem for problem in check_pack(Pack(folder)))
+
+
+def test_its_wheel_is_of_this_platform_and_has_it(with_host, tmp_path):
+    wheel = write_wheel(with_host, tmp_path)
+    assert not wheel.stem.endswith("any")
+    with opened(wheel) as pack:
+        assert pack.host_key == host._key()
+        assert check_pack(pack) == []
+
+
+def test_no_path_of_the_builder_is_in_it(built_host, tmp_path):
+    """Packs are the same wherever they are made, and tell nothing of that place."""
+    content = built_host.path.read_bytes()
+    for path in (Path(torch.__file__).parent, settings.cache_dir, Path.home()):
+        assert str(path).encode() not in content
+
+
+def test_the_command_line_packs_it_for_gpus_only(world, using, tmp_path):
+    using(jit=True)
+    ran = CliRunner().invoke(cli, ["pack", "build", "--host", "--device", "cpu", "fwd_fp32_d16"])
+    assert ran.exit_code == 1
+    assert "--host serves calls on a GPU" in ran.output
+
+
+def test_packs_are_listed_with_the_torch_that_their_host_is_for(folder, using):
+    using(folder)
+    (row,) = json.loads(CliRunner().invoke(cli, ["pack", "list", "--json"]).output)
+    assert row["host"].startswith(f"torch {torch.__version__}, ")
