@@ -58,8 +58,11 @@ class TorchVarlen:
 
     def prepare(self, workload: Workload, batch: JaggedBatch) -> Prepared:
         varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-        options: dict[str, object] = {"window_size": (-1, 0) if workload.is_causal else (-1, -1)}
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        known = inspect.signature(varlen_attn).parameters
+        options: dict[str, object] = {"is_causal": workload.is_causal}  # torch 2.10; later ones have windows
+        if "window_size" in known:
+            options = {"window_size": (-1, 0) if workload.is_causal else (-1, -1)}
+        if "enable_gqa" in known:
             options["enable_gqa"] = workload.num_heads != workload.num_heads_kv
         return Prepared(lambda: varlen_attn(*batch, **options), as_it_is)
 

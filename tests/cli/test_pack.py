@@ -45,6 +45,7 @@ def test_a_wheel_is_built_verified_installed_and_listed(run, run_json, built, in
         "device": SLUG,
         "specs": 1,
         "kernels": 1,
+        "host": "",
         "megabytes": built["megabytes"],
         "path": f"{NAME.replace('-', '_')}-1.2.post3",
     }

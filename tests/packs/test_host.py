@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -22,6 +25,8 @@ from jagtile.runtime.artifact import Artifact
 from jagtile.runtime.errors import CompilerNotFoundError, JagtileWarning
 from jagtile.runtime.pack import MANIFEST, Pack, PackedFile
 from jagtile.runtime.settings import settings
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -55,12 +60,19 @@ def packed_file(content: bytes) -> PackedFile:
     return _packed_file(content)
 
 
-def test_it_is_loaded_from_the_pack_where_nothing_can_be_built(folder, using, monkeypatch):
-    monkeypatch.setattr(host, "find_cxx", lambda: pytest.fail("a compiler was looked for"))
-    using(folder, jit=False)
-    module = host.built()
-    assert Path(module.__file__).is_relative_to(folder)
-    assert callable(module.serve)
+def test_a_process_without_compiler_and_cache_loads_it_from_the_pack(folder, tmp_path):
+    environment = {
+        **os.environ,
+        "JAGTILE_PACKS": str(folder),
+        "JAGTILE_CACHE_DIR": str(tmp_path / "cache"),
+        "JAGTILE_JIT": "0",
+        "PYTHONPATH": str(ROOT / ".pkg"),
+    }
+    program = (
+        "from jagtile.generator import host; module = host.built(); print(module.__file__, callable(module.serve))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == [str(folder / "host" / f"{host._key()}.so"), "True"]
 
 
 def test_it_is_whole_and_tells_what_it_is_for(with_host, built_host):

@@ -110,5 +110,6 @@ def test_batches_of_other_sizes_and_lengths_are_not_compiled_anew(oracle_kernels
             if grad:
                 grads = [torch.autograd.grad(out.square().sum(), values)[0] for out in outs]
                 torch.testing.assert_close(*grads)
-    assert counter.frame_count <= 3  # with sizes as they are, then with those as symbols that were seen to change
+    # With sizes as they are, then with those as symbols that were seen to change; torch before 2.13 takes a step more.
+    assert counter.frame_count <= (3 if torch.__version__ >= (2, 13) else 4)
     torch._dynamo.reset()

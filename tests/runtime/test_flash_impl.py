@@ -6,6 +6,8 @@ one that CUDA tensors take.
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch.nn import attention
@@ -18,6 +20,9 @@ from jagtile.runtime import flash_impl
 
 HAS_REGISTRY = hasattr(attention, "register_flash_attention_impl")
 needs_registry = pytest.mark.skipif(not HAS_REGISTRY, reason="this torch has no registry of flash attention")
+needs_restore = pytest.mark.skipif(
+    not hasattr(attention, "restore_flash_attention_impl"), reason="this torch does not give its operators back"
+)
 CROSS = Workload("cross", (3, 1, 17, 9), (9, 4, 0, 5), 4, 2, 16, 16)
 
 
@@ -44,7 +49,7 @@ def test_importing_registers_the_name_and_activates_nothing():
     assert attention.current_flash_attention_impl() is None
 
 
-@needs_registry
+@needs_restore
 def test_activating_overrides_and_restoring_gives_back(monkeypatch, oracle_kernels):
     names = ("_flash_attention_forward", "_scaled_dot_product_flash_attention")
     attention.register_flash_attention_impl("JAGTILE on the CPU", register_fn=lambda: flash_impl.override("CPU"))
@@ -59,7 +64,7 @@ def test_activating_overrides_and_restoring_gives_back(monkeypatch, oracle_kerne
     assert not any(map(has_cpu_kernel, names))
 
 
-@needs_registry
+@needs_restore
 def test_the_registered_name_overrides_cuda():
     attention.activate_flash_attention_impl("JAGTILE")
     try:
@@ -77,13 +82,15 @@ def test_a_torch_without_a_registry_is_left_alone(monkeypatch):
 # --- varlen_attn
 
 varlen = pytest.importorskip("torch.nn.attention.varlen", reason="this torch has no varlen_attn")
+VARLEN_OPTIONS = inspect.signature(varlen.varlen_attn).parameters
 
 
+@pytest.mark.skipif("window_size" not in VARLEN_OPTIONS, reason="this torch's varlen_attn has no windows")
 @pytest.mark.parametrize(("window", "is_causal"), [((-1, -1), False), ((-1, 0), True)])
 def test_varlen_attn_runs_our_kernels(overridden, b, window, is_causal):
     out, lse = varlen.varlen_attn(
         *b[:5], b.max_seqlen_q, b.max_seqlen_k, return_aux=varlen.AuxRequest(lse=True), scale=0.3, window_size=window,
-        **({"enable_gqa": True} if "enable_gqa" in varlen.varlen_attn.__kwdefaults__ else {}),
+        **({"enable_gqa": True} if "enable_gqa" in VARLEN_OPTIONS else {}),
     )  # fmt: skip
     kind = {"is_causal": is_causal, "causal_alignment": "bottom_right", "scale": 0.3}
     expected, expected_lse = reference(*b[:5], **kind)

@@ -20,6 +20,7 @@ import torch
 from torch._library.simple_registry import singleton as registry
 from torch.nested._internal import ops
 from torch.nested._internal.nested_tensor import NestedTensor
+import torch.utils.flop_counter  # jagtile's formulas need it; it imports triton where there is one
 before, sdpa, handlers = set(sys.modules), ops.jagged_scaled_dot_product_attention, len(logging.getLogger().handlers)
 import jagtile
 print(json.dumps({
@@ -53,7 +54,7 @@ def imported(tmp_path_factory) -> dict[str, object]:
 
 def test_it_imports_nothing_but_itself_and_torchs_registry_of_flops(imported):
     others = {name for name in imported["modules"] if name.partition(".")[0] != "jagtile"}
-    assert others <= {"torch.utils.flop_counter", "torch.utils.module_tracker"}
+    assert others == set()
 
 
 def test_it_imports_no_part_that_renders_builds_tunes_or_launches(imported):

@@ -6,6 +6,7 @@ only on CUDA there run here on the CPU, where jagtile serves them.
 
 from __future__ import annotations
 
+import inspect
 from itertools import pairwise
 
 import pytest
@@ -310,13 +311,15 @@ def test_varlen_vs_sdpa(dtype, scale, window, oracle_kernels):
     wanted = torch.cat(
         [scaled_dot_product_attention(*(x.transpose(0, 1) for x in part), **kind).transpose(0, 1) for part in parts]
     )
+    close(jagtile.varlen_attention(*b, **kind), wanted, dtype)
+    if "window_size" not in inspect.signature(varlen.varlen_attn).parameters:
+        pytest.skip("this torch's varlen_attn has no windows")
     handle = flash_impl.override("CPU")
     try:
         with torch.no_grad():
             close(varlen.varlen_attn(*b, scale=scale, window_size=window), wanted, dtype)
     finally:
         handle.remove()
-    close(jagtile.varlen_attention(*b, **kind), wanted, dtype)
 
 
 @real_kernels
