@@ -15,6 +15,7 @@ import msgspec
 import torch
 
 import jagtile
+from jagtile.generator import host
 from jagtile.generator.peers import PEERS
 from jagtile.generator.toolchain import Toolchain, find_cxx, find_ninja, find_nvcc
 from jagtile.runtime import packs
@@ -52,7 +53,10 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 def examine() -> list[Finding]:
     """Everything, in a report's order: versions, devices, compilers, settings, cache, packs, tuning database, peers."""
-    return [*_versions(), *_devices(), *_compilers(), *_settings(), *_cache(), *_packs(), *_database(), *_peers()]
+    return [
+        *(*_versions(), *_devices(), *_compilers(), *_settings()),
+        *(*_cache(), *_native_host(), *_packs(), *_database(), *_peers()),
+    ]
 
 
 def _versions() -> Iterator[Finding]:
@@ -136,6 +140,30 @@ def _cache() -> Iterator[Finding]:
         yield Finding(
             topic="cache", name="set aside", state="wrong", value=value, advice="Look at them or delete them."
         )
+
+
+def _native_host() -> Iterator[Finding]:
+    topic, name = "cache", "native host"
+    try:
+        if settings.native_host == "off":
+            yield _ok(topic, name, "off, as JAGTILE_NATIVE_HOST says")
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a damaged pack is told below
+            origin = host.origin()
+        if origin is not None:
+            yield _ok(topic, name, f"{origin}, for this torch and Python")
+            return
+        find_cxx()
+        yield _ok(topic, name, "not built yet: the first kernel on a GPU begins that beside all else, some 15 s")
+    except SettingError:
+        return  # already told
+    except CompilerNotFoundError:
+        advice = (
+            "Without it Python launches kernels on a GPU, in two to four times the host time: install a C++ compiler, "
+            "or a pack that was built with --host."
+        )
+        yield Finding(topic=topic, name=name, state="missing", value="not built, and no compiler here", advice=advice)
 
 
 def _served_devices() -> Iterator[DeviceId]:

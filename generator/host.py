@@ -65,6 +65,15 @@ def artifact() -> Artifact:
         return store.get(key) or _build(store, key)
 
 
+def origin() -> str | None:
+    """Where ``built`` finds the module without building it: "pack:<name>", "cache", or None."""
+    key = _key()
+    packed = packs.host(key)
+    if packed is not None:
+        return packed.origin
+    return "cache" if ArtifactStore().holds(key) else None
+
+
 @lru_cache(maxsize=8)
 def load(path: Path) -> ModuleType:
     """Import a built module."""

@@ -54,6 +54,12 @@ class ArtifactStore:
                 return found
         return None
 
+    def holds(self, key: str) -> bool:
+        """Whether there is an entry of a key; its content is not looked at."""
+        return any(
+            (_entry(root, key) / "meta.json").exists() for root in (self.root, self._spare(create=False)) if root
+        )
+
     def publish(self, key: str, binary: Path, meta: ArtifactMeta) -> Artifact:
         """Make a built binary the entry of its key; a valid entry that is there already wins.
 

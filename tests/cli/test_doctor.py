@@ -7,9 +7,10 @@ from importlib import metadata
 import pytest
 import torch
 
-from jagtile.generator import toolchain
+from jagtile.generator import host, toolchain
 from jagtile.generator.doctor import examine
 from jagtile.runtime.settings import settings
+from jagtile.runtime.store import ArtifactStore
 
 
 @pytest.fixture
@@ -53,6 +54,25 @@ def test_a_missing_compiler_comes_with_what_helps(findings, monkeypatch, tmp_pat
 
 def test_a_compiler_that_is_found_is_named_with_its_version(findings):
     assert toolchain.find_cxx().version in findings()["compilers", "C++ (target cpu)"].value
+
+
+def test_it_tells_whether_calls_on_a_gpu_have_a_compiled_host(findings, monkeypatch, tmp_path):
+    def told():
+        return findings()["cache", "native host"]
+
+    assert "the first kernel on a GPU" in told().value or told().value.startswith("cache")
+    with settings.override(cache_dir=tmp_path):
+        assert (told().state, told().value[:13]) == ("ok", "not built yet")
+        ArtifactStore().root.joinpath("store", host._key()[:2], host._key()).mkdir(parents=True)
+        (tmp_path / "v1" / "store" / host._key()[:2] / host._key() / "meta.json").touch()
+        assert told().value == "cache, for this torch and Python"
+    with settings.override(native_host="off"):
+        assert told().value == "off, as JAGTILE_NATIVE_HOST says"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with settings.override(cache_dir=tmp_path / "empty"):
+        assert told().state == "missing"
+        assert "--host" in told().advice
 
 
 def test_corrupt_entries_set_aside_in_the_cache_are_reported(findings, tmp_path):

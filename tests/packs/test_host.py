@@ -141,6 +141,11 @@ def test_the_command_line_packs_it_for_gpus_only(world, using, tmp_path):
     assert "--host serves calls on a GPU" in ran.output
 
 
+def test_the_pack_is_where_it_is_said_to_come_from(folder, using, with_host):
+    using(folder)
+    assert host.origin() == f"pack:{with_host.name}"
+
+
 def test_packs_are_listed_with_the_torch_that_their_host_is_for(folder, using):
     using(folder)
     (row,) = json.loads(CliRunner().invoke(cli, ["pack", "list", "--json"]).output)
