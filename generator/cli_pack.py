@@ -59,7 +59,6 @@ def build(
     import tempfile
 
     import jagtile
-    from jagtile.generator.host import artifact as native_artifact
     from jagtile.generator.pack import build_pack, plan_pack
     from jagtile.generator.pack_wheel import check_version, write_wheel
     from jagtile.tuning_db.store import Database
@@ -69,14 +68,13 @@ def build(
     if host and plan.choices.device.target == "cpu":
         raise click.UsageError(f"--host serves calls on a GPU, and {plan.choices.device.slug} is none")
     click.echo(f"packing {len(plan.variants)} kernels of {len(plan.choices.specs)} specs", err=True)
-    native_host = native_artifact() if host else None
     if wheel:
         with tempfile.TemporaryDirectory(prefix="jagtile-pack-") as temporary:
-            made = build_pack(plan, Path(temporary) / plan.name, version, native_host)
+            made = build_pack(plan, Path(temporary) / plan.name, version, with_host=host)
             path = write_wheel(made, output)
     else:
         path = output / plan.name
-        made = build_pack(plan, path, version, native_host)
+        made = build_pack(plan, path, version, with_host=host)
     if as_json:
         print_json({**_facts(made), "path": str(path)})
     else:
@@ -162,14 +160,14 @@ def _facts(pack: Pack) -> dict[str, object]:
 
 
 def _host_of(pack: Pack) -> str:
-    """What the native host in it is for, "" without one."""
+    """What the native hosts in it are for, "" without any."""
     from jagtile.runtime.errors import PackError
 
     try:
-        artifact = pack.host(pack.host_key) if pack.host_key else None
+        hosts = [artifact.meta.config for key in pack.host_keys if (artifact := pack.host(key)) is not None]
     except PackError:
         return "damaged"
-    return f"torch {artifact.meta.config['torch']}, {artifact.meta.config['python']}" if artifact else ""
+    return "; ".join(f"torch {host['torch']}, {host['python']}" for host in hosts)
 
 
 def _listed(found: Found) -> dict[str, object]:
@@ -179,8 +177,12 @@ def _listed(found: Found) -> dict[str, object]:
 
 def _described(pack: Pack) -> str:
     facts = _facts(pack)
-    host = f", native host for {facts['host']}" if facts["host"] else ""
-    return "{name} {version}, {kernels} kernels of {specs} specs for {device}{0}, {megabytes} MB".format(host, **facts)
+    kernels = "{name} {version}, {kernels} kernels of {specs} specs for {device}".format(**facts)
+    return f"{kernels}{_with_host(facts)}, {facts['megabytes']} MB"
+
+
+def _with_host(facts: dict[str, object]) -> str:
+    return f", native host for {facts['host']}" if facts["host"] else ""
 
 
 def _verdict(row: dict[str, object]) -> str:
@@ -190,4 +192,5 @@ def _verdict(row: dict[str, object]) -> str:
     if problems:
         return "\n  ".join([f"{row['path']}: damaged or of no use here", *problems])
     late = f"; {len(outdated)} kernels are of other sources than the templates here: {', '.join(outdated)}"
-    return f"{row['path']}: all right, {row['kernels']} kernels for {row['device']}{late if outdated else ''}"
+    found = f"{row['kernels']} kernels for {row['device']}{_with_host(row)}"
+    return f"{row['path']}: all right, {found}{late if outdated else ''}"

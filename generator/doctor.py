@@ -54,8 +54,15 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 def examine() -> list[Finding]:
     """Everything, in a report's order: versions, devices, compilers, settings, cache, packs, tuning database, peers."""
     return [
-        *(*_versions(), *_devices(), *_compilers(), *_settings()),
-        *(*_cache(), *_native_host(), *_packs(), *_database(), *_peers()),
+        *_versions(),
+        *_devices(),
+        *_compilers(),
+        *_settings(),
+        *_cache(),
+        *_native_host(),
+        *_packs(),
+        *_database(),
+        *_peers(),
     ]
 
 
@@ -145,25 +152,40 @@ def _cache() -> Iterator[Finding]:
 def _native_host() -> Iterator[Finding]:
     topic, name = "cache", "native host"
     try:
-        if settings.native_host == "off":
-            yield _ok(topic, name, "off, as JAGTILE_NATIVE_HOST says")
-            return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a damaged pack is told below
-            origin = host.origin()
-        if origin is not None:
-            yield _ok(topic, name, f"{origin}, for this torch and Python")
-            return
-        find_cxx()
-        yield _ok(topic, name, "not built yet: the first kernel on a GPU begins that beside all else, some 15 s")
+        setting, may_build = settings.native_host, settings.jit
     except SettingError:
         return  # already told
+    if setting == "off":
+        yield _ok(topic, name, "off, as JAGTILE_NATIVE_HOST says")
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        origin = host.origin()
+    for warning in caught:
+        advice = "`jagtile pack verify` says all that is wrong."
+        yield Finding(topic=topic, name=name, state="wrong", value=str(warning.message), advice=advice)
+    hindrance = _hindrance(may_build)
+    if origin is not None:
+        yield _ok(topic, name, f"{origin}, for this torch and Python")
+    elif hindrance is None:
+        when = "the first use of a GPU waits for it" if setting == "wait" else "a thread does on the first use of a GPU"
+        yield _ok(topic, name, f"not built yet: {when}, some 15 s")
+    else:
+        value, advice = hindrance
+        advice = f"Without it Python launches kernels on a GPU, in two to four times the host time. {advice}"
+        yield Finding(topic=topic, name=name, state="missing", value=f"not there, and {value}", advice=advice)
+
+
+def _hindrance(may_build: bool) -> tuple[str, str] | None:
+    """What keeps the native host from being built, and what helps."""
+    pack = "or install a pack that was built with --host."
+    if not may_build:
+        return "JAGTILE_JIT=0 forbids building it", f"Set JAGTILE_JIT=1, {pack}"
+    try:
+        find_cxx()
     except CompilerNotFoundError:
-        advice = (
-            "Without it Python launches kernels on a GPU, in two to four times the host time: install a C++ compiler, "
-            "or a pack that was built with --host."
-        )
-        yield Finding(topic=topic, name=name, state="missing", value="not built, and no compiler here", advice=advice)
+        return "no compiler can build it", f"Install a C++ compiler, {pack}"
+    return None
 
 
 def _served_devices() -> Iterator[DeviceId]:

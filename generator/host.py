@@ -21,7 +21,6 @@ import torch
 
 from jagtile.generator import elf
 from jagtile.generator.ninja_run import Compilation, compile_all
-from jagtile.generator.render import TEMPLATES
 from jagtile.generator.toolchain import find_cxx
 from jagtile.runtime import packs
 from jagtile.runtime.artifact import ABI_VERSION, Artifact, ArtifactMeta, CompileReport
@@ -31,6 +30,7 @@ from jagtile.runtime.settings import settings
 from jagtile.runtime.store import ArtifactStore
 
 NAME = "_jagtile_host"
+_FOLDER = Path(__file__).resolve().parent.parent / "templates" / "host"  # render.py, which knows it too, needs jinja2
 _SYMBOL = f"PyInit_{NAME}"
 _MAIN = "module.cpp"
 _FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden")
@@ -50,17 +50,19 @@ def built() -> ModuleType:
         except ImportError as error:  # of a newer C library than here, say
             what = f"the native host of the kernel pack {packed.path.parents[1]} can't be loaded: {error}"
             warnings.warn(f"{what}; it is sought elsewhere", JagtileWarning, stacklevel=2)
-    return load(artifact().path)
+    return load(artifact(may_build=settings.jit).path)
 
 
-def artifact() -> Artifact:
-    """The module on disk, from the cache or built; errors as of ``built``."""
+def artifact(may_build: bool = True) -> Artifact:
+    """The module on disk, from the cache or built, whatever packs have. CompilerNotFoundError where it is not there and
+    nothing can or may build it, BuildError where the compiler fails.
+    """
     store, key = ArtifactStore(), _key()
     kept = store.get(key)
     if kept is not None:
         return kept
-    if not settings.jit:
-        raise CompilerNotFoundError("it is in no pack nor in the cache, and JAGTILE_JIT=0 forbids building it")
+    if not may_build:
+        raise CompilerNotFoundError("the native host is not there, and JAGTILE_JIT=0 forbids building it")
     with store.lock(key):
         return store.get(key) or _build(store, key)
 
@@ -84,10 +86,9 @@ def load(path: Path) -> ModuleType:
 
 
 def _sources() -> dict[str, str]:
-    folder = TEMPLATES / "host"
     return {
         path.name: path.read_text(encoding="utf-8")
-        for path in sorted(folder.iterdir())
+        for path in sorted(_FOLDER.iterdir())
         if path.suffix in (".h", ".cpp")
     }
 
@@ -128,7 +129,8 @@ def _build(store: ArtifactStore, key: str) -> Artifact:
         if problem is not None:
             kept = store.keep_failure(key, {**compilation.files, "log": compiled.output})
             raise BuildError(
-                f"{problem} ({compiler.version}); source and log are in {kept}\n{compiled.output[:_SHOWN_OUTPUT]}"
+                f"the native host does not build: {problem} ({compiler.version}); source and log are in {kept}\n"
+                f"{compiled.output[:_SHOWN_OUTPUT]}"
             )
         meta = ArtifactMeta(
             abi=ABI_VERSION,

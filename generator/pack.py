@@ -17,6 +17,7 @@ import msgspec
 import torch
 
 import jagtile
+from jagtile.generator import host as native_host
 from jagtile.generator.build import BuildResult, build
 from jagtile.generator.pack_place import check_free, place_folder
 from jagtile.generator.spec import KernelSpec
@@ -95,13 +96,14 @@ def plan_pack(slug: str, specs: Sequence[KernelSpec], database: Database) -> Pac
     )
 
 
-def build_pack(plan: PackPlan, folder: Path, version: str = jagtile.__version__, host: Artifact | None = None) -> Pack:
+def build_pack(plan: PackPlan, folder: Path, version: str = jagtile.__version__, *, with_host: bool = False) -> Pack:
     """Compile what the plan names (cached kernels are taken) and write the pack to ``folder``, whole or not at all.
 
-    host: the native host (``host.artifact``) where the pack is to hold it. A pack that is there already is replaced;
-    PackError where anything else is. BuildError names what does not compile.
+    with_host: also the native host, for the torch and Python at hand. A pack that is there already is replaced;
+    PackError where anything else is. BuildError names what does not compile, CompilerNotFoundError what is missing.
     """
     check_free(folder)
+    host = native_host.artifact() if with_host else None
     built = build(plan.variants)
     if failed := [result for result in built if result.artifact is None]:
         reasons = "; ".join(f"{result.variant.name} ({result.state}): {result.reason}" for result in failed)

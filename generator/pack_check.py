@@ -21,7 +21,7 @@ def check_pack(pack: Pack) -> list[str]:
         *_damaged(pack),
         *_unlisted(pack),
         *_bad_kernels(pack),
-        *_bad_host(pack),
+        *_bad_hosts(pack),
         *_missing(pack),
         *_bad_records(pack),
     ]
@@ -83,18 +83,18 @@ def _bad_kernels(pack: Pack) -> Iterator[str]:
             yield f"{MANIFEST} and {path} disagree on the source of {variant.name}"
 
 
-def _bad_host(pack: Pack) -> Iterator[str]:
-    key = pack.host_key
-    if key is None or any(_problem(pack, f"{HOST}/{key}.{end}") for end in ("json", "so")):
-        return
-    try:
-        artifact = pack.host(key)
-    except PackError as error:
-        yield str(error)
-        return
-    assert artifact is not None
-    if (defect := elf.defect(artifact.path, artifact.meta.symbol)) is not None:
-        yield f"{HOST}/{artifact.meta.file}: {defect}"
+def _bad_hosts(pack: Pack) -> Iterator[str]:
+    told = set(_damaged(pack))
+    for key in pack.host_keys:
+        try:
+            artifact = pack.host(key)
+        except PackError as error:
+            if str(error) not in told:
+                yield str(error)
+            continue
+        assert artifact is not None
+        if (defect := elf.defect(artifact.path, artifact.meta.symbol)) is not None:
+            yield f"{HOST}/{artifact.meta.file}: {defect}"
 
 
 def _missing(pack: Pack) -> Iterator[str]:

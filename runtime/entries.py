@@ -40,6 +40,11 @@ def read(entry: Path, key: str) -> Artifact | None:
     return Artifact(meta, entry / meta.file, "cache")
 
 
+def exists(entry: Path) -> bool:
+    """Whether there is one, whole or not."""
+    return (entry / _META).exists()
+
+
 def _verified_meta(entry: Path, key: str) -> ArtifactMeta:
     try:
         meta = msgspec.json.decode((entry / _META).read_bytes(), type=ArtifactMeta)

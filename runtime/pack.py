@@ -1,8 +1,8 @@
 """One kernel pack: tuned kernels of one kind of device, which need no compiler. Opened, verified, read.
 
 A pack is a folder of ``manifest.json`` (what it is, and size and sha256 of every other file), ``choices.json``,
-``records.jsonl``, ``LICENSE``, for each kernel ``kernels/<symbol>.json`` (its ArtifactMeta) beside its binary, and at
-most one native host of a version of torch and Python, ``host/<key>.json`` beside ``host/<key>.so``.
+``records.jsonl``, ``LICENSE``, for each kernel ``kernels/<symbol>.json`` (its ArtifactMeta) beside its binary, and for
+each native host, which is of one torch and Python, ``host/<key>.json`` beside its own.
 Nothing is believed before its sha256 was compared. That finds damage, not malice: who can change a file can change the
 manifest.
 """
@@ -118,8 +118,9 @@ class Pack:
         if path not in self.manifest.files:
             return None
         meta = _decoded(path, self.read(path), ArtifactMeta)
-        if (meta.abi, meta.target, meta.key) != (ABI_VERSION, HOST, key):
-            raise PackError(f"{path} describes something else than the host of that key and ABI {ABI_VERSION}")
+        named = (meta.abi, meta.target, meta.spec, meta.key, *sorted(meta.config))
+        if named != (ABI_VERSION, HOST, HOST, key, "python", "torch"):
+            raise PackError(f"{path} describes something else than the native host of that key and ABI {ABI_VERSION}")
         return self._artifact(HOST, meta)
 
     @property
@@ -128,9 +129,9 @@ class Pack:
         return self._described_in(KERNELS)
 
     @property
-    def host_key(self) -> str | None:
-        """Of the native host that it holds, if it does."""
-        return next(iter(self._described_in(HOST)), None)
+    def host_keys(self) -> tuple[str, ...]:
+        """Of its native hosts."""
+        return self._described_in(HOST)
 
     def _artifact(self, folder: str, meta: ArtifactMeta) -> Artifact:
         binary = f"{folder}/{meta.file}"

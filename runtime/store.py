@@ -56,9 +56,8 @@ class ArtifactStore:
 
     def holds(self, key: str) -> bool:
         """Whether there is an entry of a key; its content is not looked at."""
-        return any(
-            (_entry(root, key) / "meta.json").exists() for root in (self.root, self._spare(create=False)) if root
-        )
+        roots = (self.root, self._spare(create=False))
+        return any(root is not None and entries.exists(_entry(root, key)) for root in roots)
 
     def publish(self, key: str, binary: Path, meta: ArtifactMeta) -> Artifact:
         """Make a built binary the entry of its key; a valid entry that is there already wins.
