@@ -234,7 +234,7 @@ LIMITS = {
     "forward-mode derivatives": (forward_mode, NotImplementedError),
     "vmap": (vectorised, RuntimeError),
     "FakeTensorMode by hand": (faked_by_hand, AssertionError),
-    "export": (exported, AttributeError if torch.__version__ >= (2, 12) else RuntimeError),
+    "export": (exported, AttributeError if torch.__version__ >= (2, 13) else RuntimeError),
 }
 
 
