@@ -71,14 +71,10 @@ def build(
     if wheel:
         with tempfile.TemporaryDirectory(prefix="jagtile-pack-") as temporary:
             made = build_pack(plan, Path(temporary) / plan.name, version, with_host=host)
-            path = write_wheel(made, output)
+            _tell(made, write_wheel(made, output), as_json)
     else:
         path = output / plan.name
-        made = build_pack(plan, path, version, with_host=host)
-    if as_json:
-        print_json({**_facts(made), "path": str(path)})
-    else:
-        click.echo(f"{path}: {_described(made)}")
+        _tell(build_pack(plan, path, version, with_host=host), path, as_json)
 
 
 @pack.command()
@@ -127,10 +123,7 @@ def install(path: Path, as_json: bool) -> None:
     from jagtile.generator.pack_place import install as run
 
     installed = run(path)
-    if as_json:
-        print_json({**_facts(installed), "path": str(installed.folder)})
-    else:
-        click.echo(f"{installed.folder}: {_described(installed)}")
+    _tell(installed, installed.folder, as_json)
 
 
 @pack.command("list")
@@ -145,6 +138,14 @@ def list_(as_json: bool) -> None:
         return
     columns = ("name", "version", "device", "specs", "kernels", "megabytes", "host", "from", "path", "refused")
     print_table("Kernel packs", columns, [[row.get(name, "") for name in columns] for row in rows], right=columns[3:6])
+
+
+def _tell(pack: Pack, path: Path, as_json: bool) -> None:
+    """What a pack that is still there is, and where the command leaves it."""
+    if as_json:
+        print_json({**_facts(pack), "path": str(path)})
+    else:
+        click.echo(f"{path}: {_described(pack)}")
 
 
 def _facts(pack: Pack) -> dict[str, object]:

@@ -160,6 +160,15 @@ def test_the_command_line_packs_it_for_gpus_only(using, tmp_path, monkeypatch):
         assert (ran.exit_code, asked) == (7, {"host": bool(words)})
 
 
+@pytest.mark.parametrize("words", [["--wheel"], []], ids=["wheel", "folder"])
+def test_the_command_line_tells_what_it_packed(using, with_host, tmp_path, monkeypatch, words):
+    using(jit=True)
+    made = lambda plan, folder, *_, **__: Pack(shutil.copytree(with_host.folder, folder))  # noqa: E731
+    monkeypatch.setattr(packing, "build_pack", made)
+    command = ["pack", "build", *words, "--host", "--device", "sm90-132sm", "fwd_bf16_d64", "-o", str(tmp_path / "out")]
+    assert f"native host for torch {torch.__version__}, " in CliRunner().invoke(cli, command).output
+
+
 def test_the_pack_is_where_it_is_said_to_come_from(folder, using, with_host):
     using(folder)
     assert host.origin() == f"pack:{with_host.name}"
