@@ -12,6 +12,7 @@ from jagtile.runtime.cuda.params import WORK_ITEM_BYTES, WORK_LIST_HEADER_BYTES
 Ints = npt.NDArray[np.int64]
 ROUND = 1024  # tiles that a device places at once, in any order
 _MOST_PIECES, _PIECES_PER_CTA, _FEW_ROWS = 127, 4, 4  # templates/cuda/include/split_work_list.cuh
+_LAST_TILES, _LAST_SEQUENCES = 256, 16  # templates/cuda/include/key_blocks.cuh
 _SMALLEST_PIECE, _SMALLEST_OF_FEW_ROWS, _WORTH_CUTTING = 512, 256, 1024
 
 
@@ -204,7 +205,22 @@ def assert_right_keys(
     assert (place[last] - place[first] == last - first)[alone].all(), "sequences by themselves"
     begins = np.sort(place[first])
     within = np.searchsorted(begins, place[last], "right") - np.searchsorted(begins, place[first], "left")
-    assert (within[~alone] <= pairs[~alone] / heads.keys + 0.51).all(), "few sequences at a time"
+    ending = _ending(last - first + 1, by_place, how, heads)
+    usual = ~alone
+    usual[ending] = False
+    assert (within[usual] <= pairs[usual] / heads.keys + 0.51).all(), "few sequences at a time"
+    if len(ending) == 1:
+        (one,) = ending
+        enough = max(float(pairs[one]), _LAST_TILES / (last[one] - first[one] + 1))
+        groups = max(int(heads.keys / enough), 1)
+        assert together[place[first[one]]] == -(-heads.keys // groups), "heads of the last sequence"
+    elif len(ending):
+        in_turn = sorted(
+            (block, rank, one) for rank, one in enumerate(ending) for block in range(last[one] - first[one] + 1)
+        )
+        expected = [first[one] + block for block, _, one in in_turn]
+        assert np.array_equal(order[count - len(expected) :], expected), "the last sequences' key blocks in turn"
+        assert not alone[ending].any(), "all heads of the last sequences"
 
     at = WORK_LIST_HEADER_BYTES + 2 * max_items * WORK_ITEM_BYTES + 8 * len(offsets_k)
     words = -(-total_q // 32)
@@ -213,6 +229,16 @@ def assert_right_keys(
         found = np.unpackbits(mark, bitorder="little")
         assert np.array_equal(found[:total_q].astype(bool), wanted), "bits of queries"
         assert not found[total_q:].any(), "bits beyond the queries"
+
+
+def _ending(counts: Ints, by_place: Ints, how: Blocking, heads: Heads) -> Ints:
+    """The sequences that end a causal list, in the order of places."""
+    if not how.causal:
+        return by_place[:0]
+    after = counts.sum() - np.cumsum(counts[by_place])
+    return by_place[
+        (after < -(-_LAST_TILES // heads.keys)) & (np.arange(len(by_place)) >= len(by_place) - _LAST_SEQUENCES)
+    ]
 
 
 def _marked(sequences: Ints, total_q: int, how: Blocking) -> list[npt.NDArray[np.bool_]]:

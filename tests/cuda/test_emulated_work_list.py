@@ -219,6 +219,16 @@ def test_key_blocks_of_any_number_of_sequences(batch: int, in_order: bool) -> No
     assert_right_of_keys([*queries, 3], [*keys, 3], heads, in_order, batch % 3 == 0, bottom_right=True)
 
 
+@pytest.mark.usefixtures("builders")
+@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize("heads", [(1, 1), (8, 8), (40, 20), (300, 300)])
+@pytest.mark.parametrize("keys", [[700] * 9, [1500, 900, 0, 640, 640, 65, 640], [2000]])
+def test_causal_lists_end_with_short_tiles(keys: list[int], heads: tuple[int, int], in_order: bool) -> None:
+    """Of several sequences in turn, or of more heads of the last one."""
+    assert_right_of_keys(keys, keys, heads, in_order, causal=True)
+    assert_right_of_keys(keys[::-1], keys, heads, in_order, causal=True, bottom_right=True)
+
+
 @pytest.mark.parametrize("batch", [8 * CHUNK - 3, 8 * CHUNK + 5])
 def test_key_blocks_of_more_sequences_than_fit_into_the_shared_memory_of_a_cluster(batch: int) -> None:
     some = lengths(batch, 70, batch)

@@ -136,13 +136,23 @@ PAIR_MISTAKES: dict[str, tuple[str, str, str | None]] = {
         "}",
         "which has ended|the end of the CTA .* is not ordered after|deadlock",
     ),
+    "queries are loaded for other rows than are worked on": ("        reversed = !reversed;\n", "", "^wrong$"),
+    "both take the same rows": ("warpgroup ^ cluster_rank() ^", "warpgroup ^", "race on global|^wrong$"),
+}
+
+# Of such pairs where no tile has keys, for which they would wait for each other.
+NO_KEYS = ((300,) * 6, (0,) * 6)
+NO_KEYS_MISTAKES: dict[str, tuple[str, str, str]] = {
     "a claim is told before the last one was heard": (
         "    mbarrier_wait_cluster(smem_address(&heard[at.slot]), at.parity ^ 1);\n",
         "",
         "race on shared address|arrivals more than|deadlock",
     ),
-    "queries are loaded for other rows than are worked on": ("        reversed = !reversed;\n", "", "^wrong$"),
-    "both take the same rows": ("warpgroup ^ cluster_rank() ^", "warpgroup ^", "race on global|^wrong$"),
+    "a tile without keys does not call for the next": (
+        "    if (left < kClaimAhead) nearly_loaded();\n",
+        "",
+        "deadlock",
+    ),
 }
 
 # Of such pairs whose products sum up rows.
@@ -166,12 +176,17 @@ DIRECT_MISTAKES: dict[str, tuple[str, str, str | None]] = {
 }
 
 
-def outcome(mistake: tuple[str, str] | None, seed: int, variant: Variant = VARIANT) -> str | None:
+def outcome(
+    mistake: tuple[str, str] | None,
+    seed: int,
+    variant: Variant = VARIANT,
+    lengths: tuple[tuple[int, ...], tuple[int, ...]] = (LENGTHS, LENGTHS_K),
+) -> str | None:
     """What the emulator reports of two launches; None, if nothing; "wrong", if nothing but the numbers are."""
     change = kernels.substitution(*mistake) if mistake is not None else None
     artifact = kernels.artifact(variant, change)
     dim = variant.spec.head_dim
-    w = Workload("some", LENGTHS, LENGTHS_K, 2, 1, dim, dim, True, causal_alignment="bottom_right")
+    w = Workload("some", *lengths, 2, 1, dim, dim, True, causal_alignment="bottom_right")
     b = w.make("cpu", "bf16", 3)
     expected, _ = reference(*b[:5], is_causal=True, causal_alignment="bottom_right", scale=0.1)
     try:
@@ -193,6 +208,11 @@ def outcome(mistake: tuple[str, str] | None, seed: int, variant: Variant = VARIA
 @pytest.mark.parametrize("seed", range(4))
 def test_nothing_is_found_in_the_kernel_as_it_is(seed: int, variant: Variant) -> None:
     assert outcome(None, seed, variant) is None
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_nothing_is_found_where_pairs_have_no_keys(seed: int) -> None:
+    assert outcome(None, seed, PAIR_VARIANT, NO_KEYS) is None
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -225,6 +245,14 @@ def test_it_is_found_where_pairs_load_for_each_other(mistake: str) -> None:
     found = outcome((old, new), 0, PAIR_VARIANT)
     assert found is not None
     assert re.search(report or "^wrong$", found, re.DOTALL), found
+
+
+@pytest.mark.parametrize("mistake", NO_KEYS_MISTAKES)
+def test_it_is_found_where_pairs_have_no_keys(mistake: str) -> None:
+    old, new, report = NO_KEYS_MISTAKES[mistake]
+    found = outcome((old, new), 0, PAIR_VARIANT, NO_KEYS)
+    assert found is not None
+    assert re.search(report, found, re.DOTALL), found
 
 
 @pytest.mark.parametrize("mistake", PAIR_SUMS_MISTAKES)

@@ -4,6 +4,8 @@
 // head go side by side, key block by key block: a few heads of a long sequence, or all heads of a few short ones. The fewer
 // they are, the sooner a pair's next key block reads what this one read, from L2. Where additions to dQ have an order, a
 // tile that starts too soon after the key block before waits for it: the more pairs there are, the later it starts.
+// Causal tiles get shorter from a sequence's first to its last: the last sequences have more pairs side by side, so that the
+// list ends with short tiles alone.
 #pragma once
 
 #include "cuda/include/backward_params.cuh"
@@ -35,6 +37,10 @@ struct KeyBlocks {
     item.q_blocks = rows.blocks(item.q_length - first_row);
     return item;
   }
+
+  // Tiles of the pairs that end a causal list: some two for each of 132 SMs, whose shorter half takes a long one's time.
+  static constexpr int kLastTiles = 256;
+  static constexpr int kLastSequences = 16;  // at most, to be counted by each of their tiles
 
   // Steps of a sequence's longest tile, its first.
   __device__ __forceinline__ int longest(const Sequence& sequence) const {
@@ -169,6 +175,10 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
   builder.await_others();
 
   const int heads = p.heads / p.gqa_ratio;
+  const int last_items = p.causal ? (KeyBlocks::kLastTiles + heads - 1) / heads : 0;
+  auto is_one_of_last = [&](int rank) {
+    return rank >= ranked - KeyBlocks::kLastSequences && count - items_before[rank + 1].all < last_items;
+  };
   auto place_of = [&](int tile, WorkItem& item) {
     if (tile >= builder.tiles) return -1;
     const int owner = builder.owner(tile), block = tile - chunk.first_tile[owner];
@@ -181,17 +191,30 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
     item = blocks.item(sequence, block);
     item.turn = place;
     item.heads = heads;
+    if (count < wanted) return place;  // one after the other: sequences that are cut off leave no places empty
+
     const float pairs = blocks.pairs(bucket_cost(bucket));  // the same for all of a bucket, whose sequences share places
-    if (count < wanted) {
-      // One after the other: sequences that are cut off leave no places empty.
+    int first = rank, end = rank + 1;  // the ranks whose key blocks go in turn
+    int groups = 1;                    // of heads
+    if (is_one_of_last(rank)) {
+      while (first > 0 && is_one_of_last(first - 1)) --first;
+      end = ranked;
+      if (end - first == 1) {
+        const int tiles_of_head = items_before[end].all - before.all;
+        const float enough = fmaxf(pairs, __fdividef(KeyBlocks::kLastTiles, tiles_of_head));
+        groups = max(static_cast<int>(__fdividef(heads, enough)), 1);
+      }
     } else if (pairs < heads) {
-      const int groups = static_cast<int>(ceilf(__fdividef(heads, pairs)));
-      item.heads = (heads + groups - 1) / groups;
+      groups = static_cast<int>(ceilf(__fdividef(heads, pairs)));
     } else {
-      // All heads, and the key blocks of a few sequences in turn. Each of these has a block.
       const unsigned members = static_cast<unsigned>(__fdividef(pairs, heads) + 0.5f);
-      const int first = rank - static_cast<unsigned>(rank - bucket_begin[bucket]) % members;
-      const int end = min(first + static_cast<int>(members), bucket_begin[bucket + 1]);
+      first = rank - static_cast<unsigned>(rank - bucket_begin[bucket]) % members;
+      end = min(first + static_cast<int>(members), bucket_begin[bucket + 1]);
+      while (is_one_of_last(end - 1)) --end;
+    }
+    item.heads = (heads + groups - 1) / groups;
+    if (end - first > 1) {
+      // All heads, and the key blocks of a few sequences in turn. Each of these has a block.
       const ItemsBefore of_first = items_before[first];
       place = of_first.all;
       if (block == 0) {

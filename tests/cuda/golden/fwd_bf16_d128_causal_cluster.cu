@@ -48,6 +48,9 @@ constexpr int kWarpgroups = 2;
 constexpr int kStages = 2;
 constexpr int kQBuffers = 3;  // of a warpgroup's 64 rows each; they take turns
 constexpr int kTileSlots = 2;
+// Key blocks of a tile that are left to load when the next one is claimed. Fewer, and its first loads wait for the claim; more,
+// and a CTA that ends late has claimed what another could have begun.
+constexpr int kClaimAhead = 4;
 constexpr int kPanels = 2;         // 64-column panels of Q and K
 constexpr int kPanelsV = 2;        // of V and O
 constexpr int kColumnsV = 128;
@@ -74,6 +77,7 @@ __device__ __forceinline__ int rows_of(int warpgroup, bool reversed) {
 struct Control {
   Tile tiles[kTileSlots];
   RingBarriers<kTileSlots> tile;
+  RingBarriers<1> loaded;  // the tile's keys are on their way, but for kClaimAhead blocks
   RingBarriers<kQBuffers> q;
   RingBarriers<kStages> k, v;
   PairClaims<kTileSlots> claims;
@@ -150,16 +154,19 @@ __device__ __forceinline__ void issue_output(float (&d)[64], const uint32_t (&a)
   wgmma_commit();
 }
 
-// Streams the key or value blocks of every tile through a ring.
-template <int kTilePanels>
+// Streams the key or value blocks of every tile through a ring. Calls nearly_loaded() when kClaimAhead are left.
+template <int kTilePanels, typename NearlyLoaded>
 __device__ __forceinline__ void load_blocks(Control& control, RingBarriers<kStages>& ring, uint32_t smem,
-                                            const TensorMap& map, int gqa_ratio) {
+                                            const TensorMap& map, int gqa_ratio, NearlyLoaded nearly_loaded) {
   tma_prefetch_map(&map);
   RingPosition<kStages> at;
   const int first = cluster_rank() * kPairRows;
   for_each_tile(control, [&](const WorkItem& item, int head) {
     const int kv_head = head / gqa_ratio;
+    int left = item.kv_blocks;
+    if (left < kClaimAhead) nearly_loaded();
     for (int row = 0; row < item.kv_blocks * kBlockN; row += kBlockN) {
+      if (left-- == kClaimAhead) nearly_loaded();
       const uint32_t full = smem_address(&ring.full[at.slot]);
       const uint32_t buffer = smem + at.slot * kTilePanels * kKVPanelBytes + first * 128;
       ring.wait_empty(at);
@@ -187,6 +194,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
 
   if (threadIdx.x == 0) {
     control.tile.init(1, 3 + 128 * kWarpgroups);  // freed by three loaders and every math thread
+    control.loaded.init(1, 1);
     control.q.init(1, 1);
     control.k.init(1, 2 * kWarpgroups);  // freed by both CTAs'
     control.v.init(1, 2 * kWarpgroups);
@@ -199,9 +207,9 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
   if (warp < 4) {
     shrink_registers<24>();
     if (warp == 0 && elect_one()) {
-      load_blocks<kPanels>(control, control.k, k_tiles, p.map_k, p.gqa_ratio);
+      load_blocks<kPanels>(control, control.k, k_tiles, p.map_k, p.gqa_ratio, [&] { control.loaded.arrive_full({}); });
     } else if (warp == 2 && elect_one()) {
-      load_blocks<kPanelsV>(control, control.v, v_tiles, p.map_v, p.gqa_ratio);
+      load_blocks<kPanelsV>(control, control.v, v_tiles, p.map_v, p.gqa_ratio, [] {});
     } else if (warp == 3 && elect_one()) {
       tma_prefetch_map(&p.map_q);
       RingPosition<kQBuffers> at;
@@ -229,6 +237,7 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
       const int balancing = balancing_heads_of_pairs(*list, p);
       const int rank = cluster_rank();
       RingPosition<kTileSlots> at;
+      RingPosition<1> loaded_at;
       for (int tile = blockIdx.x / 2;; at.advance()) {
         control.tile.wait_empty(at);
         asm volatile("" : "+l"(list));  // the address of its items is not kept: whoever claims has few registers
@@ -236,6 +245,8 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
         control.tile.arrive_full(at);
         if (!claimed) break;
         if (rank == 0) {
+          control.loaded.wait_full(loaded_at);
+          loaded_at.advance();
           tile = gridDim.x / 2 + atomicAdd(&list->next_tile, 1);
           control.claims.tell(at, tile);
         } else {

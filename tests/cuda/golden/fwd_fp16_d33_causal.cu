@@ -45,6 +45,9 @@ constexpr int kWarpgroups = 2;
 constexpr int kStages = 2;
 constexpr int kQBuffers = 4;  // of a warpgroup's 64 rows each; they take turns
 constexpr int kTileSlots = 2;
+// Key blocks of a tile that are left to load when the next one is claimed. Fewer, and its first loads wait for the claim; more,
+// and a CTA that ends late has claimed what another could have begun.
+constexpr int kClaimAhead = 4;
 constexpr int kColumns = 33;       // of Q and K; products are 48 deep
 constexpr int kColumnsV = 33;      // of V and O; accumulators have 40
 constexpr int kPanels = 1;         // 64-column panels of Q and K
@@ -64,6 +67,7 @@ constexpr int kHeadroom = 0;  // probabilities are computed 2^-kHeadroom of what
 struct Control {
   Tile tiles[kTileSlots];
   RingBarriers<kTileSlots> tile;
+  RingBarriers<1> loaded;  // the tile's keys are on their way, but for kClaimAhead blocks
   RingBarriers<kQBuffers> q;
   RingBarriers<kStages> k, v;
   uint32_t never_written;
@@ -132,14 +136,17 @@ __device__ __forceinline__ void issue_output(float (&d)[20], const uint32_t (&a)
   wgmma_commit();
 }
 
-// Streams the key or value blocks of every tile through a ring; a whole warp.
-template <int kTileColumns, int kTileBytes>
+// Streams the key or value blocks of every tile through a ring; a whole warp. Calls nearly_loaded() when kClaimAhead are left.
+template <int kTileColumns, int kTileBytes, typename NearlyLoaded>
 __device__ __forceinline__ void load_blocks(Control& control, RingBarriers<kStages>& ring, uint32_t smem,
-                                            const RowTensor& tensor, int gqa_ratio) {
+                                            const RowTensor& tensor, int gqa_ratio, NearlyLoaded nearly_loaded) {
   RingPosition<kStages> at;
   for_each_tile(control, [&](const WorkItem& item, int head) {
     const int kv_head = head / gqa_ratio;
+    int left = item.kv_blocks;
+    if (left < kClaimAhead) nearly_loaded();
     for (int row = 0; row < item.kv_blocks * kBlockN; row += kBlockN) {
+      if (left-- == kClaimAhead) nearly_loaded();
       ring.wait_empty(at);
       load_rows<kBlockN, kTileColumns, kKVPanelBytes>(smem + at.slot * kTileBytes, tensor, item.k_begin + row,
                                                       kv_head, item.k_length - row);
@@ -162,6 +169,7 @@ jagtile_fwd_fp16_d33_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant_
 
   if (threadIdx.x == 0) {
     control.tile.init(1, 3 * 32 + 128 * kWarpgroups);  // freed by every thread that loads or does math
+    control.loaded.init(1, 1);
     control.q.init(1, 128);
     control.k.init(1, kWarpgroups);
     control.v.init(1, kWarpgroups);
@@ -172,9 +180,11 @@ jagtile_fwd_fp16_d33_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant_
   if (warp < 4) {
     shrink_registers<56>();
     if (warp == 0) {
-      load_blocks<kColumns, kKBytes>(control, control.k, k_tiles, p.k, p.gqa_ratio);
+      load_blocks<kColumns, kKBytes>(control, control.k, k_tiles, p.k, p.gqa_ratio, [&] {
+        if (elect_one()) control.loaded.arrive_full({});
+      });
     } else if (warp == 2) {
-      load_blocks<kColumnsV, kVBytes>(control, control.v, v_tiles, p.v, p.gqa_ratio);
+      load_blocks<kColumnsV, kVBytes>(control, control.v, v_tiles, p.v, p.gqa_ratio, [] {});
     } else if (warp == 3) {
       RingPosition<kQBuffers> at;
       for_each_tile(control, [&](const WorkItem& item, int head) {
@@ -192,11 +202,14 @@ jagtile_fwd_fp16_d33_causal_persistent_m128_n128_s2_q2_c1(const __grid_constant_
       WorkListHeader* list = static_cast<WorkListHeader*>(p.work_list);
       const int balancing = balancing_heads(*list, p);
       RingPosition<kTileSlots> at;
+      RingPosition<1> loaded_at;
       for (int tile = blockIdx.x;; tile = gridDim.x + atomicAdd(&list->next_tile, 1), at.advance()) {
         control.tile.wait_empty(at);
         const bool claimed = claim_tile(control.tiles[at.slot], list, p, balancing, tile);
         control.tile.arrive_full(at);
         if (!claimed) break;
+        control.loaded.wait_full(loaded_at);
+        loaded_at.advance();
       }
       rewind_work_list(list);
     }
