@@ -236,9 +236,8 @@ def _ending(counts: Ints, by_place: Ints, how: Blocking, heads: Heads) -> Ints:
     if not how.causal:
         return by_place[:0]
     after = counts.sum() - np.cumsum(counts[by_place])
-    return by_place[
-        (after < -(-_LAST_TILES // heads.keys)) & (np.arange(len(by_place)) >= len(by_place) - _LAST_SEQUENCES)
-    ]
+    last = np.arange(len(by_place)) >= len(by_place) - _LAST_SEQUENCES
+    return np.asarray(by_place[last & (after < -(-_LAST_TILES // heads.keys))])
 
 
 def _marked(sequences: Ints, total_q: int, how: Blocking) -> list[npt.NDArray[np.bool_]]:
