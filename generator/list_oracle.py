@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -208,19 +209,18 @@ def assert_right_keys(
     ending = _ending(last - first + 1, by_place, how, heads)
     usual = ~alone
     usual[ending] = False
-    assert (within[usual] <= pairs[usual] / heads.keys + 0.51).all(), "few sequences at a time"
-    if len(ending) == 1:
-        (one,) = ending
-        enough = max(float(pairs[one]), _LAST_TILES / (last[one] - first[one] + 1))
-        groups = max(int(heads.keys / enough), 1)
-        assert together[place[first[one]]] == -(-heads.keys // groups), "heads of the last sequence"
-    elif len(ending):
-        in_turn = sorted(
-            (block, rank, one) for rank, one in enumerate(ending) for block in range(last[one] - first[one] + 1)
-        )
-        expected = [first[one] + block for block, _, one in in_turn]
-        assert np.array_equal(order[count - len(expected) :], expected), "the last sequences' key blocks in turn"
-        assert not alone[ending].any(), "all heads of the last sequences"
+    assert (within[usual] <= np.maximum(pairs[usual] / heads.keys, 1) + 0.51).all(), "few sequences at a time"
+    tiles_of = last - first + 1  # of a head
+    if len(ending) and tiles_of[ending[0]] >= -(-_LAST_TILES // heads.keys):
+        one, ending = ending[0], ending[1:]
+        each = together[place[first[one]]]
+        last_group = heads.keys - (heads.keys - 1) // each * each
+        assert last_group * tiles_of[one] >= _LAST_TILES, "tiles of the last long sequence's last heads"
+        assert each in _shares(heads.keys, float(pairs[one])), "heads of the last long sequence"
+    in_turn = sorted((block, rank, one) for rank, one in enumerate(ending) for block in range(tiles_of[one]))
+    expected = [first[one] + block for block, _, one in in_turn]
+    assert np.array_equal(order[count - len(expected) :], expected), "the last sequences' key blocks in turn"
+    assert not alone[ending].any(), "all heads of the last sequences"
 
     at = WORK_LIST_HEADER_BYTES + 2 * max_items * WORK_ITEM_BYTES + 8 * len(offsets_k)
     words = -(-total_q // 32)
@@ -229,6 +229,12 @@ def assert_right_keys(
         found = np.unpackbits(mark, bitorder="little")
         assert np.array_equal(found[:total_q].astype(bool), wanted), "bits of queries"
         assert not found[total_q:].any(), "bits beyond the queries"
+
+
+def _shares(heads: int, pairs: float) -> set[int]:
+    """Heads of each of as many groups as make no more than `pairs` side by side, or of fewer."""
+    usual = math.ceil(heads / pairs * (1 + 1e-5))  # as a device rounds
+    return {math.ceil(heads / groups) for groups in range(1, max(usual, 1) + 1)}
 
 
 def _ending(counts: Ints, by_place: Ints, how: Blocking, heads: Heads) -> Ints:

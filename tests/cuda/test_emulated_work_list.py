@@ -221,10 +221,12 @@ def test_key_blocks_of_any_number_of_sequences(batch: int, in_order: bool) -> No
 
 @pytest.mark.usefixtures("builders")
 @pytest.mark.parametrize("in_order", [False, True])
-@pytest.mark.parametrize("heads", [(1, 1), (8, 8), (40, 20), (300, 300)])
-@pytest.mark.parametrize("keys", [[700] * 9, [1500, 900, 0, 640, 640, 65, 640], [2000]])
+@pytest.mark.parametrize("heads", [(1, 1), (8, 8), (40, 20), (256, 256)])
+@pytest.mark.parametrize(
+    "keys", [[700] * 9, [1500, 900, 0, 640, 640, 65, 640], [2000], [2000, 2000, 64, 5, 64], [2800, 1400, 933]]
+)
 def test_causal_lists_end_with_short_tiles(keys: list[int], heads: tuple[int, int], in_order: bool) -> None:
-    """Of several sequences in turn, or of more heads of the last one."""
+    """Of several sequences in turn, or of more heads of the last long one."""
     assert_right_of_keys(keys, keys, heads, in_order, causal=True)
     assert_right_of_keys(keys[::-1], keys, heads, in_order, causal=True, bottom_right=True)
 

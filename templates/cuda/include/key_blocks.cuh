@@ -4,8 +4,9 @@
 // head go side by side, key block by key block: a few heads of a long sequence, or all heads of a few short ones. The fewer
 // they are, the sooner a pair's next key block reads what this one read, from L2. Where additions to dQ have an order, a
 // tile that starts too soon after the key block before waits for it: the more pairs there are, the later it starts.
-// Causal tiles get shorter from a sequence's first to its last: the last sequences have more pairs side by side, so that the
-// list ends with short tiles alone.
+// Causal tiles get shorter from a sequence's first to its last, but each group of pairs begins with long ones: so that the last
+// group has short ones enough to fill up with, the last long sequence may have more heads side by side, and short sequences
+// that end the list go all in turn.
 #pragma once
 
 #include "cuda/include/backward_params.cuh"
@@ -38,9 +39,16 @@ struct KeyBlocks {
     return item;
   }
 
-  // Tiles of the pairs that end a causal list: some two for each of 132 SMs, whose shorter half takes a long one's time.
+  // Tiles that the last group of a causal list should have, some two for each of 132 SMs: as long as an SM works on its
+  // longest, others do on several short ones.
   static constexpr int kLastTiles = 256;
-  static constexpr int kLastSequences = 16;  // at most, to be counted by each of their tiles
+  static constexpr int kLastSequences = 16;  // at most, as each of their tiles counts them
+
+  // Heads of the last of so many groups.
+  __device__ __forceinline__ static int last_group(int heads, int groups) {
+    const int together = (heads + groups - 1) / groups;
+    return heads - (heads - 1) / together * together;
+  }
 
   // Steps of a sequence's longest tile, its first.
   __device__ __forceinline__ int longest(const Sequence& sequence) const {
@@ -176,6 +184,7 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
 
   const int heads = p.heads / p.gqa_ratio;
   const int last_items = p.causal ? (KeyBlocks::kLastTiles + heads - 1) / heads : 0;
+  auto items_of = [&](int rank) { return items_before[rank + 1].all - items_before[rank].all; };
   auto is_one_of_last = [&](int rank) {
     return rank >= ranked - KeyBlocks::kLastSequences && count - items_before[rank + 1].all < last_items;
   };
@@ -195,19 +204,18 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
 
     const float pairs = blocks.pairs(bucket_cost(bucket));  // the same for all of a bucket, whose sequences share places
     int first = rank, end = rank + 1;  // the ranks whose key blocks go in turn
-    int groups = 1;                    // of heads
+    int groups = pairs < heads ? static_cast<int>(ceilf(__fdividef(heads, pairs))) : 1;  // of heads
     if (is_one_of_last(rank)) {
-      while (first > 0 && is_one_of_last(first - 1)) --first;
-      end = ranked;
-      if (end - first == 1) {
-        const int tiles_of_head = items_before[end].all - before.all;
-        const float enough = fmaxf(pairs, __fdividef(KeyBlocks::kLastTiles, tiles_of_head));
-        groups = max(static_cast<int>(__fdividef(heads, enough)), 1);
+      const int tiles = items_of(rank);  // of a head
+      if (tiles >= last_items) {
+        while (groups > 1 && KeyBlocks::last_group(heads, groups) * tiles < KeyBlocks::kLastTiles) --groups;
+      } else {
+        while (first > 0 && is_one_of_last(first - 1) && items_of(first - 1) < last_items) --first;
+        end = ranked;
+        groups = 1;
       }
-    } else if (pairs < heads) {
-      groups = static_cast<int>(ceilf(__fdividef(heads, pairs)));
-    } else {
-      const unsigned members = static_cast<unsigned>(__fdividef(pairs, heads) + 0.5f);
+    } else if (groups == 1) {
+      const unsigned members = max(static_cast<unsigned>(__fdividef(pairs, heads) + 0.5f), 1u);
       first = rank - static_cast<unsigned>(rank - bucket_begin[bucket]) % members;
       end = min(first + static_cast<int>(members), bucket_begin[bucket + 1]);
       while (is_one_of_last(end - 1)) --end;
