@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import CodeType
+from typing import NamedTuple
 
 import torch
 from torch.nested._internal.nested_tensor import NestedTensor
@@ -32,7 +33,7 @@ class _Route:
         self._blocks = 0
         self._original: Sdpa | None = None
         self._said: set[str] = set()
-        self._known_codes: weakref.WeakSet[CodeType] = weakref.WeakSet()
+        self._known_graphs: dict[int, weakref.ref[CodeType]] = {}  # by identity: codes that say the same are equal
 
     def switch(self, on: bool) -> None:
         with self._lock:
@@ -67,7 +68,7 @@ class _Route:
         elif not wanted and self._original is not None:
             setattr(ops, self.attribute, self._original)
             self._original = None
-            self._known_codes.update(compiled_codes())  # their graphs came here
+            self._newly_seen(compiled_graphs())  # they hold what this route had
 
     def call(
         self,
@@ -94,14 +95,20 @@ class _Route:
         return (self._original or torch_sdpa())(*given)
 
     def _warn_of_old_graphs(self) -> None:
-        new = [code for code in compiled_codes() if code not in self._known_codes]
-        self._known_codes.update(new)
-        names = sorted({code.co_name for code in new if takes_nested_tensors(code)})
+        names = sorted({graph.name for graph in self._newly_seen(compiled_graphs()) if graph.over_nested_tensors()})
         if names:
-            self._say(
+            warnings.warn(
                 f"torch.compile has graphs over nested tensors ({', '.join(names)}), which keep the attention "
-                f"that they were made with: enable jagtile before the first call, or call torch._dynamo.reset()"
+                f"that they were made with: enable jagtile before the first call, or call torch._dynamo.reset()",
+                JagtileWarning,
+                stacklevel=4,
             )
+
+    def _newly_seen(self, graphs: list[CompiledGraph]) -> list[CompiledGraph]:
+        """Those that are seen for the first time."""
+        known = {key: code for key, reference in self._known_graphs.items() if (code := reference()) is not None}
+        self._known_graphs = {id(graph.code): weakref.ref(graph.code) for graph in graphs}
+        return [graph for graph in graphs if known.get(id(graph.code)) is not graph.code]
 
     def _say(self, what: str) -> None:
         if what not in self._said:
@@ -126,10 +133,27 @@ def compiled_codes() -> list[CodeType]:
     return [code for code in (reference() for reference in references) if code is not None]
 
 
-def takes_nested_tensors(code: CodeType) -> bool:
-    """Whether a compiled code has a graph that is guarded by the type of a nested tensor."""
+class CompiledGraph(NamedTuple):
+    """One of the graphs that a function was compiled to."""
+
+    name: str  # the function's
+    code: CodeType  # what runs in its place
+    guards: object
+
+    def over_nested_tensors(self) -> bool:
+        """Whether its guards name the type of a nested tensor, or how torch puts one together inside of the graph."""
+        text = str(self.guards)
+        return any(name in text for name in ("NestedTensor", "nested_tensor", "nested_view_from"))
+
+
+def compiled_graphs() -> list[CompiledGraph]:
+    """Those of every compiled code."""
     entries_of = getattr(sys.modules.get("torch._dynamo.eval_frame"), "_debug_get_cache_entry_list", lambda code: ())
-    return any("NestedTensor" in str(entry.guard_manager) for entry in entries_of(code))
+    return [
+        CompiledGraph(code.co_name, entry.code, entry.guard_manager)
+        for code in compiled_codes()
+        for entry in entries_of(code)
+    ]
 
 
 _route = _Route()

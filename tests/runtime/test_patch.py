@@ -20,7 +20,7 @@ from jagtile.runtime import fallback, patch
 @pytest.fixture(autouse=True)
 def fresh_route(monkeypatch):
     monkeypatch.setattr(patch, "_route", patch._Route())
-    patch._route._known_codes.update(patch.compiled_codes())  # of other tests
+    patch._route._newly_seen(patch.compiled_graphs())  # of other tests
     yield
     jagtile.disable()
 
@@ -258,6 +258,39 @@ def test_enabling_after_torch_compile_names_what_keeps_the_old_path(oracle_kerne
         jagtile.enable()
 
 
+@pytest.fixture
+def capturable(monkeypatch):
+    """In place of torch's own attention, which only GPUs have in one graph."""
+    monkeypatch.setattr(ops, "jagged_scaled_dot_product_attention", lambda query, key, value, *_, **__: query + value)
+
+
+def test_a_nested_tensor_that_is_made_inside_of_the_graph_is_seen(oracle_kernels, dynamo, capturable):
+    def from_values(values, offsets):
+        x = torch.nested.nested_tensor_from_jagged(values, offsets, min_seqlen=3, max_seqlen=4).transpose(1, 2)
+        return scaled_dot_product_attention(x, x, x).values()
+
+    torch.compile(from_values, backend="aot_eager", fullgraph=True)(torch.randn(7, 2, 8), torch.tensor([0, 3, 7]))
+    with pytest.warns(jagtile.JagtileWarning, match="from_values"):
+        jagtile.enable()
+
+
+def test_each_graph_of_a_function_is_told_of(oracle_kernels, dynamo, capturable):
+    def my_layer(x):
+        return scaled_dot_product_attention(x, x, x)
+
+    layer = torch.compile(my_layer, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        with jagtile.enabled():
+            layer(njt())
+        layer(njt(dtype=torch.bfloat16))  # the same code, torch's attention
+        with pytest.warns(jagtile.JagtileWarning, match="my_layer"), jagtile.enabled():
+            pass
+        torch._dynamo.reset()
+        layer(njt())
+        with pytest.warns(jagtile.JagtileWarning, match="my_layer"):
+            jagtile.enable()
+
+
 def test_graphs_made_inside_a_block_are_no_reason_to_warn_at_the_next(oracle_kernels, dynamo):
     layer = torch.compile(lambda x: scaled_dot_product_attention(x, x, x), backend="eager")
     with warnings.catch_warnings():
@@ -269,6 +302,9 @@ def test_graphs_made_inside_a_block_are_no_reason_to_warn_at_the_next(oracle_ker
 
 def test_a_torch_that_tells_nothing_of_its_graphs_is_no_error(oracle_kernels, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch._dynamo.convert_frame", None)
-    assert patch.compiled_codes() == []
+    assert patch.compiled_graphs() == []
+    monkeypatch.undo()
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(3))
+    assert patch.compiled_graphs()
     monkeypatch.setitem(sys.modules, "torch._dynamo.eval_frame", None)
-    assert not patch.takes_nested_tensors(njt.__code__)
+    assert patch.compiled_graphs() == []
