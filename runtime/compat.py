@@ -40,21 +40,25 @@ def flash_attn_varlen_func(
         softmax_scale: of the scores; None is 1/sqrt(D).
         causal: a sequence's last query sees all its keys, the one before it all but the last, and so on.
         window_size: (-1, -1) for no window, or (-1, 0), which is another way to say causal.
-        deterministic: the forward pass always is.
+        deterministic: the forward pass always is, and on the CPU the backward too. On a GPU gradients are where
+            ``torch.use_deterministic_algorithms(True)`` is on.
         return_attn_probs: whether to return (out, lse, None), lse float32 (H, total_q).
 
     Returns:
         out (total_q, H, D_v), rows that see no key 0; or the triple.
 
     Raises:
-        UnsupportedError: for softcap, alibi_slopes, block_table or a window in use, and where grad is
-            required. Other errors as ``varlen_attention``.
+        UnsupportedError: for softcap, alibi_slopes, block_table or a window in use, and for deterministic where
+            grad is required on a GPU and torch does not ask for it. Other errors as ``varlen_attention``.
     """
     window = tuple(window_size)
+    trains_on_gpu = not q.is_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    left_to_chance = deterministic and trains_on_gpu and not torch.are_deterministic_algorithms_enabled()
     asked = {
         "softcap": (softcap, softcap != 0.0, "0.0"),
         "alibi_slopes": (type(alibi_slopes).__name__, alibi_slopes is not None, "None"),
         "block_table": (type(block_table).__name__, block_table is not None, "None"),
+        "deterministic": (True, left_to_chance, "False, or True under torch.use_deterministic_algorithms(True)"),
         "window_size": (window, window not in ((-1, -1), (-1, 0)), "(-1, -1), and (-1, 0) for causal"),
     }
     for name, (value, used, served) in asked.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import jagtile
 from jagtile.compat import flash_attn_varlen_func
 from jagtile.generator.oracle import errors, reference, tolerance
 from jagtile.generator.workloads import JaggedBatch, Workload, random_workload
+from jagtile.runtime import compat
 
 CROSS = Workload("cross", (3, 0, 17, 40), (9, 4, 0, 25), 4, 2, 32, 32)
 
@@ -52,6 +54,30 @@ def test_a_window_of_no_later_keys_is_causal() -> None:
 def test_what_is_not_served_is_refused_by_name(option: str, value: object) -> None:
     with pytest.raises(jagtile.UnsupportedError, match=f"^{option} is .*; served: "):
         call(CROSS.make("cpu", "fp32"), **{option: value})
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_deterministic_gradients_of_a_gpu_are_for_torch_to_ask_for(asked: bool, monkeypatch) -> None:
+    b = CROSS.make("cpu", "bf16")
+    b = b._replace(q=b.q.to("meta"))  # not on the CPU
+    monkeypatch.setattr(compat, "varlen_attention", lambda q, *_, **__: q)
+    refused = pytest.raises(jagtile.UnsupportedError, match=r"^deterministic is True; served: ")
+    torch.use_deterministic_algorithms(asked)
+    try:
+        assert call(b, deterministic=True) is b.q  # no gradients
+        b.q.requires_grad_()
+        assert call(b) is b.q
+        with nullcontext() if asked else refused:
+            assert call(b, deterministic=True) is b.q
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_on_the_cpu_gradients_are_deterministic_as_they_are() -> None:
+    b = CROSS.make("cpu", "fp32", seed=4)
+    leaves = [x.requires_grad_() for x in b[:3]]
+    first, second = (torch.autograd.grad(call(b, deterministic=True).sum(), leaves) for _ in range(2))
+    assert all(map(torch.equal, first, second))
 
 
 def test_the_arguments_are_flash_attentions_in_its_order() -> None:
