@@ -62,8 +62,10 @@ def no_kernel(q: torch.Tensor, v: torch.Tensor, is_causal: bool, *, trained: boo
 
 def _reason_of(*case: Any) -> str | None:
     if case not in _REASONS:
-        reason = _REASONS[case] = _find_reason(*case)
-        if reason is not None:
+        reason = _find_reason(*case)
+        said = reason in _REASONS.values()  # of another case
+        _REASONS[case] = reason
+        if reason is not None and not said:
             warnings.warn(f"{reason}: slow operations of torch serve this call", JagtileWarning, stacklevel=5)
     return _REASONS[case]
 

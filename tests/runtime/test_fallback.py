@@ -257,6 +257,7 @@ def test_each_reason_is_said_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         jagtile.varlen_attention(*b)
+        jagtile.varlen_attention(*b, is_causal=True)  # another case, for the same reason
     with pytest.warns(jagtile.JagtileWarning, match="no kernel takes a head_dim above 256, such as 300"):
         jagtile.varlen_attention(*packed(Workload("wide", (5,), (5,), 1, 1, 300, 8), torch.float32))
 
