@@ -113,3 +113,19 @@ def test_batches_of_other_sizes_and_lengths_are_not_compiled_anew(oracle_kernels
     # With sizes as they are, then with those as symbols that were seen to change; torch before 2.13 takes a step more.
     assert counter.frame_count <= (3 if torch.__version__ >= (2, 13) else 4)
     torch._dynamo.reset()
+
+
+def test_inductor_trains(oracle_kernels):
+    """The default backend, whose own code is around the operators."""
+
+    def layer(q, k, v, cu):
+        return jagtile.varlen_attention(q * 2, k, v, cu, cu, is_causal=True) + 1
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    with torch.enable_grad():
+        for total in (10, 12):
+            cu = torch.tensor([0, 4, total], dtype=torch.int32)
+            operands = [torch.randn(total, 4, 8, requires_grad=True) for _ in range(3)]
+            out, expected = compiled(*operands, cu), layer(*operands, cu)
+            torch.testing.assert_close(out, expected)
+            torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), operands) for x in (out, expected)))
