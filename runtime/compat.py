@@ -52,8 +52,8 @@ def flash_attn_varlen_func(
             grad is required on a GPU and torch does not ask for it. Other errors as ``varlen_attention``.
     """
     window = tuple(window_size)
-    trains_on_gpu = not q.is_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    left_to_chance = deterministic and trains_on_gpu and not torch.are_deterministic_algorithms_enabled()
+    left_to_chance = deterministic and not q.is_cpu and not torch.are_deterministic_algorithms_enabled()
+    left_to_chance = left_to_chance and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     asked = {
         "softcap": (softcap, softcap != 0.0, "0.0"),
         "alibi_slopes": (type(alibi_slopes).__name__, alibi_slopes is not None, "None"),

@@ -167,7 +167,8 @@ __device__ __forceinline__ void issue_output_and_sums(float (&d)[36], const uint
   wgmma_commit();
 }
 
-// Streams the key or value blocks of every tile through a ring. Calls nearly_loaded() when kClaimAhead are left.
+// Streams the key or value blocks of every tile through a ring. Calls nearly_loaded() once a tile: when kClaimAhead blocks are
+// left, or at once where it has fewer.
 template <int kTilePanels, typename NearlyLoaded>
 __device__ __forceinline__ void load_blocks(Control& control, RingBarriers<kStages>& ring, uint32_t smem,
                                             const TensorMap& map, int gqa_ratio, NearlyLoaded nearly_loaded) {

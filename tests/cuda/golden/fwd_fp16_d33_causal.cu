@@ -136,7 +136,8 @@ __device__ __forceinline__ void issue_output(float (&d)[20], const uint32_t (&a)
   wgmma_commit();
 }
 
-// Streams the key or value blocks of every tile through a ring; a whole warp. Calls nearly_loaded() when kClaimAhead are left.
+// Streams the key or value blocks of every tile through a ring; a whole warp. Calls nearly_loaded() once a tile: when
+// kClaimAhead blocks are left, or at once where it has fewer.
 template <int kTileColumns, int kTileBytes, typename NearlyLoaded>
 __device__ __forceinline__ void load_blocks(Control& control, RingBarriers<kStages>& ring, uint32_t smem,
                                             const RowTensor& tensor, int gqa_ratio, NearlyLoaded nearly_loaded) {
