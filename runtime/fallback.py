@@ -45,10 +45,9 @@ def why_no_kernel(
     """
     if layout is not None and (is_causal, trained) in layout.served:
         return None
-    dtype, head_dim, head_dim_v, device = q.dtype, q.shape[2], v.shape[2], q.device
+    case = (q.dtype, index(q.shape[2]), index(v.shape[2]), is_causal, q.device, trained)  # index: no symbols
     if torch.compiler.is_compiling():
-        return _reason_of(dtype, index(head_dim), index(head_dim_v), is_causal, device, trained)  # index: no symbols
-    case = (dtype, head_dim, head_dim_v, is_causal, device, trained)
+        return _reason_of(*case)
     reason = _REASONS[case] if case in _REASONS else _reason_of(*case)
     if layout is not None and reason is None:
         layout.served.add((is_causal, trained))

@@ -115,16 +115,23 @@ def test_batches_of_other_sizes_and_lengths_are_not_compiled_anew(oracle_kernels
     torch._dynamo.reset()
 
 
-def test_inductor_trains(oracle_kernels):
-    """The default backend, whose own code is around the operators."""
+@pytest.mark.parametrize("kind", ["packed", "nested"])
+def test_inductor_trains(oracle_kernels, kind):
+    """The default backend, its own code around the operators; sizes are symbols, nested tensors begin inside."""
 
-    def layer(q, k, v, cu):
+    def packed(q, k, v, cu):
         return jagtile.varlen_attention(q * 2, k, v, cu, cu, is_causal=True) + 1
 
+    def nested(q, k, v, cu):
+        q, k, v = (torch.nested.nested_tensor_from_jagged(x, cu).transpose(1, 2) for x in (q * 2, k, v))
+        return scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).values() + 1
+
+    layer = packed if kind == "packed" else nested
+    torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
-    with torch.enable_grad():
+    with torch.enable_grad(), jagtile.enabled():
         for total in (10, 12):
-            cu = torch.tensor([0, 4, total], dtype=torch.int32)
+            cu = torch.tensor([0, 4, total], dtype=torch.int64)
             operands = [torch.randn(total, 4, 8, requires_grad=True) for _ in range(3)]
             out, expected = compiled(*operands, cu), layer(*operands, cu)
             torch.testing.assert_close(out, expected)
