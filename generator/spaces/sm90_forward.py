@@ -27,11 +27,9 @@ from jagtile.generator.tile import Knob, TileConfig
 # has no exponents to spare: unscaled, what is 2^-14 of the row's maximum is still normal, and growth ends at 2^14.
 HEADROOM = {"bf16": 16, "fp16": 0}
 OUTGROWN = {"bf16": 1, "fp16": 14}  # log2 of it, as softmax.cuh tells by the bits
-# Two CTAs an SM of two math warpgroups, which a backward has no use for.
-FORWARD_REGISTERS = {**REGISTERS, (2, 2): (24, 104)}
 # Registers for S, P and O that ptxas 13.0 schedules without serialising wgmma (C7512): nine head dims, causal and not,
-# compiled around each limit (eight at (2, 2)). At (1, 1) none was refused; at (3, 1) D_v 192 spills 8 bytes: refused.
-FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 176, (1, 3): 104, (1, 4): 68, (2, 1): 212, (2, 2): 68, (3, 1): 132, (4, 1): 84}
+# compiled around each limit. At (1, 1) none was refused; at (3, 1) D_v 192 spills 8 bytes, which the build rejects.
+FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 176, (1, 3): 104, (1, 4): 68, (2, 1): 212, (3, 1): 132, (4, 1): 84}
 # The same where whole warps copy rows, which takes more registers than one lane that issues TMA: 17 pairs of head dims
 # compiled up to each limit. At (2, 1) with 188, D_v above 248 and 80 keys, 36 bytes spill.
 ROW_REGISTERS = {(1, 1): (56, 256), (1, 2): (56, 200), (1, 3): (56, 104), (2, 1): (56, 224), (3, 1): (56, 152)}
@@ -43,7 +41,7 @@ SUMS_FRAGMENT_LIMIT = {**FRAGMENT_LIMIT, (2, 1): 208, (3, 1): 128, (4, 1): 80}
 # these, but for four math warpgroups of the algorithm split, which spill (8 B) without, too, and are not tuned.
 POLYNOMIAL_FRAGMENT_LIMIT = {**SUMS_FRAGMENT_LIMIT, (1, 1): 200, (1, 2): 152, (1, 3): 92, (2, 1): 192}
 # With few registers at launch ptxas refuses (C7602) an instruction of more accumulators, whatever setmaxnreg adds.
-INSTRUCTION_LIMIT = {(1, 1): 128, (1, 2): 96, (1, 3): 48, (1, 4): 32, (2, 1): 128, (2, 2): 48, (3, 1): 96, (4, 1): 64}
+INSTRUCTION_LIMIT = {(1, 1): 128, (1, 2): 96, (1, 3): 48, (1, 4): 32, (2, 1): 128, (3, 1): 96, (4, 1): 64}
 # How a tile ends. staged: O leaves through the Q buffer, by TMA. direct: from registers, and the Q buffer is handed
 # back before the last product.
 EPILOGUES = ("staged", "direct")
@@ -164,7 +162,7 @@ def product_columns(spec: KernelSpec, config: Sm90ForwardConfig) -> int:
 
 def register_split(spec: KernelSpec) -> Mapping[tuple[int, int], tuple[int, int]]:
     """Producer and consumer registers a thread, by math warpgroups and CTAs an SM."""
-    return ROW_REGISTERS if by_rows(spec) else FORWARD_REGISTERS
+    return ROW_REGISTERS if by_rows(spec) else REGISTERS
 
 
 def fragment_registers(spec: KernelSpec, config: Sm90ForwardConfig) -> int:
@@ -244,8 +242,6 @@ class Sm90ForwardSpace:
             return "cluster: rows that TMA cannot address are copied by the CTA that needs them"
         if config.cluster > 1 and config.warpgroups == 1:
             return "cluster: pairs are of CTAs with several math warpgroups"
-        if config.cluster > 1 and config.ctas_per_sm > 1:
-            return f"cluster: CTAs of a pair have an SM each, got ctas_per_sm {config.ctas_per_sm}"
         if config.polynomial not in _POLYNOMIALS:
             return f"polynomial must be one of {', '.join(map(str, _POLYNOMIALS))}, got {config.polynomial}"
         if config.polynomial and (reason := _polynomial_rejection(spec)):

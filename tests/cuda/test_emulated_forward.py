@@ -51,7 +51,6 @@ CASES: tuple[tuple[str, dict[str, int | str]], ...] = (
     ("fwd_fp16_d64_causal", {"block_m": 128, "block_n": 48, "tensor_sums": True, "epilogue": "direct"}),
     ("fwd_fp16_d32_causal", {"block_m": 256, "block_n": 16, "tensor_sums": True}),
     ("fwd_bf16_d64", {"block_m": 64, "block_n": 32, "num_stages": 2, "ctas_per_sm": 4, "tensor_sums": True}),
-    ("fwd_bf16_d64_causal", {"block_m": 128, "block_n": 48, "q_stages": 2, "ctas_per_sm": 2, "alternate": True}),
     # A part of the exponentials by a polynomial: alone, with sums by products, where warps copy rows.
     ("fwd_bf16_d32", {"polynomial": 4}),
     ("fwd_fp16_d64_causal", {"block_m": 128, "block_n": 48, "polynomial": 4}),
