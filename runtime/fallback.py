@@ -30,7 +30,7 @@ _BLOCK_BYTES = 1 << 28  # of one block of scores; several such blocks are alive 
 
 Case = tuple[torch.dtype, int, int, bool, torch.device, bool]
 
-# Why no kernel serves a case, or None: read by every call, filled at the first of its kind.
+# Why no kernel serves a case, or None: filled by the first call of its kind.
 _REASONS: dict[Case, str | None] = {}
 _NO_TARGET: dict[torch.device, str | None] = {}
 
@@ -45,10 +45,8 @@ def why_no_kernel(
     """
     if layout is not None and (is_causal, trained) in layout.served:
         return None
-    case = (q.dtype, index(q.shape[2]), index(v.shape[2]), is_causal, q.device, trained)  # index: no symbols
-    if torch.compiler.is_compiling():
-        return _reason_of(*case)
-    reason = _REASONS[case] if case in _REASONS else _reason_of(*case)
+    head_dim, head_dim_v = index(q.shape[2]), index(v.shape[2])  # no symbols
+    reason = _reason_of(q.dtype, head_dim, head_dim_v, is_causal, q.device, trained)
     if layout is not None and reason is None:
         layout.served.add((is_causal, trained))
     return reason

@@ -28,7 +28,7 @@ from jagtile.generator.tile import Knob, TileConfig
 HEADROOM = {"bf16": 16, "fp16": 0}
 OUTGROWN = {"bf16": 1, "fp16": 14}  # log2 of it, as softmax.cuh tells by the bits
 # Registers for S, P and O that ptxas 13.0 schedules without serialising wgmma (C7512): nine head dims, causal and not,
-# compiled around each limit. At (1, 1) none was refused; at (3, 1) D_v 192 spills 8 bytes, which the build rejects.
+# compiled around each limit. At (1, 1) nothing was refused; at (3, 1) D_v 192 spills 8 bytes, which the build rejects.
 FRAGMENT_LIMIT = {(1, 1): 224, (1, 2): 176, (1, 3): 104, (1, 4): 68, (2, 1): 212, (3, 1): 132, (4, 1): 84}
 # The same where whole warps copy rows, which takes more registers than one lane that issues TMA: 17 pairs of head dims
 # compiled up to each limit. At (2, 1) with 188, D_v above 248 and 80 keys, 36 bytes spill.
