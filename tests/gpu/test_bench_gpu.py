@@ -52,4 +52,4 @@ def test_the_hosts_time_is_hidden_unless_asked_for():
     hidden = statistics.median(clock.sample(slow_to_launch, 8000.0).ms for _ in range(5))
     exposed = statistics.median(clock.sample(slow_to_launch, 0.0).ms for _ in range(5))
     assert hidden < 0.5
-    assert exposed > 4
+    assert exposed > 2  # of the 5 ms, the device still writes its cache full for some

@@ -245,9 +245,9 @@ jagtile_fwd_bf16_d128_causal_persistent_m128_n128_s2_q1_c1_x2(const __grid_const
         const bool claimed = claim_tile(control.tiles[at.slot], list, p, balancing, tile);
         control.tile.arrive_full(at);
         if (!claimed) break;
+        control.loaded.wait_full(loaded_at);
+        loaded_at.advance();
         if (rank == 0) {
-          control.loaded.wait_full(loaded_at);
-          loaded_at.advance();
           tile = gridDim.x / 2 + atomicAdd(&list->next_tile, 1);
           control.claims.tell(at, tile);
         } else {
