@@ -210,6 +210,12 @@ class Case:
         out = jagtile.varlen_attention(*self.leaves, self.cu, self.cu)
         return torch.autograd.grad(out, self.leaves, self.dout)
 
+    def operators(self) -> object:
+        """As a compiled graph of a training step calls them."""
+        batch, options = (self.q, self.k, self.v, self.cu, self.cu), (None, None, False, False, 0.125)
+        out, lse = torch.ops.jagtile.differentiable_forward.default(*batch, *options)
+        return torch.ops.jagtile.backward.default(self.dout, None, *batch, out, lse, *options)
+
     def packed_floor(self) -> object:
         out = no_attention(*self.leaves, self.dout.detach, (self.q, self.k, self.v))
         return torch.autograd.grad(out, self.leaves, self.dout)
@@ -279,6 +285,7 @@ def main(device: str, profile: bool) -> None:
         "packed forward and backward": (True, case.packed_training),
         "nested forward": (False, case.through_torch),
         "nested forward and backward": (True, case.through_torch_training),
+        "operators, forward and backward": (False, case.operators),
     }
     trained = {name: row for name, row in calls.items() if row[0]}
     floors: dict[str, tuple[bool, Call]] = {
@@ -318,7 +325,7 @@ def main(device: str, profile: bool) -> None:
             if profile:
                 show_profiles(calls, device)
     if device == "cuda":
-        show("torch", {**calls, **torchs}, device)
+        show("torch", {**{name: row for name, row in calls.items() if "nested" in name}, **torchs}, device)
 
 
 if __name__ == "__main__":

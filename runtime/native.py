@@ -1,4 +1,4 @@
-"""The host side of eager GPU calls in C++ (templates/host), where it is there: how it is had, and what it is told.
+"""The host side of GPU calls in C++ (templates/host), where it is there: how it is had, and what it is told.
 
 It serves what it has been taught: a call like one that Python has served before. Python serves all others, as it does
 where nothing is built.
@@ -31,6 +31,9 @@ log = logging.getLogger("jagtile")
 # then to teach it.
 serve: Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor] | Literal[False] | None] | None = None
 serve_nested: Callable[..., torch.Tensor | Literal[False] | None] | None = None
+# ``ops.backward`` of a call without grad and dropout. None: for Python; no tuple: for Python, which is then to teach it
+# (``learn_backward``).
+serve_backward: Callable[..., tuple[torch.Tensor, ...] | object | None] | None = None
 
 _MAX_LISTS = 4096  # kinds of work lists that have a number: there is one or two for every batch
 
@@ -74,14 +77,14 @@ def _have() -> None:
 
 def connect(host: ModuleType, launch: int, is_capturing: int, device_type: str = "cuda") -> None:
     """Let a loaded host serve calls on a kind of device by two functions of the driver, given by their addresses."""
-    global _host, serve, serve_nested
+    global _host, serve, serve_nested, serve_backward
     from jagtile.runtime.cuda import work_list
 
     _use_python(host)
     host.use_driver(launch, is_capturing, device_type, torch._C._cuda_getCurrentRawStream, _failed)
     _host = host
     work_list.mirror(_Lists(host))
-    serve, serve_nested = host.serve, _first_nested
+    serve, serve_nested, serve_backward = host.serve, _first_nested, host.serve_backward
 
 
 def _use_python(host: Any, marks: tuple[Any, Any] = ((), ())) -> None:
@@ -125,10 +128,10 @@ def _leave_to_python(*call: Any) -> None:
 
 def disconnect() -> None:
     """Let Python serve all calls from now on."""
-    global _host, serve, serve_nested
+    global _host, serve, serve_nested, serve_backward
     from jagtile.runtime.cuda import work_list
 
-    serve = serve_nested = None
+    serve = serve_nested = serve_backward = None
     work_list.mirror(None)
     forget()
     _host = None
@@ -173,24 +176,35 @@ def _gradients(
 ) -> tuple[torch.Tensor, ...]:
     """What a node of the host gives back where it asks Python, and teaches it if it wants."""
     from jagtile.runtime.autograd import gradients_of
-    from jagtile.runtime.ops import route_of
-    from jagtile.runtime.routes import BACKWARD_ROUTES
 
     *operands, options = operands_and_options
     grads = gradients_of(dout, dlse, tuple(operands), (*options, 0.0), None)
-    host = _host
-    if learns and dout is not None and host is not None:
-        q, k, v, cu_seqlens_q, cu_seqlens_k, out, _ = operands
-        max_seqlen_q, max_seqlen_k, is_causal, bottom_right, scale = options
-        layout = layout_of_backward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, dout)
-        assert layout is not None
-        route = route_of("bwd", layout.sizes, q.dtype, q.get_device(), max_seqlen_q, max_seqlen_k, is_causal)
-        kernel = BACKWARD_ROUTES.get(route)
-        recipe_of = getattr(kernel, "recipe", None)
-        recipe = recipe_of and recipe_of(layout, scale, bottom_right)
-        if recipe is not None:
-            host.learn_backward(call, dout, _told(recipe))
+    if learns and dout is not None:
+        learn_backward(call, dout, tuple(operands), options)
     return grads
+
+
+def learn_backward(
+    call: object, dout: torch.Tensor, operands: tuple[torch.Tensor, ...], options: tuple[Any, ...]
+) -> None:
+    """Teach the backward of a call, which the host has named, where Python has served it. operands: q, k, v, both
+    offsets, out, lse; options: hints, is_causal, bottom_right, scale.
+    """
+    from jagtile.runtime.ops import route_of
+    from jagtile.runtime.routes import BACKWARD_ROUTES
+
+    host = _host
+    q, k, v, cu_seqlens_q, cu_seqlens_k, out, _ = operands
+    max_seqlen_q, max_seqlen_k, is_causal, bottom_right, scale = options
+    layout = layout_of_backward(q, k, v, cu_seqlens_q, cu_seqlens_k, out, dout)
+    if host is None or layout is None:
+        return
+    route = route_of("bwd", layout.sizes, q.dtype, q.get_device(), max_seqlen_q, max_seqlen_k, is_causal)
+    kernel = BACKWARD_ROUTES.get(route)
+    recipe_of = getattr(kernel, "recipe", None)
+    recipe = recipe_of and recipe_of(layout, scale, bottom_right)
+    if recipe is not None:
+        host.learn_backward(call, dout, _told(recipe))
 
 
 def _failed(code: int, device_index: int, again: bool) -> None:

@@ -21,7 +21,8 @@ from jagtile.runtime.autograd import (
 from jagtile.runtime.eager import is_eager, is_real
 from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.layouts import Layout
-from jagtile.runtime.ops import backward, forward
+from jagtile.runtime.op_kernels import backward_kernel, forward_kernel
+from jagtile.runtime.ops import forward
 
 Forward = Callable[..., list[torch.Tensor]]
 
@@ -77,7 +78,7 @@ def _forward_with_grad(
 
 
 def _differentiable_forward(*call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = cast(Forward, forward)(*call[:_DROPOUT_AT], True, *call[_DROPOUT_AT:])
+    out, lse = cast(Forward, forward_kernel)(*call[:_DROPOUT_AT], True, *call[_DROPOUT_AT:])
     return out, lse
 
 
@@ -128,7 +129,7 @@ _BATCH = "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k
 _OPTIONS = "SymInt? max_seqlen_q, SymInt? max_seqlen_k, bool is_causal, bool bottom_right, float scale"
 _DROPOUT = "float dropout_p=0.0, Tensor? dropout_state=None"
 for _schema, _function, _fake in (
-    (f"forward({_BATCH}, {_OPTIONS}, bool return_lse, {_DROPOUT}) -> Tensor[]", forward, _forward_fake),
+    (f"forward({_BATCH}, {_OPTIONS}, bool return_lse, {_DROPOUT}) -> Tensor[]", forward_kernel, _forward_fake),
     (
         f"differentiable_forward({_BATCH}, {_OPTIONS}, {_DROPOUT}) -> (Tensor, Tensor)",
         _differentiable_forward,
@@ -137,7 +138,7 @@ for _schema, _function, _fake in (
     (
         f"backward(Tensor dout, Tensor? dlse, {_BATCH}, Tensor out, Tensor lse, {_OPTIONS}, {_DROPOUT})"
         " -> (Tensor dq, Tensor dk, Tensor dv)",
-        backward,
+        backward_kernel,
         _backward_fake,
     ),
 ):

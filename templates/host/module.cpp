@@ -75,6 +75,33 @@ PyObject* serve(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// As ops.backward, of a call that is served with an lse and without grad: the three gradients. None: a call for Python; a
+// handle: of the call whose backward Python has yet to teach.
+PyObject* serve_backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 14, "serve_backward takes 14 arguments");
+  const bool has_dlse = arguments[1] != Py_None;
+  for (int at = 0; at < 9; ++at)
+    if ((at != 1 || has_dlse) && !THPVariable_CheckExact(arguments[at])) return for_python();
+  const auto tensor = [&](int at) -> const at::Tensor& { return THPVariable_Unpack(arguments[at]); };
+  const Operands operands{{tensor(2), false}, {tensor(3), false}, {tensor(4), false}, tensor(5), tensor(6)};
+  const auto max_q = hint(arguments[9]), max_k = hint(arguments[10]);
+  const auto is_causal = flag(arguments[11]), aligned = flag(arguments[12]);
+  if (!all(max_q, max_k, is_causal, aligned) || !PyFloat_CheckExact(arguments[13]) || !operands.are_plain()) {
+    return for_python();
+  }
+  const double factor = PyFloat_AS_DOUBLE(arguments[13]);
+  const auto call = calls.find(facts_of(operands, {*max_q, *max_k, *is_causal, *aligned, false, true, factor}));
+  if (!call) return for_python();
+  bool known;
+  auto grads = backward(*call, operands, {tensor(7), false}, tensor(8), {tensor(0), false},
+                        has_dlse ? tensor(1) : at::Tensor(), known);
+  if (!grads) return known ? for_python() : handle_of(call).release();
+  const auto wrap = [&](int which) { return THPVariable_Wrap(std::move((*grads)[which])); };
+  return Py_BuildValue("(NNN)", wrap(0), wrap(1), wrap(2));
+  END_HANDLE_TH_ERRORS
+}
+
 // As sdpa, likewise.
 PyObject* serve_nested(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -189,6 +216,7 @@ py::object nest_like(const py::object& model, const at::Tensor& values) {
 
 PyMethodDef hot[] = {
     {"serve", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(serve)), METH_FASTCALL, nullptr},
+    {"serve_backward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(serve_backward)), METH_FASTCALL, nullptr},
     {"serve_nested", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(serve_nested)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

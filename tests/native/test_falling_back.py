@@ -34,7 +34,12 @@ def attend(batch: Batch, **kind: object) -> torch.Tensor:
 
 
 class DispatchMode(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
         return func(*args, **(kwargs or {}))
 
 
@@ -43,13 +48,18 @@ class FunctionMode(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("mode", [DispatchMode, FunctionMode])
-def test_modes_see_python(recorder, taught, mode):
-    with mode():
+def test_a_function_mode_sees_python(recorder, taught):
+    with FunctionMode():
         attend(taught)
     recorder.take("python")
     attend(taught)
     recorder.take("native")
+
+
+def test_a_dispatch_mode_sees_the_operator(taught):
+    with DispatchMode() as mode, torch.no_grad():
+        attend(taught)
+    assert torch.ops.jagtile.forward.default in mode.seen
 
 
 def test_a_subclass_of_a_tensor_and_a_parameter(recorder, taught):

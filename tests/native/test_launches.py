@@ -132,3 +132,44 @@ def test_every_stream_has_its_own_list(recorder, default_kernels, batch, extensi
         assert len({attend() for _ in range(3)}) == 1
         lists.append(attend())
     assert lists[0] != lists[1]
+
+
+@pytest.mark.parametrize("with_dlse", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_operators_are_served_too(recorder, kernels, batch, is_causal, with_dlse):
+    """As a compiled graph calls them, without grad."""
+    kernels(KernelSpec("fwd", "bf16", 64, 64, is_causal), "persistent")
+    kernels(KernelSpec("bwd", "bf16", 64, 64, is_causal), "keyblocks")
+    given = (batch.q, batch.k, batch.v, batch.cu, batch.cu)
+    options = (40, 40, is_causal, False, 0.125)
+    dlse = torch.randn(4, 48) if with_dlse else None
+    outputs, launches = [], []
+    with torch.no_grad():
+        for _ in range(2):  # by Python, which teaches; by the host
+            out, lse = torch.ops.jagtile.differentiable_forward(*given, *options)
+            found = recorder.take()
+            grads = torch.ops.jagtile.backward(batch.dout, dlse, *given, out, lse, *options)
+            outputs.append((out, lse, *grads))
+            launches.append([each for each in (*found, *recorder.take()) if "build" not in each.kernel])
+        assert {launch.by for launch in launches[0]} == {"python"}
+        assert {launch.by for launch in launches[1]} == {"native"}
+        for a, b in zip(*launches, strict=True):
+            alike(a, b, list(zip(*outputs, strict=True)))
+        for a, b in zip(*outputs, strict=True):
+            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+        for expected in ("python", "native"):  # without an lse
+            (out,) = torch.ops.jagtile.forward(*given, *options, False)
+            assert out.shape == batch.q.shape
+            assert [launch.by for launch in recorder.take()] == [expected]
+
+
+def test_operators_of_operands_that_require_grad(recorder, default_kernels, batch):
+    """Without a formula for autograd they stay Python's; with one, what is below it is served."""
+    options = (None, None, False, False, 0.125)
+    for expected in ("python", "native"):
+        torch.ops.jagtile.forward(*batch.leaves, batch.cu, batch.cu, *options, False)
+        recorder.take("python")
+        out, _ = torch.ops.jagtile.differentiable_forward(*batch.leaves, batch.cu, batch.cu, *options)
+        assert [launch.by for launch in recorder.take()] == [expected]
+    out.backward(batch.dout)
+    assert all(x.grad is not None for x in batch.leaves)
