@@ -55,6 +55,7 @@ class Sm90BackwardConfig(TileConfig):
     polynomial: int = field(default=0, metadata={"short": "p"})  # exponentials of each p-th pair by FMA; 0: none
     late_dk: bool = field(default=False, metadata={"short": "t"})  # dK of a step is multiplied in the next one
     row_warps: int = field(default=4, metadata={"short": "w"})  # for rows beside the tiles: a warpgroup's, or 1
+    skip_unseen: bool = field(default=False, metadata={"short": "u"})  # no products of keys that none of a step sees
 
     @property
     def warpgroups(self) -> int:
@@ -346,6 +347,7 @@ class Sm90BackwardSpace:
             "row_buffers": (2, 4, 1),
             "row_warps": (4, 1),
             "late_dk": (False, True),
+            "skip_unseen": (False, True),
             "polynomial": (0, 4) if max(spec.head_dim, spec.head_dim_v) <= POLYNOMIAL_COLUMNS else (0,),
         }
 
@@ -396,6 +398,8 @@ class Sm90BackwardSpace:
             )
         if config.late_dk and config.block_m == 128 and config.kv_stages > 1:
             return "late_dk: with block_m 128 and several kv_stages the warps that feed spill"
+        if config.skip_unseen and (config.warpgroups == 1 or config.late_dk):
+            return "skip_unseen: of several math warpgroups one goes on without the others' products; without late_dk"
         if config.polynomial not in POLYNOMIALS:
             return f"polynomial must be one of {', '.join(map(str, POLYNOMIALS))}, got {config.polynomial}"
         if config.polynomial and (widest := max(spec.head_dim, spec.head_dim_v)) > POLYNOMIAL_COLUMNS:

@@ -57,6 +57,13 @@ CASES: tuple[tuple[str, Sm90BackwardConfig], ...] = (
     ("bwd_bf16_d128", config("bulk", block_m=80, early_dv=False)),
     ("bwd_fp16_d96_dv72_causal", config("bulk", block_m=80, early_dv=False, fused=True, row_buffers=1)),
     ("bwd_bf16_d72_dv24", config("bulk", block_m=80, early_dv=False, overlap=True)),
+    ("bwd_bf16_d128_causal", config("bulk", late_dq=True, early_dv=False, skip_unseen=True)),
+    ("bwd_fp16_d64", config("bulk", block_m=128, early_dv=False, skip_unseen=True)),
+    ("bwd_bf16_d64_causal", config("red", kv=2, held="v", late_dq=True, skip_unseen=True)),
+    ("bwd_bf16_d96_causal", config("bulk", block_m=80, early_dv=False, skip_unseen=True)),
+    ("bwd_bf16_d32_causal", config("bulk", keys=192, stages=3, kv=2, held="kv", early_dv=False, skip_unseen=True)),
+    ("bwd_bf16_d72_dv40_causal", config("bulk", overlap=True, held="v", late_dq=True, skip_unseen=True)),
+    ("bwd_fp16_d128_causal", config("red", skip_unseen=True)),
 )
 LENGTHS = (0, 1, 63, 0, 65, 129)
 QUERIES, KEYS = (5, 0, 130, 1, 64, 140), (150, 70, 0, 1, 20, 70)

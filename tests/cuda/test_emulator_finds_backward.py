@@ -20,6 +20,7 @@ SPEC = KernelSpec.parse("bwd_bf16_d32")
 FUSED = Sm90BackwardConfig(64, 64, 2, 1, "bulk", False, 1, "none", True, early_dv=False, fused=True)
 LATE_DK = Sm90BackwardConfig(64, 64, 2, 1, "bulk", False, 1, "none", False, early_dv=False, late_dk=True)
 ROW_WARP = replace(FUSED, row_warps=1)
+SKIPS = Sm90BackwardConfig(64, 128, 2, 1, "bulk", False, 1, "none", True, early_dv=False, skip_unseen=True)
 LENGTHS = (300, 40, 0, 200)
 MISTAKES: dict[str, tuple[str, str, str]] = {
     "the first tile adds to sums that nobody has zeroed": (
@@ -97,6 +98,22 @@ ROW_WARP_MISTAKES: dict[str, tuple[str, str, str]] = {
         "race on|livelock",
     ),
 }
+SKIPS_MISTAKES: dict[str, tuple[str, str, str]] = {
+    "a block whose queries see keys is left out": ("- first / kBlockM + 1)", "- first / kBlockM)", "^wrong$"),
+    "dS^T of keys that are left out stays as it was": (
+        "      const uint32_t ds[kStepsM][4] = {};\n"
+        "      stage_fragments<kKVPanelBytes>(ds, ds_tile + warpgroup * kRowsBytes, warp, lane);\n",
+        "",
+        "race on|^wrong$",
+    ),
+    "dQ is multiplied from dS^T that is not there yet": (
+        "      if (add_before) {\n        float dq[16];\n        control.ds.wait_full(ds_before);\n"
+        "        issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes, k_tile);\n        wgmma_wait<0>();\n",
+        "      if (add_before) {\n        float dq[16];\n"
+        "        issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes, k_tile);\n        wgmma_wait<0>();\n",
+        "race on|wrong|without fence",
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -112,9 +129,10 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
 def outcome(mistake: tuple[str, str] | None, tile: Sm90BackwardConfig = FUSED) -> str | None:
     """What the emulator reports of two launches; None, if nothing; "wrong", if nothing but the numbers are."""
     change = kernels.substitution(*mistake) if mistake is not None else None
-    w = Workload("some", LENGTHS, LENGTHS, 2, 1, SPEC.head_dim, SPEC.head_dim_v, SPEC.causal)
+    spec = replace(SPEC, causal=tile.skip_unseen)
+    w = Workload("some", LENGTHS, LENGTHS, 2, 1, spec.head_dim, spec.head_dim_v, spec.causal)
     try:
-        assert_right(kernels.artifact(Variant("sm_90a", SPEC, tile), change), w, launches=2)
+        assert_right(kernels.artifact(Variant("sm_90a", spec, tile), change), w, launches=2)
     except EmulatorError as error:
         return str(error)
     except AssertionError:
@@ -123,7 +141,7 @@ def outcome(mistake: tuple[str, str] | None, tile: Sm90BackwardConfig = FUSED) -
 
 
 def test_nothing_is_found_in_the_kernel_as_it_is() -> None:
-    assert [outcome(None, tile) for tile in (FUSED, LATE_DK, ROW_WARP) for _ in range(4)] == [None] * 12
+    assert [outcome(None, tile) for tile in (FUSED, LATE_DK, ROW_WARP, SKIPS) for _ in range(4)] == [None] * 16
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -146,5 +164,13 @@ def test_it_is_found_where_dk_is_late(mistake: str) -> None:
 def test_it_is_found_where_one_warp_works_on_rows(mistake: str) -> None:
     old, new, report = ROW_WARP_MISTAKES[mistake]
     found = outcome((old, new), ROW_WARP)
+    assert found is not None
+    assert re.search(report, found, re.DOTALL), found
+
+
+@pytest.mark.parametrize("mistake", SKIPS_MISTAKES)
+def test_it_is_found_where_products_are_left_out(mistake: str) -> None:
+    old, new, report = SKIPS_MISTAKES[mistake]
+    found = outcome((old, new), SKIPS)
     assert found is not None
     assert re.search(report, found, re.DOTALL), found

@@ -85,6 +85,8 @@ def test_the_default_takes_what_there_is_room_for(name: str, tile: str) -> None:
         ({"row_warps": 1, "fused": True, "dq": "bulk", "kv_stages": 2}, "the warp that loads has 24 registers"),
         ({"late_dk": True}, "late_dk: every warpgroup must have a part of each dQ"),
         ({"late_dk": True, "early_dv": False, "block_n": 192}, "late_dk: every warpgroup must have a part of each dQ"),
+        ({"skip_unseen": True, "block_n": 64}, "skip_unseen: of several math warpgroups"),
+        ({"skip_unseen": True, "late_dk": True, "early_dv": False}, "without late_dk"),
         ({"polynomial": 3}, "polynomial must be one of 0, 8, 4, 2, got 3"),
         ({"polynomial": 4}, "polynomial: a head dim of 128 > 64"),
         ({"ctas_per_sm": 2}, "64K registers"),
