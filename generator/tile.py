@@ -7,10 +7,10 @@ the template prints live in its Space; the builder, the tuner and the CLI know n
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
-from functools import cached_property
-from typing import ClassVar, Protocol, cast
+from functools import cached_property, lru_cache
+from typing import Any, ClassVar, Protocol, cast
 
 from jagtile.generator.spec import Direction, KernelSpec
 from jagtile.runtime.errors import IllegalConfigError
@@ -86,6 +86,20 @@ class Space(Protocol):
     def predicted_registers(self, spec: KernelSpec, config: TileConfig) -> int:
         """Registers a thread, by arithmetic (0 where the target has no such limit)."""
         ...
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the values of a few knobs forbid, whatever the others are. A space that has ``rules(spec)`` applies them in
+    its ``rejection``; where the grid is gone through, one that is broken cuts off all that the other knobs could be.
+    """
+
+    knobs: tuple[str, ...]
+    reason: Callable[..., str | None]  # of these knobs' values
+
+    def broken_by(self, config: TileConfig) -> str | None:
+        """The reason against a config, if it breaks the rule."""
+        return self.reason(*(getattr(config, knob) for knob in self.knobs))
 
 
 @dataclass(frozen=True)
@@ -230,4 +244,28 @@ def all_configs(space: Space, spec: KernelSpec) -> Iterator[TileConfig]:
 
 def legal_configs(space: Space, spec: KernelSpec) -> list[TileConfig]:
     """Every legal point of the space's grid."""
-    return [config for config in all_configs(space, spec) if space.rejection(spec, config) is None]
+    return list(_legal_configs(cast(Hashable, space), spec))
+
+
+@lru_cache(maxsize=32)  # a search asks for every regime, and the largest grids have more than a million points
+def _legal_configs(space: Any, spec: KernelSpec) -> tuple[TileConfig, ...]:
+    knobs: Mapping[str, tuple[Knob, ...]] = space.knobs(spec)
+    names, found = list(knobs), list[TileConfig]()
+    rules: dict[str, list[Rule]] = {name: [] for name in names}
+    for rule in space.rules(spec) if hasattr(space, "rules") else ():
+        rules[max(rule.knobs, key=names.index)].append(rule)  # it is asked once all of its knobs have values
+
+    def extend(given: dict[str, Knob]) -> None:
+        if len(given) == len(names):
+            config = space.config_type(**given)
+            if space.rejection(spec, config) is None:
+                found.append(config)
+            return
+        name = names[len(given)]
+        for value in knobs[name]:
+            values = {**given, name: value}
+            if all(rule.reason(*(values[knob] for knob in rule.knobs)) is None for rule in rules[name]):
+                extend(values)
+
+    extend({})
+    return tuple(found)

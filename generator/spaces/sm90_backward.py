@@ -16,7 +16,7 @@ from jagtile.generator.spaces.sm90 import (
     tma_rejection,
 )
 from jagtile.generator.spec import Direction, KernelSpec
-from jagtile.generator.tile import Knob, TileConfig
+from jagtile.generator.tile import Knob, Rule, TileConfig
 
 MAX_HEAD_DIM = 128  # dK and dV of a block of keys are accumulators
 # Registers for accumulators and fragments that ptxas 13.0 schedules without serialising wgmma (C7512) or spilling, by
@@ -222,12 +222,13 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
 
     Without it, dQ of the step before is multiplied when S and dP are gone, and dP when the dS of the step before is.
     What counts beside them, with and without ``overlap``, is what compiling shows; so is what is added for
-    ``polynomial``, and for a warpgroup with rows, beside which math warps have 8 registers less, of three warpgroups
-    16, with two CTAs an SM 24.
+    ``skip_unseen``, for ``polynomial``, and for a warpgroup with rows, beside which math warps have 8 registers less,
+    of three warpgroups 16, with two CTAs an SM 24.
     """
     kept = spec.head_dim // 2 + spec.head_dim_v // 2 + held_registers(spec, config)
     if config.polynomial and config.block_m == 128:
         kept += 20 if config.polynomial == 2 else 16 if config.late_dq or config.overlap else 0
+    kept += 6 * config.skip_unseen
     if config.own_row_warpgroup and config.warpgroups == 3:
         kept += 16 if config.kv_stages == 1 else 12
         if config.late_dq and not config.early_dv:
@@ -313,6 +314,49 @@ def dq_adders(config: Sm90BackwardConfig) -> int:
     return 1 if config.dq == "bulk" else config.warpgroups
 
 
+_LATE_DK = (
+    "late_dk: every warpgroup must have a part of each dQ (block_m 64 a warpgroup, or head_dim above 64 with two of "
+    "them), without overlap, late_dq and early_dv"
+)
+
+
+def _sums_rejection(dq: str, fused: bool) -> str | None:
+    if dq not in ("bulk", "red"):
+        return f"dq must be bulk or red, got {dq}"
+    if fused and dq != "bulk":
+        return "fused: the warp that adds dQ by bulk copies tells of complete tiles: dq must be bulk"
+    return None
+
+
+def _rows_rejection(fused: bool, claim_ahead: int, row_buffers: int, row_warps: int) -> str | None:
+    if not 0 <= claim_ahead <= MOST_AHEAD:
+        return f"claim_ahead must be 0 to {MOST_AHEAD}, got {claim_ahead}"
+    if row_buffers not in (1, 2, 4) or (row_buffers != 2 and not fused):
+        return f"row_buffers must be 2, or where fused 1 or 4, got {row_buffers}"
+    if row_warps not in (4, 1) or (row_warps == 1 and not fused):
+        return f"row_warps must be 4, or where fused 1, got {row_warps}"
+    return None
+
+
+def _late_dk_rejection(overlap: bool, late_dq: bool, early_dv: bool, late_dk: bool) -> str | None:
+    return _LATE_DK if late_dk and (overlap or late_dq or early_dv) else None
+
+
+def _skip_rejection(block_n: int, late_dk: bool, skip_unseen: bool) -> str | None:
+    if skip_unseen and (block_n == 64 or late_dk):
+        return "skip_unseen: of several math warpgroups one goes on without the others' products; without late_dk"
+    return None
+
+
+# Of knobs alone; what depends on the spec is in ``rules`` and ``rejection``.
+_RULES = (
+    Rule(("dq", "fused"), _sums_rejection),
+    Rule(("fused", "claim_ahead", "row_buffers", "row_warps"), _rows_rejection),
+    Rule(("overlap", "late_dq", "early_dv", "late_dk"), _late_dk_rejection),
+    Rule(("block_n", "late_dk", "skip_unseen"), _skip_rejection),
+)
+
+
 class Sm90BackwardSpace:
     """Legal configs of the persistent Hopper backward."""
 
@@ -351,35 +395,34 @@ class Sm90BackwardSpace:
             "polynomial": (0, 4) if max(spec.head_dim, spec.head_dim_v) <= POLYNOMIAL_COLUMNS else (0,),
         }
 
+    def rules(self, spec: KernelSpec) -> tuple[Rule, ...]:
+        """What a few knobs forbid by themselves: most of the grid."""
+
+        def tile(block_m: int, block_n: int, ctas_per_sm: int) -> str | None:
+            if block_n not in (64, 128, 192):
+                return f"block_n is 64 a math warpgroup, 1 to 3 of them: 64, 128 or 192, got {block_n}"
+            if block_m not in (64, block_n, *(_transposed_blocks(spec) if block_n == 128 else ())):
+                return (
+                    f"block_m must be 64, the rows of one product of dQ, as many as block_n, or 80 with two warpgroups "
+                    f"and a head_dim above 64, got {block_m}"
+                )
+            if (block_n // 64, ctas_per_sm) not in FRAGMENT_LIMIT:
+                return f"{ctas_per_sm} CTAs an SM with block_n {block_n} need more than 64K registers"
+            return None
+
+        return (Rule(("block_m", "block_n", "ctas_per_sm"), tile), *_RULES)
+
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
-        """Shared memory and accumulator registers."""
+        """The rules, shared memory and accumulator registers."""
         config = cast(Sm90BackwardConfig, config)
-        groups = (config.warpgroups, config.ctas_per_sm)
-        if config.block_n not in (64, 128, 192):
-            return f"block_n is 64 a math warpgroup, 1 to 3 of them: 64, 128 or 192, got {config.block_n}"
+        if reason := next(filter(None, (rule.broken_by(config) for rule in self.rules(spec))), None):
+            return reason
         others = _transposed_blocks(spec) if config.block_n == 128 else ()
-        if config.block_m not in (64, config.block_n, *others):
-            return (
-                f"block_m must be 64, the rows of one product of dQ, as many as block_n, or 80 with two warpgroups "
-                f"and a head_dim above 64, got {config.block_m}"
-            )
         two_ds = config.late_dq or config.early_dv or config.kv_stages > 1
         if config.block_m in others and (two_ds or config.dq != "bulk"):
             return "block_m 80: one buffer of dS: dq must be bulk, kv_stages 1, without late_dq and early_dv"
-        if groups not in FRAGMENT_LIMIT:
-            return f"{config.ctas_per_sm} CTAs an SM with block_n {config.block_n} need more than 64K registers"
         if config.num_stages < 2:
             return f"num_stages must be at least 2, got {config.num_stages}"
-        if config.dq not in ("bulk", "red"):
-            return f"dq must be bulk or red, got {config.dq}"
-        if config.fused and config.dq != "bulk":
-            return "fused: the warp that adds dQ by bulk copies tells of complete tiles: dq must be bulk"
-        if not 0 <= config.claim_ahead <= MOST_AHEAD:
-            return f"claim_ahead must be 0 to {MOST_AHEAD}, got {config.claim_ahead}"
-        if config.row_buffers not in (1, 2, 4) or (config.row_buffers != 2 and not config.fused):
-            return f"row_buffers must be 2, or where fused 1 or 4, got {config.row_buffers}"
-        if config.row_warps not in (4, 1) or (config.row_warps == 1 and not config.fused):
-            return f"row_warps must be 4, or where fused 1, got {config.row_warps}"
         if config.row_warps == 1 and config.warpgroups == 2 and not _loader_has_room(config):
             return (
                 "row_warps 1: with two math warpgroups the warp that loads has 24 registers: block_m must be at most "
@@ -389,17 +432,10 @@ class Sm90BackwardSpace:
             return f"kv_stages must be 1, 2 or 3, got {config.kv_stages}"
         if config.held not in ("none", "v", "kv"):
             return f"held must be none, v or kv, got {config.held}"
-        if config.late_dk and (
-            config.overlap or config.late_dq or config.early_dv or dq_split(spec, config) in ("transposed", "alternate")
-        ):
-            return (
-                "late_dk: every warpgroup must have a part of each dQ (block_m 64 a warpgroup, or head_dim above 64 "
-                "with two of them), without overlap, late_dq and early_dv"
-            )
+        if config.late_dk and dq_split(spec, config) in ("transposed", "alternate"):
+            return _LATE_DK
         if config.late_dk and config.block_m == 128 and config.kv_stages > 1:
             return "late_dk: with block_m 128 and several kv_stages the warps that feed spill"
-        if config.skip_unseen and (config.warpgroups == 1 or config.late_dk):
-            return "skip_unseen: of several math warpgroups one goes on without the others' products; without late_dk"
         if config.polynomial not in POLYNOMIALS:
             return f"polynomial must be one of {', '.join(map(str, POLYNOMIALS))}, got {config.polynomial}"
         if config.polynomial and (widest := max(spec.head_dim, spec.head_dim_v)) > POLYNOMIAL_COLUMNS:

@@ -183,6 +183,14 @@ def test_one_row_warp_leaves_math_warps_their_registers() -> None:
     assert SPACE.context(D128, among_feeding)["feeding_warps"] == 4
 
 
+def test_rules_cut_off_nothing_that_is_legal() -> None:
+    spec = KernelSpec.parse("bwd_bf16_d64")
+    legal, rng, knobs = set(legal_configs(SPACE, spec)), random.Random(1), SPACE.knobs(spec)
+    drawn = [SPACE.config_type(**{name: rng.choice(values) for name, values in knobs.items()}) for _ in range(20000)]
+    assert {config for config in drawn if SPACE.rejection(spec, config) is None} == legal.intersection(drawn)
+    assert len(legal.intersection(drawn)) > 100
+
+
 def test_names_parse_back() -> None:
     for config in legal_configs(SPACE, D128):
         variant = Variant("sm_90a", D128, config)
