@@ -46,10 +46,10 @@ def test_the_hosts_time_is_hidden_unless_asked_for():
     x = torch.zeros(1 << 20, device=device)
 
     def slow_to_launch():
-        time.sleep(0.005)
+        time.sleep(0.006)  # of which the device may still write its cache full for some
         return x.add_(1)
 
-    hidden = statistics.median(clock.sample(slow_to_launch, 8000.0).ms for _ in range(5))
+    hidden = statistics.median(clock.sample(slow_to_launch, 9000.0).ms for _ in range(5))
     exposed = statistics.median(clock.sample(slow_to_launch, 0.0).ms for _ in range(5))
     assert hidden < 0.5
-    assert exposed > 2  # of the 5 ms, the device still writes its cache full for some
+    assert exposed > 4
