@@ -85,7 +85,7 @@ def check_backward(variant: Variant, loaded: BackwardKernel, w: Workload, device
 
 
 def nasty_workloads(spec: KernelSpec) -> tuple[Workload, ...]:
-    """Small batches of edge lengths: equal, crossed with both alignments, and many of next to nothing."""
+    """Small batches of edge lengths: equal, crossed with both alignments, many of next to nothing, few to many."""
     kind = (spec.head_dim, spec.head_dim_v, spec.causal)
     few = ((1,) * 100 + (300,) + (130,) * 20, (3,) * 100 + (300,) + (258,) * 20)
     return (
@@ -94,6 +94,7 @@ def nasty_workloads(spec: KernelSpec) -> tuple[Workload, ...]:
         Workload("edges, cross, top-left", LENGTHS, LENGTHS[::-1], 2, 1, *kind),
         Workload("many short", *few, 4, 4, *kind, causal_alignment="bottom_right"),
         Workload("few queries", (1, 0, 40, 2), (1500, 10, 700, 0), 6, 2, *kind, causal_alignment="bottom_right"),
+        Workload("few keys", (1500, 10, 700, 0), (300, 0, 40, 2), 2, 1, *kind),
     )
 
 

@@ -29,6 +29,7 @@ LATE_DV_LIMIT = {(1, 2): (176, 176, 200), (2, 1): (208, 218, 232), (3, 1): (138,
 FUSED_REGISTERS = {(1, 1): (56, 256), (1, 2): (24, 192), (2, 1): (24, 232), (3, 1): (24, 144)}
 MOST_AHEAD = 8  # steps
 UNIT_ROWS = 32  # of rows beside the tiles that are copied at a time
+TAIL_TILES = 32  # that may be in pieces (tail_pieces.cuh)
 POLYNOMIALS = (0, 8, 4, 2)
 POLYNOMIAL_COLUMNS = 64  # of the wider head dim: above, products take much longer than exponentials
 Split = Literal["rows", "columns", "transposed", "alternate"]
@@ -56,6 +57,7 @@ class Sm90BackwardConfig(TileConfig):
     late_dk: bool = field(default=False, metadata={"short": "t"})  # dK of a step is multiplied in the next one
     row_warps: int = field(default=4, metadata={"short": "w"})  # for rows beside the tiles: a warpgroup's, or 1
     skip_unseen: bool = field(default=False, metadata={"short": "u"})  # no products of keys that none of a step sees
+    split_tail: bool = field(default=False, metadata={"short": "y"})  # last tiles in pieces, if too few for all SMs
 
     @property
     def warpgroups(self) -> int:
@@ -314,6 +316,13 @@ def dq_adders(config: Sm90BackwardConfig) -> int:
     return 1 if config.dq == "bulk" else config.warpgroups
 
 
+def _claims_type(config: Sm90BackwardConfig) -> str:
+    """What tiles are claimed by (key_tiles.cuh, row_tasks.cuh, tail_pieces.cuh)."""
+    if config.split_tail:
+        return "TailClaims<kBlockM, kBlockN, kTailTiles>"
+    return "TileClaims<kBlockN>" if config.fused else "Claims"
+
+
 _LATE_DK = (
     "late_dk: every warpgroup must have a part of each dQ (block_m 64 a warpgroup, or head_dim above 64 with two of "
     "them), without overlap, late_dq and early_dv"
@@ -338,13 +347,22 @@ def _rows_rejection(fused: bool, claim_ahead: int, row_buffers: int, row_warps: 
     return None
 
 
+def _tail_rejection(fused: bool, split_tail: bool) -> str | None:
+    if split_tail and not fused:
+        return "split_tail: pieces are claimed beside rows: fused must be on"
+    return None
+
+
 def _late_dk_rejection(overlap: bool, late_dq: bool, early_dv: bool, late_dk: bool) -> str | None:
     return _LATE_DK if late_dk and (overlap or late_dq or early_dv) else None
 
 
-def _skip_rejection(block_n: int, late_dk: bool, skip_unseen: bool) -> str | None:
-    if skip_unseen and (block_n == 64 or late_dk):
-        return "skip_unseen: of several math warpgroups one goes on without the others' products; without late_dk"
+def _skip_rejection(block_n: int, late_dq: bool, skip_unseen: bool) -> str | None:
+    if skip_unseen and (block_n == 64 or not late_dq):
+        return (
+            "skip_unseen: of several math warpgroups one goes on without the others' products, and does not meet them "
+            "in each step: late_dq must be on"
+        )
     return None
 
 
@@ -353,7 +371,8 @@ _RULES = (
     Rule(("dq", "fused"), _sums_rejection),
     Rule(("fused", "claim_ahead", "row_buffers", "row_warps"), _rows_rejection),
     Rule(("overlap", "late_dq", "early_dv", "late_dk"), _late_dk_rejection),
-    Rule(("block_n", "late_dk", "skip_unseen"), _skip_rejection),
+    Rule(("block_n", "late_dq", "skip_unseen"), _skip_rejection),
+    Rule(("fused", "split_tail"), _tail_rejection),
 )
 
 
@@ -392,6 +411,7 @@ class Sm90BackwardSpace:
             "row_warps": (4, 1),
             "late_dk": (False, True),
             "skip_unseen": (False, True),
+            "split_tail": (False,) if spec.causal else (False, True),
             "polynomial": (0, 4) if max(spec.head_dim, spec.head_dim_v) <= POLYNOMIAL_COLUMNS else (0,),
         }
 
@@ -421,6 +441,8 @@ class Sm90BackwardSpace:
         two_ds = config.late_dq or config.early_dv or config.kv_stages > 1
         if config.block_m in others and (two_ds or config.dq != "bulk"):
             return "block_m 80: one buffer of dS: dq must be bulk, kv_stages 1, without late_dq and early_dv"
+        if config.split_tail and spec.causal:
+            return "split_tail: with a causal mask the last tiles are short"
         if config.num_stages < 2:
             return f"num_stages must be at least 2, got {config.num_stages}"
         if config.row_warps == 1 and config.warpgroups == 2 and not _loader_has_room(config):
@@ -493,6 +515,8 @@ class Sm90BackwardSpace:
             "producer_registers": producer,
             "consumer_registers": consumer,
             "frees_kv": frees_kv(spec, config),
+            "claims_type": _claims_type(config),
+            "tail_tiles": TAIL_TILES,
             "smem": smem_layout(spec, config),
         }
 
@@ -511,6 +535,7 @@ class Sm90BackwardSpace:
             "first_stores": int(config.dq == "bulk"),  # of a sequence's tiles, so that sums need no zeros
             "fused": int(config.fused),
             "unit_rows": UNIT_ROWS,
+            "tail_tiles": TAIL_TILES if config.split_tail else 0,
         }
 
     def compile_flags(self, spec: KernelSpec, config: TileConfig) -> tuple[str, ...]:

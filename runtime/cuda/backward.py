@@ -54,6 +54,7 @@ class CudaBackwardKernel:
         self._threads, self._smem = launch["num_threads"], launch["smem_bytes"]
         self._causal, self._dq_adders = launch["causal"], launch["dq_adders"]
         self._fused, self._first_stores = bool(launch.get("fused")), bool(launch["first_stores"])
+        self._tail_tiles = launch.get("tail_tiles", 0)
         block_m, block_n, store_rows = self._block_m, self._block_n, launch["store_rows"]
         unit_rows = launch.get("unit_rows", 32)  # kernels of old don't say
         rows = (*(block_m,) * 2, *(block_n,) * 2, *(store_rows,) * 2, *(unit_rows,) * 2)
@@ -217,6 +218,8 @@ class CudaBackwardKernel:
         tiles = max_items * heads_kv
         turn_count = tiles * self._dq_adders if deterministic or self._first_stores else 0
         progress_count = backward_params.progress_ints(tiles) if self._fused else 0
+        others = turn_count + progress_count
+        others += backward_params.tail_words(min(tiles, self._tail_tiles), self._block_n, head_dim, v.shape[2])
         if (most := max(tiles, turn_count, progress_count // 2)) > work_list.MAX_TILES:
             raise UnsupportedError(f"up to {most} tiles of keys and heads; served: {work_list.MAX_TILES}")
         block = bytearray(backward_params.BLOCK_BYTES)
@@ -251,7 +254,7 @@ class CudaBackwardKernel:
         plan = _Plan(
             block=bytes(block),
             movable=tensor_map.address_comes_first(),
-            grid=min(self._slots, tiles),
+            grid=self._slots if self._tail_tiles else min(self._slots, tiles),  # pieces are for CTAs without a tile
             row_ctas=min(self._sms, ctas) if self._fused else ctas,
             max_items=max_items,
             list_ints=offsets + 2 * bit_words,
@@ -259,7 +262,7 @@ class CudaBackwardKernel:
                 *("bwd", self._block_m, self._block_n, self._causal, bottom_right),
                 *(heads, heads_kv, deterministic, total_q, max_items),
             ),
-            scratch_floats=backward_params.scratch_bytes(total_q, heads, head_dim, turn_count + progress_count) // 4,
+            scratch_floats=backward_params.scratch_bytes(total_q, heads, head_dim, others) // 4,
             delta=delta,
             turns=turns if turn_count else None,
             progress=turns + 4 * turn_count if self._fused else None,

@@ -56,8 +56,16 @@ def progress_ints(tiles: int) -> int:
     return 2 * (tiles + 1)
 
 
-def scratch_bytes(total_q: int, heads: int, head_dim: int, counters: int = 0) -> int:
-    """Device memory of one backward beside its inputs, gradients and work list; ``counters``: int32 numbers, one a tile
-    for each that adds to dQ where tiles wait for others, and ``progress_ints`` where a kernel makes all passes.
+def tail_words(tiles: int, block_n: int, head_dim: int, head_dim_v: int) -> int:
+    """4-byte numbers of so many tiles that may be in pieces (templates/cuda/include/tail_pieces.cuh): float32 dK and dV
+    of each and two counters, at multiples of 16 bytes, and what it takes to get to the first.
     """
-    return 4 * (sum_floats(total_q, heads, head_dim) + delta_floats(total_q, heads) + counters)
+    return tiles * (block_n * (head_dim + head_dim_v) + 4) + 3 if tiles else 0
+
+
+def scratch_bytes(total_q: int, heads: int, head_dim: int, others: int = 0) -> int:
+    """Device memory of one backward beside its inputs, gradients and work list; ``others``: 4-byte numbers, one a tile
+    for each that adds to dQ where tiles wait for others, and ``progress_ints`` and ``tail_words`` where a kernel makes
+    all passes.
+    """
+    return 4 * (sum_floats(total_q, heads, head_dim) + delta_floats(total_q, heads) + others)

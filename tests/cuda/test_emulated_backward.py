@@ -61,9 +61,8 @@ CASES: tuple[tuple[str, Sm90BackwardConfig], ...] = (
 # Where a warpgroup's keys may be nobody's.
 SKIPS: tuple[tuple[str, Sm90BackwardConfig], ...] = (
     ("bwd_bf16_d128_causal", config("bulk", late_dq=True, early_dv=False, fused=True, skip_unseen=True)),
-    ("bwd_fp16_d64", config("bulk", block_m=128, early_dv=False, skip_unseen=True)),
-    ("bwd_bf16_d96_causal", config("bulk", block_m=80, early_dv=False, skip_unseen=True)),
-    ("bwd_bf16_d32_causal", config("red", keys=192, kv=2, held="kv", early_dv=False, skip_unseen=True)),
+    ("bwd_fp16_d64", config("bulk", block_m=128, late_dq=True, early_dv=False, skip_unseen=True)),
+    ("bwd_bf16_d32_causal", config("red", keys=192, kv=2, held="kv", late_dq=True, early_dv=False, skip_unseen=True)),
     ("bwd_bf16_d72_dv40_causal", config("bulk", overlap=True, held="v", late_dq=True, skip_unseen=True)),
 )
 LENGTHS = (0, 1, 63, 0, 65, 129)
@@ -286,6 +285,44 @@ def test_slices_of_fewer_tiles_than_processors() -> None:
     for seed in range(8):
         with loaded(built(name, tile), processors=8) as kernel:
             gradient_checks.assert_right(kernel, w, seed, with_dlse=False)
+
+
+# The last tiles in pieces: early and late dQ, blocks of 128 queries, products left out, both ways to work on rows.
+TAILS = tuple(
+    (name, replace(tile, early_dv=False, fused=True, split_tail=True))
+    for name, tile in (
+        ("bwd_bf16_d32", config("bulk", late_dq=True, skip_unseen=True)),
+        ("bwd_bf16_d64", config("bulk", block_m=128, claim_ahead=2)),
+        ("bwd_fp16_d40_dv24", config("bulk", keys=64, ctas=2, kv=2)),
+        ("bwd_bf16_d96", config("bulk", held="kv", late_dq=True, row_warps=1)),
+    )
+)
+
+
+@pytest.mark.parametrize("case", TAILS, ids=lambda case: case[1].name)
+@pytest.mark.parametrize(
+    ("processors", "queries", "keys", "heads"),
+    [
+        (8, (1100,), (300,), (1, 1)),  # all tiles but the first
+        (7, (1100,), (100,), (2, 1)),  # of all keys
+        (4, (700, 20, 0, 600), (200, 500, 30, 260), (2, 2)),
+        (3, (1500,), (500,), (1, 1)),
+    ],
+)
+def test_last_tiles_in_pieces(
+    case: tuple[str, Sm90BackwardConfig],
+    processors: int,
+    queries: tuple[int, ...],
+    keys: tuple[int, ...],
+    heads: tuple[int, int],
+) -> None:
+    with loaded(built(*case), processors) as kernel:
+        gradient_checks.assert_right(kernel, workload(case[0], queries, keys, heads), launches=2)
+
+
+def test_no_pieces_where_additions_have_an_order(deterministic: None) -> None:
+    with loaded(built(*TAILS[0]), processors=8) as kernel:
+        gradient_checks.assert_right(kernel, workload(TAILS[0][0], (1100,), (300,), (1, 1)), with_dlse=False)
 
 
 # Tiles claimed some blocks of queries early, more than most tiles have; four buffers of rows.

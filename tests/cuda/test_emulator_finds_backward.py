@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import gradient_checks
 import pytest
 import torch
 from emulator import kernels
-from emulator.backward_checks import assert_right
+from emulator.backward_checks import loaded
 from emulator.driver import EmulatorError
 
 from jagtile.generator.spaces.sm90_backward import Sm90BackwardConfig
@@ -21,6 +22,7 @@ FUSED = Sm90BackwardConfig(64, 64, 2, 1, "bulk", False, 1, "none", True, early_d
 LATE_DK = Sm90BackwardConfig(64, 64, 2, 1, "bulk", False, 1, "none", False, early_dv=False, late_dk=True)
 ROW_WARP = replace(FUSED, row_warps=1)
 SKIPS = Sm90BackwardConfig(64, 128, 2, 1, "bulk", False, 1, "none", True, early_dv=False, skip_unseen=True)
+TAIL = replace(FUSED, split_tail=True)
 LENGTHS = (300, 40, 0, 200)
 MISTAKES: dict[str, tuple[str, str, str]] = {
     "the first tile adds to sums that nobody has zeroed": (
@@ -114,6 +116,39 @@ SKIPS_MISTAKES: dict[str, tuple[str, str, str]] = {
         "race on|wrong|without fence",
     ),
 }
+TAIL_MISTAKES: dict[str, tuple[str, str, str]] = {
+    "sums of pieces are used as they were": (
+        "  zero_tail_sums<Tail, kTailTiles, kRowThreads>(p);\n",
+        "",
+        "livelock|race on|^wrong$",
+    ),
+    "sums are read before all pieces are there": (
+        "is_last = atomicAdd(&sums.multiplied, 1) == piece.pieces - 1;",
+        "is_last = atomicAdd(&sums.multiplied, 1) == piece.pieces - 2;",
+        "race on|^wrong$",
+    ),
+    "a piece is counted before all of its sums are there": (
+        "  named_barrier_sync(barrier, kThreads);\n  if (thread == 0) {\n    __threadfence();",
+        "  if (thread == 0) {\n    __threadfence();",
+        "race on|^wrong$",
+    ),
+    "a tile's additions are complete with its first piece's": (
+        "== piece.pieces - 1;\n  __threadfence();\n  return last;",
+        "== 0;\n  __threadfence();\n  return last;",
+        "race on|^wrong$",
+    ),
+    "a piece waits for steps of the piece before": (
+        "control.turns.added = control.turns.passed = TailPiece::of(item).blocks_before * p.gqa_ratio;",
+        "control.turns.added = control.turns.passed = 0;",
+        "race on",
+    ),
+    "a tile that others follow is in pieces": (
+        "is_followed = item.row == 0 && item.k_length > kBlockN",
+        "is_followed = false",
+        "race on|^wrong$|waits",
+    ),
+    "a block of queries is in two pieces": ("first + 1) * kBlockM;", "first + 2) * kBlockM;", "^wrong$|race on|waits"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -130,9 +165,13 @@ def outcome(mistake: tuple[str, str] | None, tile: Sm90BackwardConfig = FUSED) -
     """What the emulator reports of two launches; None, if nothing; "wrong", if nothing but the numbers are."""
     change = kernels.substitution(*mistake) if mistake is not None else None
     spec = replace(SPEC, causal=tile.skip_unseen)
-    w = Workload("some", LENGTHS, LENGTHS, 2, 1, spec.head_dim, spec.head_dim_v, spec.causal)
+    queries, processors = ((1100,), 8) if tile.split_tail else (LENGTHS, 2)
+    keys = (150,) if tile.split_tail else LENGTHS
+    w = Workload("some", queries, keys, 2, 1, spec.head_dim, spec.head_dim_v, spec.causal)
     try:
-        assert_right(kernels.artifact(Variant("sm_90a", spec, tile), change), w, launches=2)
+        artifact = kernels.artifact(Variant("sm_90a", spec, tile), change)
+        with loaded(artifact, processors) as kernel:
+            gradient_checks.assert_right(kernel, w, launches=2)
     except EmulatorError as error:
         return str(error)
     except AssertionError:
@@ -141,7 +180,7 @@ def outcome(mistake: tuple[str, str] | None, tile: Sm90BackwardConfig = FUSED) -
 
 
 def test_nothing_is_found_in_the_kernel_as_it_is() -> None:
-    assert [outcome(None, tile) for tile in (FUSED, LATE_DK, ROW_WARP, SKIPS) for _ in range(4)] == [None] * 16
+    assert [outcome(None, tile) for tile in (FUSED, LATE_DK, ROW_WARP, SKIPS, TAIL) for _ in range(4)] == [None] * 20
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -172,5 +211,13 @@ def test_it_is_found_where_one_warp_works_on_rows(mistake: str) -> None:
 def test_it_is_found_where_products_are_left_out(mistake: str) -> None:
     old, new, report = SKIPS_MISTAKES[mistake]
     found = outcome((old, new), SKIPS)
+    assert found is not None
+    assert re.search(report, found, re.DOTALL), found
+
+
+@pytest.mark.parametrize("mistake", TAIL_MISTAKES)
+def test_it_is_found_where_tiles_are_in_pieces(mistake: str) -> None:
+    old, new, report = TAIL_MISTAKES[mistake]
+    found = outcome((old, new), TAIL)
     assert found is not None
     assert re.search(report, found, re.DOTALL), found

@@ -119,7 +119,12 @@ def test_work_list_bytes(max_items: int, extra_ints: int, expected: int) -> None
 def test_scratch_of_a_backward_is_dq_in_float32_and_delta() -> None:
     total_q, heads, dim = 1000, 4, 96
     assert backward_params.scratch_bytes(total_q, heads, dim) == 4 * total_q * heads * (dim + 1)
-    assert backward_params.scratch_bytes(total_q, heads, dim, counters=60) == 4 * total_q * heads * (dim + 1) + 4 * 60
+    assert backward_params.scratch_bytes(total_q, heads, dim, others=60) == 4 * total_q * heads * (dim + 1) + 4 * 60
+
+
+def test_tiles_in_pieces_have_sums_and_two_counters_each() -> None:
+    assert backward_params.tail_words(0, 128, 64, 64) == 0
+    assert backward_params.tail_words(5, 128, 96, 40) == 3 + 5 * (128 * (96 + 40) + 4)
 
 
 def test_builders_are_launched_as_they_were_compiled() -> None:

@@ -31,6 +31,16 @@ struct Progress {
   __device__ __forceinline__ Pair& pair(int number) { return reinterpret_cast<Pair*>(this + 1)[number]; }
 };
 
+// Claims of whole tiles; TailClaims (tail_pieces.cuh) are of pieces too.
+template <int kBlockN>
+struct TileClaims : Claims {
+  __device__ __forceinline__ int count() const { return tiles; }
+  __device__ __forceinline__ bool claim(Tile& tile, int index) const {
+    claim_key_tile<kBlockN>(tile, *this, index);
+    return true;
+  }
+};
+
 // Rows that are in no unit yet, those of every head that shares the kv head: all heads of a block of tokens before the next.
 struct alignas(16) RowSlice {
   int row, end;  // within the sequence
@@ -133,19 +143,22 @@ struct RowTasks {
   __device__ __forceinline__ bool pass_tile(const BackwardParams& p, Control& control) {
     constexpr int kSlots = sizeof(control.tiles) / sizeof(Tile);
     if (!is_tile_due(control)) return false;
-    const Claims& claims = control.claims;
+    auto& claims = control.claims;
     const auto at = RingPosition<kSlots>::after(begun);
     Tile& next = control.tiles[at.slot];
     if (claimed == kNone) {
       if (!control.tile.is_empty(at)) return false;
       claimed = atomicAdd(&claims.list->next_tile, 1);
-      if (claimed >= claims.tiles) {
+      if (claimed >= claims.count()) {
         no_tiles = true;
         next.head = -1;
         control.tile.arrive_full(at);
         return false;
       }
-      claim_key_tile<kBlockN>(next, claims, claimed);
+      if (!claims.claim(next, claimed)) {
+        claimed = kNone;
+        return false;
+      }
     }
     const int pair = pair_number(p, next.item, next.head);
     if (load_acquire(&progress->pair(pair).prepared) < Units::kWarps * pair_tiles(claims, next.item)) return true;
@@ -229,9 +242,7 @@ __device__ __forceinline__ void work_on_rows(const BackwardParams& p, Control& c
     }
     __syncwarp();
     if (lane_here() == 0 && unit.ends >= 0) control.rows.tell_prepared(unit.ends, 1);
-    if (kAlone || lane_here() == 0) {
-      control.row_units.arrive_empty(RingPosition<Units::kBuffers>::after(computed_here(units)));
-    }
+    control.row_units.arrive_empty(RingPosition<Units::kBuffers>::after(computed_here(units)));
     if constexpr (kAlone) {
       __syncwarp();
       if (lane_here() == 0) ++control.rows.worked;

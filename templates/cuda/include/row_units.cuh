@@ -24,7 +24,7 @@ struct RowUnits {
   static constexpr int kBytes = kBufferBytes;
   static constexpr int kBuffers = kCount;
   static constexpr int kWarps = kWorkers;
-  static constexpr int kReaders = kWarps == 1 ? 32 : kWarps;  // that hand a unit back: all lanes, or one of each warp
+  static constexpr int kReaders = 32 * kWarps;  // that hand a unit back: every lane for itself
   static constexpr int kRows = 8;            // of a warp, at a time
   static constexpr int kTokens = kUnitRows;  // of a unit, at most: a box of the maps
   static_assert(kWarps == 1 || kWarps * kRows == kTokens);

@@ -92,7 +92,7 @@ using Rows = RowTasks<kBlockN, Units>;
 
 struct Control {
   Tile tiles[kTileSlots];
-  Claims claims;
+  TileClaims<kBlockN> claims;
   Rows rows;
   RingBarriers<kTileSlots> tile;
   RingBarriers<Units::kBuffers> row_units;
