@@ -28,10 +28,10 @@ from jagtile.runtime.device import device_id, resolved
 from jagtile.runtime.dispatch import choose, choose_for_regime
 from jagtile.runtime.kernel import Kernel
 from jagtile.runtime.loader import kernel_for
-from jagtile.runtime.problem import HUGE_MEAN, LONG_MEAN, SHORT_MEAN, TINY_MEAN, TINY_MEAN_OF_PANELS, regimes_for
+from jagtile.runtime.problem import HUGE_MEAN, LONG_MEAN, MEANS, regimes_for
 from jagtile.tuning_db.store import Database
 
-_BORDERS = (TINY_MEAN, TINY_MEAN_OF_PANELS, SHORT_MEAN, LONG_MEAN, HUGE_MEAN)
+_BORDERS = (*(mean for means in MEANS for mean in means), LONG_MEAN, HUGE_MEAN)
 HIDDEN_US = 300.0  # more than the host takes to enqueue a call
 
 
@@ -126,13 +126,14 @@ def main() -> None:
         w = batch_of(mean, options.tokens, options.heads, options.head_dim, options.causal)
         taken = choose(replace(w.problem(options.dtype), spec=spec), device_id(device), Database())
         times = measure(w, kernels, clock, device, options.samples)
-        rows.append((w, taken.variant, times))
+        rows.append((w, taken.variant, dict(times)))
         best = min(times, key=times.__getitem__)
         loss = times[taken.variant] / times[best]
         worst = max(worst, loss)
-        better = f"  best {best.config.name}" if best != taken.variant else ""
-        name, ms = taken.variant.config.name, times[taken.variant]
-        print(f"mean {mean:5}  {taken.regime:7} {name:36}{ms:9.4f} ms  loss {loss:5.3f}{better}", flush=True)
+        name, ms = taken.variant.config.name, times.pop(taken.variant)
+        other = min(times, key=times.__getitem__, default=taken.variant)
+        beside = f"  {other.config.name} {times.get(other, ms) / ms:.3f}"  # the fastest other, over what is taken
+        print(f"mean {mean:5}  {taken.regime:7} {name:36}{ms:9.4f} ms  loss {loss:5.3f}{beside}", flush=True)
     print(f"{spec.name}: largest loss {worst:.3f} over {len(rows)} lengths")
     if options.output is not None:
         title = f"{spec.name}, {options.tokens} tokens, {options.heads} heads, {device_id(device).slug}"

@@ -11,7 +11,7 @@ from jagtile.generator.spec import Direction
 from jagtile.runtime.checks import check_offsets_on_host
 from jagtile.runtime.dropout import dropout_of
 from jagtile.runtime.layouts import Layout, Sizes, layout_of_backward, sizes_of
-from jagtile.runtime.problem import counted_rows, regime_index, tiny_mean
+from jagtile.runtime.problem import counted_rows, regime_index, short_means
 from jagtile.runtime.routes import BACKWARD_ROUTES, ROUTES, Route, resolve, resolve_backward
 
 
@@ -29,9 +29,9 @@ def route_of(
     batch, total_q, heads, head_dim, total_k, heads_kv, head_dim_v = sizes
     on_gpu = device_index >= 0
     rows = counted_rows(direction, total_q * heads, on_gpu)
-    tiny = tiny_mean(direction, head_dim, head_dim_v, on_gpu)
+    means = short_means(direction, head_dim, head_dim_v, is_causal, on_gpu)
     hints = (max_seqlen_q or 0, max_seqlen_k or 0)
-    regime = regime_index(batch, total_q, total_k, *hints, heads // heads_kv, rows, tiny)
+    regime = regime_index(batch, total_q, total_k, *hints, heads // heads_kv, rows, *means)
     return dtype, head_dim, head_dim_v, is_causal, device_index, regime, dropout
 
 

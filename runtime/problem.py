@@ -30,8 +30,20 @@ DTYPE_NAMES: dict[torch.dtype, DType] = {torch.float32: "fp32", torch.bfloat16: 
 # Regime borders, in tokens of mean length; max_seqlen, where the caller gave it, counts an eighth, so that a batch with
 # a few very long sequences is treated by those, which hold most of its work.
 TINY_MEAN = 18
-TINY_MEAN_OF_PANELS = 24  # of a GPU's backward where a head dim takes two panels of 64 columns
 SHORT_MEAN = 96
+# The same two on a GPU where others were measured, by direction, a class of head dims and causal setting.
+_MEANS: dict[tuple[Direction, int, bool], tuple[int, int]] = {
+    ("fwd", 64, False): (22, 128),
+    ("fwd", 64, True): (24, 128),
+    ("fwd", 128, False): (28, 96),
+    ("fwd", 128, True): (28, 96),
+    ("bwd", 64, True): (20, 256),
+    ("bwd", 96, False): (24, 96),
+    ("bwd", 96, True): (24, 96),
+    ("bwd", 128, False): (24, 96),
+    ("bwd", 128, True): (28, 96),
+}
+MEANS = (TINY_MEAN, SHORT_MEAN), *_MEANS.values()  # all there are
 GROUP = 4  # query heads a kv head from which on nothing is tiny: packed, few tokens fill a tile
 SHORT_MEAN_OF_GROUPS = 128
 LONG_MEAN = 1024
@@ -88,7 +100,7 @@ def look_up(problem: Problem, device: str = "cuda") -> LookUp:
             problem.max_seqlen_k or 0,
             problem.heads // problem.heads_kv,
             counted_rows(direction, problem.rows, on_gpu),
-            tiny_mean(direction, problem.spec.head_dim, problem.spec.head_dim_v, on_gpu),
+            *short_means(direction, problem.spec.head_dim, problem.spec.head_dim_v, problem.spec.causal, on_gpu),
         )
     ]
 
@@ -98,10 +110,11 @@ def counted_rows(direction: Direction, rows: int, on_gpu: bool) -> int:
     return 0 if not on_gpu else FEW_ROWS if direction == "bwd" else rows
 
 
-def tiny_mean(direction: Direction, head_dim: int, head_dim_v: int, on_gpu: bool) -> int:
-    """The longest mean that is tiny."""
+def short_means(direction: Direction, head_dim: int, head_dim_v: int, is_causal: bool, on_gpu: bool) -> tuple[int, int]:
+    """The longest mean that is tiny, and the longest that is short."""
     widest = head_dim if head_dim > head_dim_v else head_dim_v
-    return TINY_MEAN_OF_PANELS if on_gpu and direction == "bwd" and 64 < widest <= 128 else TINY_MEAN
+    columns = 64 if widest <= 64 else 96 if widest <= 96 else 128 if widest <= 128 else 0
+    return (on_gpu and _MEANS.get((direction, columns, is_causal))) or (TINY_MEAN, SHORT_MEAN)
 
 
 def regime(problem: Problem, device: str = "cuda") -> str:
@@ -118,16 +131,19 @@ def regime_index(
     group: int = 1,
     rows: int = 0,
     tiny_mean: int = TINY_MEAN,
+    short_mean: int = SHORT_MEAN,
 ) -> int:
     """Index into ``LOOK_UPS``; max_seqlen 0 means unknown. Total, and monotone: longer never gives a shorter regime.
 
-    tiny: both mean lengths up to ``tiny_mean``; short: up to 96. With a ``group`` of 4 or more query heads a kv head,
-    which the short regime packs into tiles, all up to 128 is short. Then, where queries and keys differ by more than a
-    factor of two, decode (up to 16 queries a sequence against more keys) or cross. Otherwise medium below a mean of
-    1024, long from there on, huge from 2048 on; of these, from a mean of 512 on, few with less than ``FEW_ROWS`` rows.
+    tiny: both mean lengths up to ``tiny_mean``; short: up to ``short_mean``. With a ``group`` of 4 or more query heads
+    a kv head, which the short regime packs into tiles, all up to 128 at least is short. Then, where queries and keys
+    differ by more than a factor of two, decode (up to 16 queries a sequence against more keys) or cross. Otherwise
+    medium below a mean of 1024, long from there on, huge from 2048 on; of these, from a mean of 512 on, few with less
+    than ``FEW_ROWS`` rows.
     ``rows`` 0: never few or huge.
     """
-    short_mean = SHORT_MEAN if group < GROUP else SHORT_MEAN_OF_GROUPS
+    if group >= GROUP and short_mean < SHORT_MEAN_OF_GROUPS:
+        short_mean = SHORT_MEAN_OF_GROUPS
     total = total_q if total_q > total_k else total_k
     longest = max_seqlen_q if max_seqlen_q > max_seqlen_k else max_seqlen_k
     if total <= short_mean * batch and longest <= short_mean * MAX_SHARE:

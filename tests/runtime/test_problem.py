@@ -76,25 +76,30 @@ def test_a_border_belongs_to_the_shorter_side(border, names):
 def test_groups_of_heads_are_short_for_longer():
     groups = [REGIMES[regime_index(10, 1200, 1200, group=group)] for group in (1, 3, 4, 8)]
     assert groups == ["medium", "medium", "short", "short"]
-    packed = Problem(SPEC, 475, 475 * 109, 475 * 109, 32, 4, 109, 109)
+    packed = Problem(KernelSpec.parse("fwd_bf16_d128"), 475, 475 * 109, 475 * 109, 32, 4, 109, 109)
     assert (regime(packed), regime(replace(packed, heads_kv=32))) == ("short", "medium")
 
 
-def test_what_was_measured_at_lengths_near_the_borders_is_heeded():
-    """On an H100 the short regime's configs led at means of 23 and 64, the medium one's at 120."""
-    of_mean = {mean: REGIMES[regime_index(100, 100 * mean, 100 * mean)] for mean in (16, 23, 64, 120)}
-    assert of_mean == {16: "tiny", 23: "short", 64: "short", 120: "medium"}
-
-
-def test_more_is_tiny_where_a_backward_on_a_gpu_has_two_panels_of_columns():
-    """On an H200 packed tiles led at 23 at D 128, and lost there at D 64."""
-    names = ("fwd_bf16_d128", "bwd_bf16_d64", "bwd_bf16_d128", "bwd_bf16_d64_dv72", "bwd_bf16_d192")
-    problems = {name: Problem(KernelSpec.parse(name), 100, 2300, 2300, 8, 8) for name in names}
-    on_gpu = {name: regime(problem) for name, problem in problems.items()}
-    assert on_gpu == {name: "tiny" if name in ("bwd_bf16_d128", "bwd_bf16_d64_dv72") else "short" for name in names}
-    assert {regime(problem, "cpu") for problem in problems.values()} == {"short"}
-    longer = replace(problems["bwd_bf16_d128"], total_q=2401)
-    assert (regime(longer), regime(replace(longer, total_q=2400, total_k=2400))) == ("short", "tiny")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("fwd_bf16_d64", {19: "tiny", 23: "short", 102: "short", 128: "short", 181: "medium"}),
+        ("fwd_bf16_d128", {19: "tiny", 25: "tiny", 32: "short", 90: "short", 102: "medium"}),
+        ("fwd_bf16_d192", {18: "tiny", 19: "short", 96: "short", 97: "medium"}),
+        ("bwd_bf16_d64", {18: "tiny", 23: "short", 96: "short", 102: "medium"}),
+        ("bwd_bf16_d64_dv72", {23: "tiny", 25: "short", 96: "short", 102: "medium"}),
+        ("fwd_bf16_d64_causal", {23: "tiny", 25: "short", 128: "short", 181: "medium"}),
+        ("fwd_bf16_d96", {18: "tiny", 19: "short", 96: "short", 102: "medium"}),
+        ("bwd_bf16_d64_causal", {19: "tiny", 23: "short", 256: "short", 362: "medium"}),
+        ("bwd_bf16_d128_causal", {26: "tiny", 30: "short", 96: "short", 102: "medium"}),
+    ],
+)
+def test_what_was_measured_at_lengths_near_the_borders_is_heeded(name, expected):
+    """Whatever the direction and the head dims, by what led on a GPU; not on a CPU."""
+    problems = {mean: Problem(KernelSpec.parse(name), 100, 100 * mean, 100 * mean, 8, 8) for mean in expected}
+    assert {mean: regime(problem) for mean, problem in problems.items()} == expected
+    on_cpu = {mean: "tiny" if mean <= 18 else "short" if mean <= 96 else "medium" for mean in expected}
+    assert {mean: regime(problem, "cpu") for mean, problem in problems.items()} == on_cpu
 
 
 def test_a_few_very_long_sequences_are_seen_through_max_seqlen():
