@@ -64,7 +64,9 @@ class Sm90ForwardConfig(TileConfig):
     block_m: int = field(metadata={"short": "m"})  # query rows a CTA: 64 a math warpgroup
     block_n: int = field(metadata={"short": "n"})  # keys a step
     num_stages: int = field(metadata={"short": "s"})  # K and V buffers each
-    q_stages: int = field(metadata={"short": "q"})  # Q buffers a warpgroup; with 2 its epilogue overlaps the next tile
+    q_stages: int = field(
+        metadata={"short": "q"}
+    )  # Q buffers a warpgroup: from 2 on its epilogue overlaps the next tile
     ctas_per_sm: int = field(metadata={"short": "c"})
     epilogue: str = field(default="staged", metadata={"short": "e"})  # one of EPILOGUES
     tensor_sums: bool = field(default=False, metadata={"short": "t"})  # rows summed up by products, if no lse is wanted
@@ -205,7 +207,7 @@ class Sm90ForwardSpace:
             "block_m": (128, 192, 64, 256),
             "block_n": (128, 112, 96, 80, 64, 48, 32, 144, 160, 176, 192, 208, 224, 240, 256),
             "num_stages": (2, 3, 4),
-            "q_stages": (1, 2),
+            "q_stages": (1, 2, 3),
             "ctas_per_sm": (1, 2, 3, 4),
             "epilogue": EPILOGUES,
             "tensor_sums": (False, True) if _tensor_sums_rejection(spec) is None else (False,),
@@ -224,8 +226,10 @@ class Sm90ForwardSpace:
             return f"block_n must be a multiple of 16 from 16 to 256, as wgmma's shapes are, got {config.block_n}"
         if groups not in register_split(spec):
             return f"{config.ctas_per_sm} CTAs an SM with block_m {config.block_m} need more than 64K registers"
-        if config.num_stages < 2 or config.q_stages not in (1, 2):
-            return f"num_stages must be at least 2 and q_stages 1 or 2, got {config.num_stages} and {config.q_stages}"
+        if config.num_stages < 2 or config.q_stages not in (1, 2, 3):
+            return f"num_stages must be at least 2 and q_stages 1 to 3, got {config.num_stages} and {config.q_stages}"
+        if config.q_stages > 2 and (config.warpgroups > 1 or by_rows(spec)):
+            return "q_stages 3: one math warpgroup (block_m 64), and rows that TMA can address"
         if config.epilogue not in EPILOGUES:
             return f"epilogue must be one of {', '.join(EPILOGUES)}, got {config.epilogue!r}"
         if config.epilogue != "staged" and by_rows(spec):
@@ -285,6 +289,7 @@ class Sm90ForwardSpace:
             "panels_v": panels_v,
             "q_panels": q_panels(spec),
             "q_buffers": q_buffers(spec, config),
+            "tile_slots": max(2, config.q_stages),
             "steps_qk": -(-spec.head_dim // 16),
             "out_columns": out_columns(spec),
             "headroom": HEADROOM[spec.dtype],

@@ -131,6 +131,19 @@ def test_pieces_of_the_same_rows_are_added_up_whichever_warpgroups_took_them() -
     assert_right(ALTERNATING, w, w.make("cpu", "bf16", 12), launches=2)
 
 
+@pytest.mark.parametrize(
+    "name", ["fwd_bf16_d64/split_m64_n32_s2_q3_c4_t1", "fwd_fp16_d72_dv40_causal/split_m64_n48_s2_q3_c1"]
+)
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_two_tiles_of_rows_ahead(name: str, ratio: int) -> None:
+    w = workload(
+        name, (1, 0, 3, 200, 0, 70, 1, 9, 64, 65), (1500, 300, 0, 65, 0, 130, 2, 30, 64, 1), ratio=ratio, heads_kv=2
+    )
+    b = w.make("cpu", built(name).meta.spec.split("_")[1], ratio)  # type: ignore[arg-type]
+    for processors in (1, 3):
+        assert_right(name, w, b, processors=processors, launches=2)
+
+
 def test_heads_side_by_side_sequence_by_sequence() -> None:
     """Causal sequences of two blocks of rows."""
     w = workload(ONE_GROUP, (100,) * 12, (100,) * 12, ratio=1, heads_kv=3)
