@@ -1,6 +1,6 @@
 """What dispatch picks along the mean length of a batch, beside the best of what it picks anywhere else.
 
-    PYTHONPATH=.pkg python benchmarks/borders.py [--head-dim 64] [--causal] [--backward] [-o docs/borders.svg]
+    PYTHONPATH=.pkg python benchmarks/borders.py [--head-dim 64] [--causal] [--backward] [-o FILE.svg]
 
 Batches of --tokens tokens and uniformly drawn lengths, their mean from --shortest to --longest in half octaves and
 close to each border between regimes. On every batch the variants of all regimes are timed, interleaved, with a cold
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,18 +29,27 @@ from jagtile.runtime.device import device_id, resolved
 from jagtile.runtime.dispatch import choose, choose_for_regime
 from jagtile.runtime.kernel import Kernel
 from jagtile.runtime.loader import kernel_for
-from jagtile.runtime.problem import HUGE_MEAN, LONG_MEAN, MEANS, regimes_for
+from jagtile.runtime.problem import HUGE_MEAN, LONG_MEAN, regimes_for, short_means
 from jagtile.tuning_db.store import Database
 
-_BORDERS = (*(mean for means in MEANS for mean in means), LONG_MEAN, HUGE_MEAN)
 HIDDEN_US = 300.0  # more than the host takes to enqueue a call
 
 
-def means(shortest: int, longest: int) -> list[int]:
+def borders(spec: KernelSpec, device: torch.device) -> tuple[int, ...]:
+    """Of the regimes of a spec, in tokens of mean length."""
+    on_gpu = device.type == "cuda"
+    return (
+        *short_means(spec.direction, spec.head_dim, spec.head_dim_v, spec.causal, on_gpu),
+        LONG_MEAN,
+        *((HUGE_MEAN,) if on_gpu else ()),
+    )
+
+
+def means(shortest: int, longest: int, borders: Iterable[int]) -> list[int]:
     """Mean lengths: half octaves, and 6 % to either side of each border."""
     octaves = {round(2 ** (step / 2)) for step in range(2, 33)}
-    borders = {round(border * side) for border in _BORDERS for side in (0.94, 1.06)}
-    return sorted(mean for mean in octaves | borders if shortest <= mean <= longest)
+    sides = {round(border * side) for border in borders for side in (0.94, 1.06)}
+    return sorted(mean for mean in octaves | sides if shortest <= mean <= longest)
 
 
 def batch_of(mean: int, tokens: int, heads: int, head_dim: int, is_causal: bool) -> Workload:
@@ -77,7 +87,9 @@ def measure(
     return {variant: statistics.median(found) for variant, found in times.items()}
 
 
-def draw(rows: list[tuple[Workload, Variant, dict[Variant, float]]], title: str, path: Path) -> None:
+def draw(
+    rows: list[tuple[Workload, Variant, dict[Variant, float]]], borders: Iterable[int], title: str, path: Path
+) -> None:
     """TFLOP/s of each variant over the mean length; a ring around what dispatch takes."""
     import matplotlib
 
@@ -91,7 +103,7 @@ def draw(rows: list[tuple[Workload, Variant, dict[Variant, float]]], title: str,
         axes.plot(places, speeds, marker=".", label=variant.config.name)
     taken = [w.flops_of(variant.spec.direction) / times[variant] / 1e9 for w, variant, times in rows]
     axes.plot(places, taken, "o", fillstyle="none", color="black", label="dispatch")
-    for border in _BORDERS:
+    for border in borders:
         axes.axvline(border, color="grey", linewidth=0.5)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("mean length, tokens")
@@ -122,7 +134,7 @@ def main() -> None:
     spec = KernelSpec(direction, options.dtype, options.head_dim, options.head_dim, options.causal)
     kernels = {variant: kernel_for(variant, device) for variant in variants(spec, device)}
     clock, worst, rows = ColdClock(device), 1.0, []
-    for mean in means(options.shortest, options.longest):
+    for mean in means(options.shortest, options.longest, borders(spec, device)):
         w = batch_of(mean, options.tokens, options.heads, options.head_dim, options.causal)
         taken = choose(replace(w.problem(options.dtype), spec=spec), device_id(device), Database())
         times = measure(w, kernels, clock, device, options.samples)
@@ -132,12 +144,12 @@ def main() -> None:
         worst = max(worst, loss)
         name, ms = taken.variant.config.name, times.pop(taken.variant)
         other = min(times, key=times.__getitem__, default=taken.variant)
-        beside = f"  {other.config.name} {times.get(other, ms) / ms:.3f}"  # the fastest other, over what is taken
+        beside = f"  next {other.config.name} {times[other] / ms:.3f}" if times else ""  # over what is taken
         print(f"mean {mean:5}  {taken.regime:7} {name:36}{ms:9.4f} ms  loss {loss:5.3f}{beside}", flush=True)
     print(f"{spec.name}: largest loss {worst:.3f} over {len(rows)} lengths")
     if options.output is not None:
         title = f"{spec.name}, {options.tokens} tokens, {options.heads} heads, {device_id(device).slug}"
-        draw(rows, title, options.output)
+        draw(rows, borders(spec, device), title, options.output)
     raise SystemExit(worst > options.most)
 
 

@@ -43,7 +43,6 @@ _MEANS: dict[tuple[Direction, int, bool], tuple[int, int]] = {
     ("bwd", 128, False): (24, 96),
     ("bwd", 128, True): (28, 96),
 }
-MEANS = (TINY_MEAN, SHORT_MEAN), *_MEANS.values()  # all there are
 GROUP = 4  # query heads a kv head from which on nothing is tiny: packed, few tokens fill a tile
 SHORT_MEAN_OF_GROUPS = 128
 LONG_MEAN = 1024

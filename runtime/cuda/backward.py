@@ -93,7 +93,8 @@ class CudaBackwardKernel:
     ) -> None:
         """Launch on the current stream of the tensors' device (see BackwardKernel).
 
-        Additions to dQ have a fixed order where ``torch.are_deterministic_algorithms_enabled()``.
+        Where ``torch.are_deterministic_algorithms_enabled()`` additions to dQ have a fixed order, and dK and dV are not
+        added up of pieces.
         """
         if q.shape[0] == 0 or v.shape[0] == 0:
             for grad in (dq, dk, dv):
@@ -218,8 +219,9 @@ class CudaBackwardKernel:
         tiles = max_items * heads_kv
         turn_count = tiles * self._dq_adders if deterministic or self._first_stores else 0
         progress_count = backward_params.progress_ints(tiles) if self._fused else 0
+        tail_tiles = 0 if deterministic else min(tiles, self._tail_tiles)  # that may be in pieces
         others = turn_count + progress_count
-        others += backward_params.tail_words(min(tiles, self._tail_tiles), self._block_n, head_dim, v.shape[2])
+        others += backward_params.tail_words(tail_tiles, self._block_n, head_dim, v.shape[2])
         if (most := max(tiles, turn_count, progress_count // 2)) > work_list.MAX_TILES:
             raise UnsupportedError(f"up to {most} tiles of keys and heads; served: {work_list.MAX_TILES}")
         block = bytearray(backward_params.BLOCK_BYTES)
@@ -254,8 +256,8 @@ class CudaBackwardKernel:
         plan = _Plan(
             block=bytes(block),
             movable=tensor_map.address_comes_first(),
-            grid=self._slots if self._tail_tiles else min(self._slots, tiles),  # pieces are for CTAs without a tile
-            row_ctas=min(self._sms, ctas) if self._fused else ctas,
+            grid=self._slots if tail_tiles else min(self._slots, tiles),  # pieces are for CTAs without a tile
+            row_ctas=self._sms if tail_tiles else min(self._sms, ctas) if self._fused else ctas,
             max_items=max_items,
             list_ints=offsets + 2 * bit_words,
             list_key=(

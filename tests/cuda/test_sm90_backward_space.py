@@ -111,6 +111,13 @@ def test_an_illegal_tile_is_refused_with_its_arithmetic(change: dict[str, int], 
         render(Variant("sm_90a", D128, config))
 
 
+def test_no_pieces_with_a_causal_mask() -> None:
+    tile = replace(SPACE.default(D128), split_tail=True)
+    assert SPACE.rejection(D128, tile) is None
+    assert "last tiles are short" in (SPACE.rejection(replace(D128, causal=True), tile) or "")
+    assert SPACE.knobs(replace(D128, causal=True))["split_tail"] == (False,)
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

@@ -107,7 +107,7 @@ def nested(b: JaggedBatch, is_causal: bool = False) -> Train:
 @pytest.mark.parametrize("trains", [packed, nested])
 def test_it_gives_what_python_gives(batch, trains, is_causal):
     train = trains(batch, is_causal=is_causal)
-    torch.use_deterministic_algorithms(True)  # dQ is added up in a fixed order
+    torch.use_deterministic_algorithms(True)  # gradients are added up in a fixed order
     try:
         with without_host():
             expected = train()

@@ -199,6 +199,7 @@ IN_ORDER = (
     ("bwd_bf16_d128", {"dq": "red", "fused": False}),
     ("bwd_bf16_d128_causal", {}),
     ("bwd_bf16_d128_causal", {"claim_ahead": 5}),
+    ("bwd_bf16_d128", {"split_tail": True}),
     ("bwd_bf16_d256", {}),
     ("bwd_bf16_d256_causal", {}),
     ("bwd_bf16_d256", {"dq_panels": 2, "dq": "red"}),

@@ -91,6 +91,10 @@ def test_groups_of_heads_are_short_for_longer():
         ("fwd_bf16_d64_causal", {23: "tiny", 25: "short", 128: "short", 181: "medium"}),
         ("fwd_bf16_d96", {18: "tiny", 19: "short", 96: "short", 102: "medium"}),
         ("bwd_bf16_d64_causal", {19: "tiny", 23: "short", 256: "short", 362: "medium"}),
+        ("fwd_bf16_d128_causal", {23: "tiny", 28: "tiny", 29: "short", 97: "medium"}),
+        ("bwd_bf16_d128", {24: "tiny", 25: "short", 97: "medium"}),
+        ("bwd_bf16_d96", {24: "tiny", 25: "short", 97: "medium"}),
+        ("bwd_bf16_d96_causal", {24: "tiny", 25: "short", 97: "medium"}),
         ("bwd_bf16_d128_causal", {26: "tiny", 30: "short", 96: "short", 102: "medium"}),
     ],
 )
@@ -100,6 +104,16 @@ def test_what_was_measured_at_lengths_near_the_borders_is_heeded(name, expected)
     assert {mean: regime(problem) for mean, problem in problems.items()} == expected
     on_cpu = {mean: "tiny" if mean <= 18 else "short" if mean <= 96 else "medium" for mean in expected}
     assert {mean: regime(problem, "cpu") for mean, problem in problems.items()} == on_cpu
+
+
+def test_groups_of_heads_are_short_for_no_shorter():
+    problem = Problem(KernelSpec.parse("bwd_bf16_d64_causal"), 10, 2000, 2000, 8, 1)
+    assert (regime(problem), regime(problem, "cpu")) == ("short", "medium")
+
+
+@pytest.mark.parametrize(("longest", "expected"), [(8 * 28, "tiny"), (8 * 28 + 1, "short"), (8 * 96 + 1, "medium")])
+def test_an_eighth_of_max_seqlen_counts_at_every_border(longest, expected):
+    assert regime(Problem(KernelSpec.parse("fwd_bf16_d128"), 10, 200, 200, 8, 8, longest, 20)) == expected
 
 
 def test_a_few_very_long_sequences_are_seen_through_max_seqlen():
@@ -114,6 +128,17 @@ def test_a_few_very_long_sequences_are_seen_through_max_seqlen():
 def test_what_the_tuner_times_for_a_regime_belongs_to_it(name, target):
     for workload in representative(SPEC, name, target):
         assert of(workload, hints="skew" in workload.name, device=target) == name  # which max_seqlen alone tells
+
+
+@pytest.mark.parametrize(
+    "spec", ["fwd_bf16_d128_causal", "bwd_bf16_d64_causal", "bwd_bf16_d96", "bwd_bf16_d128_causal"]
+)
+def test_what_the_tuner_times_belongs_to_its_regime_by_every_specs_borders(spec):
+    spec = KernelSpec.parse(spec)
+    for name in regimes_for(spec.direction, "sm_90a"):
+        for workload in representative(spec, name, "sm_90a"):
+            problem = replace(workload.problem(spec.dtype, with_max="skew" in workload.name), spec=spec)
+            assert regime(problem) == name
 
 
 @given(counts, counts, counts, counts, counts, st.integers(1, 64), counts)
