@@ -214,12 +214,15 @@ class CudaBackwardKernel:
             return None
         check_rows(total_q, heads)
         work_list.check_tokens(total_q, total_k)
-        batch, deterministic = cu_seqlens_q.shape[0] - 1, torch.are_deterministic_algorithms_enabled()
+        batch, in_order = cu_seqlens_q.shape[0] - 1, torch.are_deterministic_algorithms_enabled()
+        if self._tail_tiles and total_q > backward_params.MOST_TAIL_BLOCKS * self._block_m:
+            in_order = True  # nothing is in pieces then
         max_items = work_list.capacity(total_k, batch, self._block_n)
         tiles = max_items * heads_kv
-        turn_count = tiles * self._dq_adders if deterministic or self._first_stores else 0
+        turn_count = tiles * self._dq_adders if in_order or self._first_stores else 0
         progress_count = backward_params.progress_ints(tiles) if self._fused else 0
-        tail_tiles = 0 if deterministic else min(tiles, self._tail_tiles)  # that may be in pieces
+        tail_tiles = min(tiles, self._tail_tiles)
+        pieces = tail_tiles > 0 and not in_order  # for CTAs that have no tile
         others = turn_count + progress_count
         others += backward_params.tail_words(tail_tiles, self._block_n, head_dim, v.shape[2])
         if (most := max(tiles, turn_count, progress_count // 2)) > work_list.MAX_TILES:
@@ -245,7 +248,7 @@ class CudaBackwardKernel:
             self._causal,
             turn_count,
             progress_count,
-            deterministic,
+            in_order,
             scale,
             scale * _LOG2_E,
         )
@@ -256,13 +259,13 @@ class CudaBackwardKernel:
         plan = _Plan(
             block=bytes(block),
             movable=tensor_map.address_comes_first(),
-            grid=self._slots if tail_tiles else min(self._slots, tiles),  # pieces are for CTAs without a tile
+            grid=self._slots if pieces else min(self._slots, tiles),
             row_ctas=self._sms if tail_tiles else min(self._sms, ctas) if self._fused else ctas,
             max_items=max_items,
             list_ints=offsets + 2 * bit_words,
             list_key=(
                 *("bwd", self._block_m, self._block_n, self._causal, bottom_right),
-                *(heads, heads_kv, deterministic, total_q, max_items),
+                *(heads, heads_kv, in_order, total_q, max_items),
             ),
             scratch_floats=backward_params.scratch_bytes(total_q, heads, head_dim, others) // 4,
             delta=delta,

@@ -56,6 +56,10 @@ def progress_ints(tiles: int) -> int:
     return 2 * (tiles + 1)
 
 
+# A piece's place in its tile has room for so many blocks of queries (templates/cuda/include/tail_pieces.cuh).
+MOST_TAIL_BLOCKS = (1 << 19) - 1
+
+
 def tail_words(tiles: int, block_n: int, head_dim: int, head_dim_v: int) -> int:
     """4-byte numbers of so many tiles that may be in pieces (templates/cuda/include/tail_pieces.cuh): float32 dK and dV
     of each and two counters, at multiples of 16 bytes, and what it takes to get to the first.

@@ -8,7 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+from jagtile.generator.spec import KernelSpec
 from jagtile.runtime.problem import REGIMES, regime
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -56,12 +58,15 @@ def test_one_slow_batch_is_enough_to_fail(random_batches):
 
 
 def test_mean_lengths_lie_on_both_sides_of_every_border(borders):
-    assert min(borders.means(16, 8192)) == 16
-    assert max(borders.means(16, 8192)) == 8192
-    assert max(borders.means(16, 100)) <= 100
-    assert min(borders.means(2, 100)) == 2
+    lines = borders.borders(KernelSpec.parse("fwd_bf16_d64"), torch.device("cuda"))
+    assert lines == (22, 128, 1024, 2048)
+    assert borders.borders(KernelSpec.parse("fwd_fp32_d64"), torch.device("cpu")) == (18, 96, 1024)
+    assert min(borders.means(16, 8192, lines)) == 16
+    assert max(borders.means(16, 8192, lines)) == 8192
+    assert max(borders.means(16, 100, lines)) <= 100
+    assert min(borders.means(2, 100, lines)) == 2
     seen = []
-    for mean in borders.means(16, 8192):
+    for mean in borders.means(16, 8192, lines):
         w = borders.batch_of(mean, 1 << 16, 16, 64, False)
         assert w.total_q == mean * w.batch
         assert abs(w.total_q - (1 << 16)) <= 2 * mean

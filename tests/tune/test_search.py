@@ -144,7 +144,7 @@ def test_predictions_that_mislead_leave_a_share_to_the_search_and_unpredicted_co
     worst = sorted(misled.legal, key=landscape, reverse=True)[:40]
     assert misled.best()[0] not in worst
     half = make(trials=40, seed=1, predict=lambda c: landscape(c) if c.q_stages == 1 else None)
-    assert {config.q_stages for config in run(half, landscape)} == {1, 2}
+    assert {config.q_stages for config in run(half, landscape)} >= {1, 2}
 
 
 @pytest.mark.parametrize("trials", [30, None])

@@ -13,13 +13,11 @@
 constexpr int kTailPieces = 32;  // of a tile, at most
 constexpr int kPieceBlocks = 4;  // of queries in a piece, at least: its keys are loaded and its sums added beside
 
-// A piece's place, packed into the item of its claimed tile: whoever claims has no more use for `heads` there.
+// A piece's place, in the item of its tile: whoever claims has no more use for `heads` there.
 struct TailPiece {
-  static constexpr int kMostBlocks = 1 << 19;  // of queries of a tile: there is no room for more
-
-  int pieces;         // of the tile; 0: it is whole
-  int tile;           // number among the tail's
-  int blocks_before;  // of queries, those of the pieces before it
+  int pieces;        // of the tile; 0: it is whole
+  int tile;          // number among the tail's
+  int blocks_before; // of queries, those of the pieces before it
 
   __device__ __forceinline__ static TailPiece of(const WorkItem& item) {
     return {item.heads & 63, item.heads >> 6 & 63, item.heads >> 12};
@@ -45,8 +43,6 @@ __device__ __forceinline__ Sums* tail_sums(const BackwardParams& p) {
 // What claims of tiles and of their pieces go by.
 template <int kBlockM, int kBlockN, int kTailTiles>
 struct TailClaims : Claims {
-  static_assert(kTailTiles < 64 && kTailPieces < 64);  // TailPiece::packed
-
   int tail;    // tiles, up to kTailTiles
   int pieces;  // of each, at most
 
@@ -74,13 +70,12 @@ struct TailClaims : Claims {
   }
 
  private:
-  int number, piece;  // among the tail's tiles, and of the tile: in shared memory, as whoever claims has few registers
+  int number, piece;  // among the tail's tiles, and of the tile, of the claim at hand: not registers
 
   __device__ __forceinline__ bool cut(WorkItem& item) const {
     // Others go by how many steps a sequence's first tile has stored.
     const bool is_followed = item.row == 0 && item.k_length > kBlockN;
-    const int blocks = item.q_blocks;
-    const int own = is_followed || blocks > TailPiece::kMostBlocks ? 1 : min(pieces, blocks / kPieceBlocks);
+    const int blocks = item.q_blocks, own = is_followed ? 1 : min(pieces, blocks / kPieceBlocks);
     if (own <= 1) return piece == 0;
     if (piece >= own) return false;
     const int first = blocks * piece / own;
@@ -94,15 +89,13 @@ struct TailClaims : Claims {
 // Zeros. All threads of a launch before that with the tiles.
 template <typename Sums, int kTailTiles, int kThreads>
 __device__ __forceinline__ void zero_tail_sums(const BackwardParams& p) {
-  if (p.in_order) return;  // no pieces
   constexpr int kWords = sizeof(Sums) / sizeof(float4);
   float4* const words = reinterpret_cast<float4*>(tail_sums<Sums>(p));
   const int count = min(p.max_items * (p.heads / p.gqa_ratio), kTailTiles) * kWords;
   for (int i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads) words[i] = {};
 }
 
-// Adds a piece's dK and dV to the tile's, in all math threads, the last ones of the CTA. Whether it is the last piece to do so:
-// it has the sums of all then.
+// Adds a piece's dK and dV, of all math threads, the CTA's last, to the tile's. Whether it is the last one to do so: it has those of all then.
 template <typename Sums, int kThreads, int kOfDk, int kOfDv>
 __device__ __forceinline__ bool add_piece(const BackwardParams& p, const TailPiece& piece, float (&dk)[kOfDk],
                                           float (&dv)[kOfDv], int barrier, bool& is_last) {
