@@ -45,10 +45,10 @@ def borders(spec: KernelSpec, device: torch.device) -> tuple[int, ...]:
     )
 
 
-def means(shortest: int, longest: int, borders: Iterable[int]) -> list[int]:
-    """Mean lengths: half octaves, and 6 % to either side of each border."""
+def means(shortest: int, longest: int, at: Iterable[int]) -> list[int]:
+    """Mean lengths: half octaves, and 6 % to either side of each border, which are ``at``."""
     octaves = {round(2 ** (step / 2)) for step in range(2, 33)}
-    sides = {round(border * side) for border in borders for side in (0.94, 1.06)}
+    sides = {round(border * side) for border in at for side in (0.94, 1.06)}
     return sorted(mean for mean in octaves | sides if shortest <= mean <= longest)
 
 
@@ -87,9 +87,7 @@ def measure(
     return {variant: statistics.median(found) for variant, found in times.items()}
 
 
-def draw(
-    rows: list[tuple[Workload, Variant, dict[Variant, float]]], borders: Iterable[int], title: str, path: Path
-) -> None:
+def draw(rows: list[tuple[Workload, Variant, dict[Variant, float]]], at: Iterable[int], title: str, path: Path) -> None:
     """TFLOP/s of each variant over the mean length; a ring around what dispatch takes."""
     import matplotlib
 
@@ -103,7 +101,7 @@ def draw(
         axes.plot(places, speeds, marker=".", label=variant.config.name)
     taken = [w.flops_of(variant.spec.direction) / times[variant] / 1e9 for w, variant, times in rows]
     axes.plot(places, taken, "o", fillstyle="none", color="black", label="dispatch")
-    for border in borders:
+    for border in at:
         axes.axvline(border, color="grey", linewidth=0.5)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("mean length, tokens")
@@ -134,22 +132,23 @@ def main() -> None:
     spec = KernelSpec(direction, options.dtype, options.head_dim, options.head_dim, options.causal)
     kernels = {variant: kernel_for(variant, device) for variant in variants(spec, device)}
     clock, worst, rows = ColdClock(device), 1.0, []
-    for mean in means(options.shortest, options.longest, borders(spec, device)):
+    at = borders(spec, device)
+    for mean in means(options.shortest, options.longest, at):
         w = batch_of(mean, options.tokens, options.heads, options.head_dim, options.causal)
         taken = choose(replace(w.problem(options.dtype), spec=spec), device_id(device), Database())
         times = measure(w, kernels, clock, device, options.samples)
-        rows.append((w, taken.variant, dict(times)))
+        rows.append((w, taken.variant, times))
         best = min(times, key=times.__getitem__)
         loss = times[taken.variant] / times[best]
         worst = max(worst, loss)
-        name, ms = taken.variant.config.name, times.pop(taken.variant)
-        other = min(times, key=times.__getitem__, default=taken.variant)
-        beside = f"  next {other.config.name} {times[other] / ms:.3f}" if times else ""  # over what is taken
+        name, ms = taken.variant.config.name, times[taken.variant]
+        other = min(times.keys() - {taken.variant}, key=times.__getitem__, default=None)
+        beside = f"  next {other.config.name} {times[other] / ms:.3f}" if other else ""  # over what is taken
         print(f"mean {mean:5}  {taken.regime:7} {name:36}{ms:9.4f} ms  loss {loss:5.3f}{beside}", flush=True)
     print(f"{spec.name}: largest loss {worst:.3f} over {len(rows)} lengths")
     if options.output is not None:
         title = f"{spec.name}, {options.tokens} tokens, {options.heads} heads, {device_id(device).slug}"
-        draw(rows, borders(spec, device), title, options.output)
+        draw(rows, at, title, options.output)
     raise SystemExit(worst > options.most)
 
 

@@ -183,41 +183,21 @@ def test_nothing_is_found_in_the_kernel_as_it_is() -> None:
     assert [outcome(None, tile) for tile in (FUSED, LATE_DK, ROW_WARP, SKIPS, TAIL) for _ in range(4)] == [None] * 20
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_it_is_found(mistake: str) -> None:
-    old, new, report = MISTAKES[mistake]
-    found = outcome((old, new))
-    assert found is not None
-    assert re.search(report, found, re.DOTALL), found
+ALL = (
+    (FUSED, MISTAKES),
+    (LATE_DK, LATE_DK_MISTAKES),
+    (ROW_WARP, ROW_WARP_MISTAKES),
+    (SKIPS, SKIPS_MISTAKES),
+    (TAIL, TAIL_MISTAKES),
+)
 
 
-@pytest.mark.parametrize("mistake", LATE_DK_MISTAKES)
-def test_it_is_found_where_dk_is_late(mistake: str) -> None:
-    old, new, report = LATE_DK_MISTAKES[mistake]
-    found = outcome((old, new), LATE_DK)
-    assert found is not None
-    assert re.search(report, found, re.DOTALL), found
-
-
-@pytest.mark.parametrize("mistake", ROW_WARP_MISTAKES)
-def test_it_is_found_where_one_warp_works_on_rows(mistake: str) -> None:
-    old, new, report = ROW_WARP_MISTAKES[mistake]
-    found = outcome((old, new), ROW_WARP)
-    assert found is not None
-    assert re.search(report, found, re.DOTALL), found
-
-
-@pytest.mark.parametrize("mistake", SKIPS_MISTAKES)
-def test_it_is_found_where_products_are_left_out(mistake: str) -> None:
-    old, new, report = SKIPS_MISTAKES[mistake]
-    found = outcome((old, new), SKIPS)
-    assert found is not None
-    assert re.search(report, found, re.DOTALL), found
-
-
-@pytest.mark.parametrize("mistake", TAIL_MISTAKES)
-def test_it_is_found_where_tiles_are_in_pieces(mistake: str) -> None:
-    old, new, report = TAIL_MISTAKES[mistake]
-    found = outcome((old, new), TAIL)
+@pytest.mark.parametrize(
+    ("tile", "mistake"),
+    [pytest.param(tile, mistake, id=name) for tile, mistakes in ALL for name, mistake in mistakes.items()],
+)
+def test_it_is_found(tile: Sm90BackwardConfig, mistake: tuple[str, str, str]) -> None:
+    old, new, report = mistake
+    found = outcome((old, new), tile)
     assert found is not None
     assert re.search(report, found, re.DOTALL), found
