@@ -58,6 +58,7 @@ class Sm90BackwardConfig(TileConfig):
     row_warps: int = field(default=4, metadata={"short": "w"})  # for rows beside the tiles: a warpgroup's, or 1
     skip_unseen: bool = field(default=False, metadata={"short": "u"})  # no products of keys that none of a step sees
     split_tail: bool = field(default=False, metadata={"short": "y"})  # last tiles in pieces, if too few for all SMs
+    in_turn: bool = field(default=False, metadata={"short": "i"})  # two warpgroups multiply dV, dQ and dK in turn
 
     @property
     def warpgroups(self) -> int:
@@ -178,8 +179,12 @@ def dq_split(spec: KernelSpec, config: Sm90BackwardConfig) -> Split:
 
 
 def dq_stages(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
-    """Buffers of dQ: warpgroups that take turns, and may be a step apart, have one each."""
-    return config.warpgroups if config.late_dq and dq_split(spec, config) == "alternate" else 1
+    """Buffers of dQ: warpgroups that take turns, and may be a step apart, have one each; beside rows, whose copies take
+    shared memory too, two go round, as who multiplies a block's dQ knows that those two blocks before are staged.
+    """
+    if not config.late_dq or dq_split(spec, config) != "alternate":
+        return 1
+    return min(config.warpgroups, 2) if config.fused else config.warpgroups
 
 
 def dq_columns(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
@@ -366,6 +371,15 @@ def _skip_rejection(block_n: int, late_dq: bool, skip_unseen: bool) -> str | Non
     return None
 
 
+def _in_turn_rejection(block_n: int, overlap: bool, late_dq: bool, early_dv: bool, in_turn: bool) -> str | None:
+    if in_turn and (block_n != 128 or overlap or not late_dq or early_dv):
+        return (
+            "in_turn: two math warpgroups (block_n 128) that don't meet in each step, with products issued together: "
+            "late_dq must be on, overlap and early_dv off"
+        )
+    return None
+
+
 # Of knobs alone; what depends on the spec is in ``rules`` and ``rejection``.
 _RULES = (
     Rule(("dq", "fused"), _sums_rejection),
@@ -373,6 +387,7 @@ _RULES = (
     Rule(("overlap", "late_dq", "early_dv", "late_dk"), _late_dk_rejection),
     Rule(("block_n", "late_dq", "skip_unseen"), _skip_rejection),
     Rule(("fused", "split_tail"), _tail_rejection),
+    Rule(("block_n", "overlap", "late_dq", "early_dv", "in_turn"), _in_turn_rejection),
 )
 
 
@@ -411,6 +426,7 @@ class Sm90BackwardSpace:
             "row_warps": (4, 1),
             "late_dk": (False, True),
             "skip_unseen": (False, True),
+            "in_turn": (False, True),
             "split_tail": (False,) if spec.causal else (False, True),
             "polynomial": (0, 4) if max(spec.head_dim, spec.head_dim_v) <= POLYNOMIAL_COLUMNS else (0,),
         }

@@ -58,6 +58,16 @@ CASES: tuple[tuple[str, Sm90BackwardConfig], ...] = (
     ("bwd_bf16_d128", config("bulk", block_m=80, early_dv=False)),
     ("bwd_fp16_d96_dv72_causal", config("bulk", block_m=80, early_dv=False, fused=True, row_buffers=1)),
     ("bwd_bf16_d72_dv24", config("bulk", block_m=80, early_dv=False, overlap=True)),
+    (
+        "bwd_bf16_d64",
+        config("bulk", keys=192, kv=2, late_dq=True, early_dv=False, fused=True, row_warps=1, claim_ahead=5),
+    ),
+    ("bwd_bf16_d64_causal", config("bulk", block_m=128, late_dq=True, early_dv=False, fused=True, in_turn=True)),
+    (
+        "bwd_fp16_d96",
+        config("bulk", held="kv", late_dq=True, early_dv=False, fused=True, row_warps=1, split_tail=True, in_turn=True),
+    ),
+    ("bwd_bf16_d24_dv32_causal", config("red", kv=2, late_dq=True, early_dv=False, polynomial=4, in_turn=True)),
 )
 # Where a warpgroup's keys may be nobody's.
 SKIPS: tuple[tuple[str, Sm90BackwardConfig], ...] = (
@@ -65,6 +75,7 @@ SKIPS: tuple[tuple[str, Sm90BackwardConfig], ...] = (
     ("bwd_fp16_d64", config("bulk", block_m=128, late_dq=True, early_dv=False, skip_unseen=True)),
     ("bwd_bf16_d32_causal", config("red", keys=192, kv=2, held="kv", late_dq=True, early_dv=False, skip_unseen=True)),
     ("bwd_bf16_d72_dv40_causal", config("bulk", overlap=True, held="v", late_dq=True, skip_unseen=True)),
+    ("bwd_bf16_d64_causal", config("bulk", kv=2, late_dq=True, early_dv=False, skip_unseen=True, in_turn=True)),
 )
 LENGTHS = (0, 1, 63, 0, 65, 129)
 QUERIES, KEYS = (5, 0, 130, 1, 64, 140), (150, 70, 0, 1, 20, 70)
@@ -115,7 +126,7 @@ def test_warpgroups_leave_products_of_keys_out_that_no_query_sees(name: str, til
 
 
 def test_warpgroups_that_are_a_step_apart() -> None:
-    for case in (CASES[0], CASES[10], CASES[12]):
+    for case in (CASES[0], CASES[10], CASES[12], *CASES[-4:]):
         for seed in range(8):  # each under another schedule
             w = workload(case[0], (200, 3), (300, 130), (2, 1))
             assert_right(built(*case), w, seed, with_dlse=False)

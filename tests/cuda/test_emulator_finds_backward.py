@@ -23,6 +23,8 @@ LATE_DK = Sm90BackwardConfig(64, 64, 2, 1, "bulk", False, 1, "none", False, earl
 ROW_WARP = replace(FUSED, row_warps=1)
 SKIPS = Sm90BackwardConfig(64, 128, 2, 1, "bulk", False, 1, "none", True, early_dv=False, skip_unseen=True)
 TAIL = replace(FUSED, split_tail=True)
+IN_TURN = replace(FUSED, block_n=128, skip_unseen=True, in_turn=True)
+SHARED_DQ = replace(ROW_WARP, block_n=192)
 LENGTHS = (300, 40, 0, 200)
 MISTAKES: dict[str, tuple[str, str, str]] = {
     "the first tile adds to sums that nobody has zeroed": (
@@ -116,6 +118,36 @@ SKIPS_MISTAKES: dict[str, tuple[str, str, str]] = {
         "race on|wrong|without fence",
     ),
 }
+IN_TURN_MISTAKES: dict[str, tuple[str, str, str]] = {
+    "nobody has the first turn": ("  Turns::begin(warpgroup);\n", "", "waits|livelock"),
+    "a turn is not passed on where keys are left out": (
+        "      Turns::await(warpgroup);\n      Turns::pass(warpgroup);\n",
+        "      Turns::await(warpgroup);\n",
+        "waits|livelock",
+    ),
+    "dS of queries that a key does not see is left as it is": (
+        "        mask_packed(ds, upper_limit, lower_limit);\n",
+        "",
+        "^wrong$",
+    ),
+    "lse is passed on to steps that still read the one before": (
+        "          control.dout.wait_empty(at);\n          float* slot",
+        "          float* slot",
+        "race on|arrivals more than|livelock|waits",
+    ),
+}
+SHARED_DQ_MISTAKES: dict[str, tuple[str, str, str]] = {
+    "a buffer of dQ is free before it has been read": (
+        "          tma_store_wait_read<0>();\n          control.dq[0].arrive_empty(at);",
+        "          control.dq[0].arrive_empty(at);",
+        "race on|^wrong$",
+    ),
+    "blocks of tiles before are not counted": (
+        "if (!has_all_keys) dq_blocks += steps;",
+        "",
+        "race on|waits|livelock|wrong",
+    ),
+}
 TAIL_MISTAKES: dict[str, tuple[str, str, str]] = {
     "sums of pieces are used as they were": (
         "  zero_tail_sums<Tail, kTailTiles, kRowThreads>(p);\n",
@@ -180,7 +212,7 @@ def outcome(mistake: tuple[str, str] | None, tile: Sm90BackwardConfig = FUSED) -
 
 
 def test_nothing_is_found_in_the_kernel_as_it_is() -> None:
-    assert [outcome(None, tile) for tile in (FUSED, LATE_DK, ROW_WARP, SKIPS, TAIL) for _ in range(4)] == [None] * 20
+    assert [outcome(None, tile) for tile, _ in ALL for _ in range(4)] == [None] * 28
 
 
 ALL = (
@@ -189,6 +221,8 @@ ALL = (
     (ROW_WARP, ROW_WARP_MISTAKES),
     (SKIPS, SKIPS_MISTAKES),
     (TAIL, TAIL_MISTAKES),
+    (IN_TURN, IN_TURN_MISTAKES),
+    (SHARED_DQ, SHARED_DQ_MISTAKES),
 )
 
 

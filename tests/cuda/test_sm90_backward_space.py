@@ -88,6 +88,8 @@ def test_the_default_takes_what_there_is_room_for(name: str, tile: str) -> None:
         ({"skip_unseen": True, "block_n": 64}, "skip_unseen: of several math warpgroups"),
         ({"skip_unseen": True}, "does not meet them in each step: late_dq must be on"),
         ({"split_tail": True}, "split_tail: pieces are claimed beside rows: fused must be on"),
+        ({"in_turn": True, "block_n": 192, "dq": "red"}, "in_turn: two math warpgroups (block_n 128)"),
+        ({"in_turn": True, "late_dq": True}, "late_dq must be on, overlap and early_dv off"),
         ({"polynomial": 3}, "polynomial must be one of 0, 8, 4, 2, got 3"),
         ({"polynomial": 4}, "polynomial: a head dim of 128 > 64"),
         ({"ctas_per_sm": 2}, "64K registers"),
@@ -161,6 +163,17 @@ def test_warpgroups_that_take_turns_and_may_be_a_step_apart_have_a_buffer_of_dq_
     assert dq_stages(d64, BASE) == 1
     assert dq_stages(d64, replace(BASE, late_dq=True)) == 2
     assert dq_stages(KernelSpec.parse("bwd_bf16_d72"), replace(BASE, late_dq=True)) == 1
+    three = replace(BASE, block_n=192, late_dq=True, early_dv=False)
+    assert dq_stages(d64, three) == 3
+
+
+def test_beside_rows_three_warpgroups_share_two_buffers_of_dq() -> None:
+    """So that shared memory has room for two buffers of K and V and two of rows."""
+    d64 = KernelSpec.parse("bwd_bf16_d64")
+    tile = replace(BASE, block_n=192, kv_stages=2, late_dq=True, early_dv=False, fused=True, row_warps=1)
+    assert dq_stages(d64, tile) == 2
+    assert SPACE.rejection(d64, tile) is None
+    assert dq_stages(d64, replace(tile, late_dq=False)) == 1
 
 
 def test_registers_where_the_most_are_alive() -> None:
@@ -227,6 +240,8 @@ def test_rendering_is_reproducible_and_as_reviewed(name: str) -> None:
         {"kv_stages": 2, "held": "v", "late_dq": True},
         {"late_dq": True, "overlap": True, "early_dv": False},
         {"fused": True, "row_warps": 1, "claim_ahead": 2, "early_dv": False},
+        {"late_dq": True, "overlap": False, "early_dv": False, "skip_unseen": True, "in_turn": True},
+        {"block_n": 192, "late_dq": True, "early_dv": False, "fused": True, "row_warps": 1},
     ],
 )
 def test_rendered_lines_are_tidy(spec: KernelSpec, change: dict[str, int]) -> None:
@@ -248,6 +263,10 @@ AT_THE_LIMITS = (
     "bwd_bf16_d128_causal/keyblocks_m80_n128_s2_c1_dbulk_o0_k1_hnone_l0_e0_f1_r1_w1",
     "bwd_bf16_d64/keyblocks_m64_n64_s2_c2_dbulk_o1_k1_hkv_l1_e0_f1_w1",
     "bwd_bf16_d64/keyblocks_m64_n64_s2_c2_dbulk_o0_k1_hkv_l0_e0",
+    "bwd_bf16_d64/keyblocks_m64_n192_s2_c1_dbulk_o0_k2_hnone_l1_e0_f1_a5_w1",
+    "bwd_bf16_d64/keyblocks_m128_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1_i1",
+    "bwd_fp16_d128_causal/keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1_a5_u1_i1",
+    "bwd_bf16_d96/keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hkv_l1_e0_f1_w1_i1",
 )
 
 
