@@ -180,7 +180,7 @@ def dq_split(spec: KernelSpec, config: Sm90BackwardConfig) -> Split:
 
 def dq_stages(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
     """Buffers of dQ: warpgroups that take turns, and may be a step apart, have one each; beside rows, whose copies take
-    shared memory too, two go round, as who multiplies a block's dQ knows that those two blocks before are staged.
+    shared memory too, two go round: who multiplies block b's dQ knows that b - 2 and all before it are staged.
     """
     if not config.late_dq or dq_split(spec, config) != "alternate":
         return 1

@@ -58,6 +58,9 @@ CASES: tuple[tuple[str, Sm90BackwardConfig], ...] = (
     ("bwd_bf16_d128", config("bulk", block_m=80, early_dv=False)),
     ("bwd_fp16_d96_dv72_causal", config("bulk", block_m=80, early_dv=False, fused=True, row_buffers=1)),
     ("bwd_bf16_d72_dv24", config("bulk", block_m=80, early_dv=False, overlap=True)),
+)
+# Where warpgroups take turns at products, or share buffers of dQ.
+TURNS: tuple[tuple[str, Sm90BackwardConfig], ...] = (
     (
         "bwd_bf16_d64",
         config("bulk", keys=192, kv=2, late_dq=True, early_dv=False, fused=True, row_warps=1, claim_ahead=5),
@@ -104,7 +107,7 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize(("name", "tile"), CASES, ids=lambda x: x if isinstance(x, str) else x.name)
+@pytest.mark.parametrize(("name", "tile"), [*CASES, *TURNS], ids=lambda x: x if isinstance(x, str) else x.name)
 def test_gradients_match_the_oracle(name: str, tile: Sm90BackwardConfig) -> None:
     assert_right(built(name, tile), workload(name, LENGTHS, LENGTHS))
 
@@ -126,7 +129,7 @@ def test_warpgroups_leave_products_of_keys_out_that_no_query_sees(name: str, til
 
 
 def test_warpgroups_that_are_a_step_apart() -> None:
-    for case in (CASES[0], CASES[10], CASES[12], *CASES[-4:]):
+    for case in (CASES[0], CASES[10], CASES[12], *TURNS):
         for seed in range(8):  # each under another schedule
             w = workload(case[0], (200, 3), (300, 130), (2, 1))
             assert_right(built(*case), w, seed, with_dlse=False)
@@ -152,6 +155,9 @@ def test_each_launch_makes_the_list_ready_for_the_next() -> None:
         config("bulk", kv=2, held="kv", block_m=128, overlap=True, late_dq=True, early_dv=False),
         config("red", block_m=128, late_dq=True, early_dv=False),
         config("bulk", kv=2, held="kv", late_dq=True, early_dv=False, fused=True),
+        config("red", late_dq=True, early_dv=False, in_turn=True),
+        config("bulk", kv=2, held="kv", late_dq=True, early_dv=False, fused=True, in_turn=True),
+        config("bulk", keys=192, late_dq=True, early_dv=False, fused=True, row_warps=1),
     ],
     ids=lambda tile: tile.name,
 )

@@ -3,7 +3,8 @@
 #include "cuda/include/ptx.cuh"
 
 // Of a step each has one turn, the first warpgroup before the second. Named barriers kFirst and kFirst + 1: a warpgroup's own is
-// complete when it waits there and the other one has passed the turn on.
+// complete when it waits there and the other one has passed the turn on. The last turn that is passed on is nobody's, so the
+// barriers are for nothing else.
 template <int kFirst>
 struct ProductTurns {
   __device__ __forceinline__ static void begin(int warpgroup) {
