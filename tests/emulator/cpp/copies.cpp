@@ -149,13 +149,15 @@ struct Piece {
   uint32_t bytes;
   char data[16];
 };
-void queue_store(uint32_t smem, uint32_t bytes, std::function<std::vector<Piece>(Cta&)> read, Combine combine) {
+void queue_store(uint32_t smem, uint32_t bytes, std::function<std::vector<Piece>(Cta&)> read, Combine combine,
+                 const char* does) {
   Fiber* fiber = &current();
   Cta* cta = fiber->cta;
   const std::shared_ptr<CopyGroup> group = opened(fiber->open_bulk);
   ++group->unread;
   ++group->unwritten;
   const uint32_t number = store_reads(*fiber->warp, smem, bytes, fiber->caller);
+  check_fenced(*fiber->warp, *cta, smem, bytes, does);
   group->last_store = number;
   const size_t actor = global_stores_of(*fiber->warp);
   void* place = fiber->caller;
@@ -236,15 +238,16 @@ void proxy_fence() {
     if (writer == fiber.index + 1) writer = 0;
   }
   fiber.unfenced.clear();
+  fence_known_writes(*fiber.warp);
   mbarrier_init_fence();
 }
 
-void check_fenced(Cta& cta, uint32_t address, uint32_t bytes, const char* reader) {
-  for (uint32_t g = address / kGranule; g <= (address + bytes - 1) / kGranule; ++g) {
-    if (g < cta.unfenced_writer.size() && cta.unfenced_writer[g]) {
-      fail("%s reads shared address 0x%x, written by thread %d without fence.proxy.async since", reader, g * kGranule,
-           cta.unfenced_writer[g] - 1);
-    }
+void check_fenced(const Warp& warp, Cta& cta, uint32_t address, uint32_t bytes, const char* does) {
+  for (uint32_t g = address / kGranule; g < (address + bytes + kGranule - 1) / kGranule; ++g) {
+    if (g >= cta.unfenced_writer.size() || cta.unfenced_writer[g] == 0) continue;
+    const int thread = cta.unfenced_writer[g] - 1;
+    if (is_fenced(warp, cta, g, *cta.fibers[static_cast<size_t>(thread)]->warp)) continue;
+    fail("%s shared address 0x%x, written by thread %d without fence.proxy.async since", does, g * kGranule, thread);
   }
 }
 
@@ -327,14 +330,13 @@ void tensor_store(const void* map, uint32_t smem, int rank, const int* coordinat
         std::vector<Piece> pieces;
         for_each_chunk(decoded_map, smem, origin.data(),
                        [&](uint32_t from, char* to, uint32_t skipped, uint32_t valid) {
-                         check_fenced(cta, from, 16, "a tensor store");
                          if (!valid) return;
                          pieces.push_back({to, valid, {}});
                          std::memcpy(pieces.back().data, window(cta, from, 16) + skipped, valid);
                        });
         return pieces;
       },
-      combine);
+      combine, "a tensor store reads");
   preempt();
 }
 
@@ -369,7 +371,6 @@ void bulk_store(void* global, uint32_t smem, uint32_t bytes, Combine combine) {
   queue_store(
       smem, bytes,
       [=](Cta& cta) {
-        check_fenced(cta, smem, bytes, "a bulk store");
         std::vector<Piece> pieces;
         for (uint32_t at = 0; at < bytes; at += 16) {
           pieces.push_back({static_cast<char*>(global) + at, 16, {}});
@@ -377,7 +378,7 @@ void bulk_store(void* global, uint32_t smem, uint32_t bytes, Combine combine) {
         }
         return pieces;
       },
-      combine);
+      combine, "a bulk store reads");
   preempt();
 }
 

@@ -229,6 +229,8 @@ uint32_t store_reads(Warp& warp, uint32_t address, uint32_t bytes, void* place);
 void stores_done(Warp& warp, uint32_t number);
 void copy_writes(Warp& warp, Cta& cta, uint32_t mbarrier, uint32_t address, uint32_t bytes, void* place);  // of the CTA
 void copies_done(Warp& warp, uint32_t mbarrier, uint64_t phases);
+void fence_known_writes(Warp& warp);  // for the asynchronous proxy
+bool is_fenced(const Warp& warp, const Cta& cta, uint32_t granule, const Warp& writer);  // by all that the former knows
 
 // ---- global_races.cpp
 // `kCopied`: read by an asynchronous copy, not remembered; `kExchange`: an addition that sees those before it.
@@ -245,7 +247,7 @@ void stored_globally(size_t actor, const Clock& clock, uint32_t number, const vo
 void global_stores_done(Warp& warp, uint32_t number);
 
 // ---- copies.cpp
-void check_fenced(Cta& cta, uint32_t address, uint32_t bytes, const char* reader);
+void check_fenced(const Warp& warp, Cta& cta, uint32_t address, uint32_t bytes, const char* does);  // what the warp issues
 void mark_written(Fiber& fiber, uint32_t address, uint32_t bytes);  // through the generic proxy
 void check_exit(Fiber& fiber);
 char* window(Cta& cta, uint32_t address, uint32_t bytes);

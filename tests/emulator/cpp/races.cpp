@@ -6,6 +6,10 @@
 // wgmma.wait_group and bulk waits add the warpgroup's and the warp's own, an mbarrier's completed phase its copies'. An
 // access of four bytes must come after the last write, a write also after all reads since, by the clock of the warp
 // that does it or issued it. Lanes of a warp are taken to be in order.
+//
+// Clocks end with another part, how far each warp's writes are known to be fenced for the asynchronous proxy. A fence
+// of a warp takes what it knows of; so it may be anywhere on the way from a write to what products and copies do there.
+// What lanes of its own warp write, since that warp's last arrival, each has to fence itself.
 #include <cstdlib>
 #include <cstring>
 
@@ -23,6 +27,7 @@ constexpr size_t kMostMbarriers = 64;
 struct Races {
   size_t warps, groups;
   size_t first;                  // of the CTA's actors in a clock, which has those of the whole cluster
+  size_t actors, fenced, ctas;   // of a CTA; where a clock says how far the cluster's warps are fenced; of the cluster
   std::vector<uint32_t*> reads;  // by actor, of warps, warpgroups and bulk stores; made at the first read
   std::vector<uint16_t> writer = std::vector<uint16_t>(kWords);  // actor
   std::vector<uint32_t> write_clock = std::vector<uint32_t>(kWords);
@@ -81,7 +86,7 @@ void record_read(Races& races, size_t actor, uint32_t time, uint32_t first, uint
   }
 }
 
-void write(Races& races, const Clock& clock, size_t actor, uint32_t time, uint32_t first, uint32_t end, void* place) {
+void check_write(const Races& races, const Clock& clock, size_t actor, uint32_t first, uint32_t end) {
   for (uint32_t word = first; word < end; ++word) {
     const size_t writer = races.writer[word];
     if (races.write_clock[word] > clock[races.first + writer]) {
@@ -89,12 +94,15 @@ void write(Races& races, const Clock& clock, size_t actor, uint32_t time, uint32
     }
   }
   for (size_t reader = 0; reader < races.reads.size(); ++reader) {
-    uint32_t* times = races.reads[reader];
+    const uint32_t* times = races.reads[reader];
     if (times == nullptr) continue;
     for (uint32_t word = first; word < end; ++word) {
       if (times[word] > clock[races.first + reader]) race(races, "write", actor, word, "read", reader, races.read_place[word]);
     }
   }
+}
+
+void record_write(Races& races, size_t actor, uint32_t time, uint32_t first, uint32_t end, void* place) {
   for (uint32_t word = first; word < end; ++word) {
     races.writer[word] = static_cast<uint16_t>(actor);
     races.write_clock[word] = time;
@@ -115,8 +123,11 @@ void start_races(Cta& cta, int rank, int cluster) {
   cta.races->reads.resize(2 * cta.warps.size() + cta.groups.size());
   const size_t actors = cta.races->reads.size() + kMostMbarriers;
   cta.races->first = static_cast<size_t>(rank) * actors;
+  cta.races->actors = actors;
+  cta.races->ctas = static_cast<size_t>(cluster);
+  cta.races->fenced = cta.races->ctas * actors;
   for (auto& warp : cta.warps) {
-    warp->clock.assign(static_cast<size_t>(cluster) * actors, 0);
+    warp->clock.assign(cta.races->ctas * (actors + cta.warps.size()), 0);
     warp->clock[cta.races->first + self_of(*warp)] = 1;
     add_shared_clock(*warp);
   }
@@ -127,7 +138,8 @@ void generic_access(Warp& warp, uint32_t address, uint32_t bytes, bool is_write,
   const size_t self = self_of(warp);
   const uint32_t first = first_word(address), end = end_word(address, bytes), now = warp.clock[races.first + self];
   if (is_write) {
-    write(races, warp.clock, self, now, first, end, place);
+    check_write(races, warp.clock, self, first, end);
+    record_write(races, self, now, first, end, place);
   } else {
     check_read(races, warp.clock, self, first, end);
     record_read(races, self, now, first, end, place);
@@ -194,14 +206,42 @@ void stores_done(Warp& warp, uint32_t number) {
 
 void copy_writes(Warp& warp, Cta& cta, uint32_t mbarrier, uint32_t address, uint32_t bytes, void* place) {
   Races& races = *cta.races;
+  const size_t actor = races.copies_of(mbarrier);
   const uint64_t phase = cta.mbarriers[mbarrier].phase;
-  write(races, warp.clock, races.copies_of(mbarrier), static_cast<uint32_t>(phase + 1), first_word(address),
-        end_word(address, bytes), place);
+  const uint32_t first = first_word(address), end = end_word(address, bytes);
+  check_write(races, warp.clock, actor, first, end);
+  check_fenced(warp, cta, address, bytes, "a copy overwrites");
+  record_write(races, actor, static_cast<uint32_t>(phase + 1), first, end, place);
 }
 
 void copies_done(Warp& warp, uint32_t mbarrier, uint64_t phases) {
   uint32_t& known = warp.clock[warp.cta->races->first + warp.cta->races->copies_of(mbarrier)];
   known = std::max(known, static_cast<uint32_t>(phases));
+}
+
+// ---- the two proxies
+// ---------------------------------------------------------------------------------------------------
+
+void fence_known_writes(Warp& warp) {
+  const Races& races = *warp.cta->races;
+  const size_t own = races.first + self_of(warp);
+  for (size_t cta = 0; cta < races.ctas; ++cta) {
+    for (size_t other = 0; other < races.warps; ++other) {
+      const size_t actor = cta * races.actors + other;
+      uint32_t& fenced = warp.clock[races.fenced + cta * races.warps + other];
+      fenced = std::max(fenced, warp.clock[actor] - (actor == own));
+    }
+  }
+}
+
+bool is_fenced(const Warp& warp, const Cta& cta, uint32_t granule, const Warp& writer) {
+  const Races& races = *cta.races;
+  const size_t self = self_of(writer), rank = races.first / races.actors;
+  const uint32_t fenced = warp.clock[races.fenced + rank * races.warps + self];
+  for (uint32_t word = granule * kGranule / kWord; word < (granule + 1) * kGranule / kWord; ++word) {
+    if (races.writer[word] == self && races.write_clock[word] > fenced) return false;
+  }
+  return true;
 }
 
 }  // namespace emu
