@@ -57,6 +57,16 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "false",
         "race on global",
     ),
+    "dQ is added without a proxy fence": (
+        "            fence_async_proxy();  // here, or math warps would wait for their stores\n            put_part(",
+        "            put_part(",
+        "a bulk store reads .* without fence.proxy.async",
+    ),
+    "dK and dV leave without a proxy fence": (
+        "      fence_async_proxy();\n      if (first_key < item.k_length) {",
+        "      if (first_key < item.k_length) {",
+        "a tensor store reads .* without fence.proxy.async",
+    ),
     "rows are told to be prepared by the first warp that is done": (
         "< Units::kWarps * pair_tiles",
         "< pair_tiles",
@@ -102,6 +112,9 @@ ROW_WARP_MISTAKES: dict[str, tuple[str, str, str]] = {
         "race on|livelock",
     ),
 }
+BEFORE = "      if (add_before) {\n        float dq[16];\n"
+FENCE = "fence_async_proxy();  // what other warps wrote\n"
+PRODUCT = "        issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes, k_tile);\n        wgmma_wait<0>();\n"
 SKIPS_MISTAKES: dict[str, tuple[str, str, str]] = {
     "a block whose queries see keys is left out": ("- first / kBlockM + 1)", "- first / kBlockM)", "^wrong$"),
     "dS^T of keys that are left out stays as it was": (
@@ -111,11 +124,14 @@ SKIPS_MISTAKES: dict[str, tuple[str, str, str]] = {
         "race on|^wrong$",
     ),
     "dQ is multiplied from dS^T that is not there yet": (
-        "      if (add_before) {\n        float dq[16];\n        control.ds.wait_full(ds_before);\n"
-        "        issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes, k_tile);\n        wgmma_wait<0>();\n",
-        "      if (add_before) {\n        float dq[16];\n"
-        "        issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes, k_tile);\n        wgmma_wait<0>();\n",
+        f"{BEFORE}        control.ds.wait_full(ds_before);\n        {FENCE}{PRODUCT}",
+        f"{BEFORE}        {FENCE}{PRODUCT}",
         "race on|wrong|without fence",
+    ),
+    "dQ is multiplied from dS^T that is not fenced": (
+        f"{BEFORE}        control.ds.wait_full(ds_before);\n        {FENCE}{PRODUCT}",
+        f"{BEFORE}        control.ds.wait_full(ds_before);\n{PRODUCT}",
+        "wgmma A reads .* without fence.proxy.async",
     ),
 }
 IN_TURN_MISTAKES: dict[str, tuple[str, str, str]] = {
