@@ -29,7 +29,8 @@ Times = dict[Name, float]  # time over the regime's best
 def choose(records: Iterable[TuningRecord], incumbent: Choices, slack: float = SLACK) -> Choices:
     """The choices that follow from the records of the incumbent's device.
 
-    Specs and regimes without records keep the incumbent's entries. ``records`` must be of current sources. Of a
+    Specs and regimes without records keep the incumbent's entries, and so do regimes whose incumbent has none and that
+    have no finals: nobody compared it with what was only searched. ``records`` must be of current sources. Of a
     regime's records the latest final session of each person counts (``TuningRecord.by``), for lack of one their latest
     record of each config; not those of workloads that represent the regime no more. A config that was wrong, crashed or
     hung anywhere is never chosen. The slack of a regime is ``slack`` or, where larger, its measured noise up to 10 %;
@@ -57,6 +58,10 @@ def _entry(records: Sequence[TuningRecord], incumbent: ChoiceEntry | None, slack
         ]
         counting = _counting(_of_today(timed))
         ratios = _ratios(counting)
+        if incumbent is not None:
+            serving = _name(incumbent.config(look_up_of(regime)))
+            if serving not in bad and _is_beside_the_point(counting, ratios, serving):
+                continue
         if ratios:
             times[regime] = ratios
             noise[regime] = max((r.aa_spread or 0.0 for r in counting), default=0.0)
@@ -80,6 +85,11 @@ def _entry(records: Sequence[TuningRecord], incumbent: ChoiceEntry | None, slack
         default=configs[_default(sorted(set(regimes.values())), times)],
         regimes={**others, **{regime: configs[name] for regime, name in regimes.items()}},
     )
+
+
+def _is_beside_the_point(counting: Sequence[TuningRecord], ratios: Times, kept: Name) -> bool:
+    """Whether a regime's times are a search's without its incumbent: what is left of others, where a source has changed."""
+    return kept not in ratios and not any(record.phase == "final" for record in counting)
 
 
 def _of_today(records: Sequence[TuningRecord]) -> Sequence[TuningRecord]:

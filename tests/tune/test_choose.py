@@ -99,6 +99,14 @@ def test_search_records_serve_where_there_were_no_finals():
     assert chosen(choose(records, NONE)) == {"long": "b"}
 
 
+def test_what_was_only_searched_replaces_no_incumbent_that_it_was_not_compared_with():
+    left = [record("a", "long", 90.0, phase="search"), record("b", "long", 95.0, phase="search")]
+    assert chosen(choose(left, incumbent(long="z"))) == {"long": "z"}  # whose source has changed since
+    assert chosen(choose([*left, record("z", "long", 99.0, phase="search")], incumbent(long="z"))) == {"long": "a"}
+    assert chosen(choose([*left, record("c", "long", 99.0)], incumbent(long="z"))) == {"long": "c"}  # finals
+    assert chosen(choose([*left, record("z", "long", None, state="crash")], incumbent(long="z"))) == {"long": "a"}
+
+
 def test_several_workloads_of_a_regime_count_alike():
     records = [
         record("a", "long", 10.0, workload="one", session="1"),
