@@ -88,7 +88,7 @@ def _entry(records: Sequence[TuningRecord], incumbent: ChoiceEntry | None, slack
 
 
 def _is_beside_the_point(counting: Sequence[TuningRecord], ratios: Times, kept: Name) -> bool:
-    """Whether a regime's times are a search's without its incumbent: what is left of others, where a source has changed."""
+    """Whether a regime's times are a search's without its incumbent: what is left where a source has changed."""
     return kept not in ratios and not any(record.phase == "final" for record in counting)
 
 
