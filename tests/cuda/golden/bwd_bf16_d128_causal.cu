@@ -356,6 +356,7 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
             control.dq[part].wait_full(at);
+            fence_async_proxy();  // here, or math warps would wait for their stores
             put_part(p, item, head, row, part, smem_address(dq_parts) + part * kPartBytes);
           }
           tma_store_wait_read<1>();
@@ -441,7 +442,6 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
       control.stats.arrive_empty(at);
       control.ds.wait_empty(ds_at);
       stage_fragments<kKVPanelBytes>(ds, ds_tile + warpgroup * kRowsBytes, warp, lane);
-      fence_async_proxy();
       issue_dv(dv, probabilities, dout_tile);  // no sooner: P would be packed while registers still have dP
       __syncwarp();
       if (lane == 0) control.ds.arrive_full(ds_at);
@@ -451,6 +451,7 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
       if (add_before) {
         float dq[32];
         control.ds.wait_full(ds_before);
+        fence_async_proxy();  // what other warps wrote
         issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes, k_tile + warpgroup * kKVPanelBytes);
         issue_dk(dk, ds, q_tile);
         wgmma_wait<1>();
@@ -469,7 +470,6 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
           control.dq[part].wait_empty(dq_at);
           const int token = item.q_begin + thread_row;  // odd or even as in all blocks
           stage_part(dq, dq_parts + part * (kPartBytes / 4), warpgroup, thread_row, quad, token);
-          fence_async_proxy();
           __syncwarp();
           if (lane == 0) control.dq[part].arrive_full(dq_at);
           dq_at.parity ^= 1;
@@ -496,6 +496,7 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
       const RingPosition<2> ds_before = {static_cast<int>((step - 1) % 2), (step - 1) / 2 % 2};
       float dq[32];
       control.ds.wait_full(ds_before);
+      fence_async_proxy();  // what other warps wrote
       issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes, k_tile + warpgroup * kKVPanelBytes);
       wgmma_wait<0>();
       pin_registers(dq);
@@ -509,7 +510,6 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
         control.dq[part].wait_empty(dq_at);
         const int token = item.q_begin + thread_row;  // odd or even as in all blocks
         stage_part(dq, dq_parts + part * (kPartBytes / 4), warpgroup, thread_row, quad, token);
-        fence_async_proxy();
         __syncwarp();
         if (lane == 0) control.dq[part].arrive_full(dq_at);
         dq_at.parity ^= 1;
@@ -530,9 +530,9 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
     stage_rows<pack_bf16, kHeadDimV, kRowsBytes>(dv, dv_rows, warp, lane_here());
     named_barrier_sync(kMathBarrier, 128 * kWarpgroups);
     stage_rows<pack_bf16, kHeadDim, kKVPanelBytes>(dk, dk_rows, warp, lane_here());
-    fence_async_proxy();
     named_barrier_sync(1 + warpgroup, 128);  // dK and dV are staged
     if (leader) {
+      fence_async_proxy();
       if (first_key < item.k_length) {
 #pragma unroll
         for (int panel = 0; panel < kPanelsV; ++panel) {

@@ -216,6 +216,7 @@ __device__ __forceinline__ void put_to_sums(const BackwardParams& p, Control& co
 #pragma unroll
       for (int panel = 0; panel < Sums::kPanels; ++panel) {
         control.dq.wait_full(at);
+        fence_async_proxy();  // here, or math warps would wait for their stores
         put_sums(Sums::row(p.dq_sums, p.total_q, head, panel, item.q_begin + row), dq + at.slot * kDqBytes,
                  rows * Sums::columns(panel) * 4, item);
         tma_store_commit();
@@ -269,7 +270,6 @@ __device__ __forceinline__ void hand_over(const float (&dq)[kRegisters], Control
   const RingPosition<kDqStages> dq_at = RingPosition<kDqStages>::after(at.dq_step * Sums::kPanels + kPanel);
   control.dq.wait_empty(dq_at);
   stage_sums<Sums, kPanel, kFirst>(dq, smem.dq + dq_at.slot * (kDqBytes / 4), row, quad, token);
-  fence_async_proxy();
   __syncwarp();
   if (elect_one()) control.dq.arrive_full(dq_at);
 }
@@ -284,9 +284,9 @@ __device__ __forceinline__ void store_gradient(const float (&gradient)[kTilePane
   for (int panel = 0; panel < kTilePanels; ++panel) {
     stage_columns<pack_bf16, kBlockN>(gradient[panel], buffer + panel * kKVPanelBytes, warp, lane);
   }
-  fence_async_proxy();
   named_barrier_sync(barrier, 128);  // it is staged
   if (leader) {
+    fence_async_proxy();
 #pragma unroll
     for (int panel = 0; panel < kTilePanels; ++panel) {
       tma_store_ragged(&map, buffer + panel * kKVPanelBytes, 64 * panel, item.row, kv_head, item.k_begin, item.k_length);
@@ -341,10 +341,10 @@ __device__ __forceinline__ void make_dv(const BackwardParams& p, Control& contro
       }
       control.p.wait_empty(at.step_at());
       stage_rows<pack_bf16, kBlockN, kQPanelBytes>(scores, smem.p, warp, lane);
-      fence_async_proxy();
       control.p.arrive_full(at.step_at());
       named_barrier_sync(kBarrier, 128);
       control.dout.wait_full(at.dout_at());
+      fence_async_proxy();
 #pragma unroll
       for (int panel = 0; panel < kPanelsV; ++panel) {
         add_product(dv[panel], smem.dout + at.dout_at().slot * kDoutBytes + panel * kQPanelBytes, smem.p);
@@ -402,8 +402,8 @@ __device__ __forceinline__ void make_dk_and_dq(const BackwardParams& p, Control&
       control.q.wait_full(at.q_at());
       const uint32_t q_tile = smem.q + at.q_at().slot * kQBytes;
       stage_rows<pack_bf16, kBlockN, kQPanelBytes>(dp, smem.ds, warp, lane);
-      fence_async_proxy();
       named_barrier_sync(kBarrier, 128);  // dS is there
+      fence_async_proxy();
 
       // A panel of dQ is handed over while the same panel of dK is multiplied.
       {
