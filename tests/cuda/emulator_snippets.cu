@@ -222,7 +222,8 @@ extern "C" __global__ void __launch_bounds__(32) lanes(int* out) {
 
 // Producer and consumer by bar.arrive and bar.sync, as many times as asked. mistake 1: the producer does not wait to be
 // answered; 2: plain stores that a bulk store reads without a proxy fence; 3: a write beyond the tensor; 4: an arrival
-// too many; 5: a phase that nobody completes; 6: one lane leaves while its warp votes; 7: beyond shared memory.
+// too many; 5: a phase that nobody completes; 6: one lane leaves while its warp votes; 7: beyond shared memory; 8: plain stores
+// that a bulk load overwrites without a proxy fence.
 extern "C" __global__ void __launch_bounds__(64) mistakes(float* out, int times, int mistake) {
   __shared__ __align__(128) float values[32];
   __shared__ uint64_t barrier;
@@ -257,6 +258,16 @@ extern "C" __global__ void __launch_bounds__(64) mistakes(float* out, int times,
   if (mistake == 5 && threadIdx.x == 40) mbarrier_wait(smem_address(&barrier), 0);
   if (mistake == 6 && threadIdx.x != 7) out[lane] = __any_sync(0xffffffff, lane == 3);
   if (mistake == 7) (values + 100 * mistake)[lane] = 0.0f;
+  if (mistake == 8) {
+    if (threadIdx.x < 32) values[lane] = 1.0f;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      mbarrier_init_fence();
+      mbarrier_expect_bytes(smem_address(&barrier), 128);
+      bulk_load(smem_address(values), out, 128, smem_address(&barrier), kEvictFirst);
+      mbarrier_wait(smem_address(&barrier), 0);
+    }
+  }
 }
 
 // CTA 0 hands 32 floats to CTA 1 by way of global memory, by ordinary stores or a bulk store (2: whose source is waited

@@ -61,6 +61,24 @@ def test_gradients_match_the_oracle(name: str, change: dict[str, Knob]) -> None:
         assert_right(artifact, Workload("cross", *lengths, 2, 1, *kind, causal_alignment="bottom_right"))
 
 
+FENCES = {
+    "P": ("      control.dout.wait_full(at.dout_at());\n      fence_async_proxy();\n", "wgmma B reads"),
+    "dS": ("// dS is there\n        fence_async_proxy();\n", "wgmma B reads"),
+    "dQ": ("        fence_async_proxy();  // here, or math warps would wait for their stores\n", "a bulk store reads"),
+    "dK and dV": ("  if (leader) {\n    fence_async_proxy();\n", "a tensor store reads"),
+}
+
+
+@pytest.mark.parametrize("what", FENCES)
+def test_a_missing_fence_is_found(what: str) -> None:
+    text, report = FENCES[what]
+    spec = KernelSpec.parse("bwd_bf16_d136_dv200_causal")
+    variant = Variant("sm_90a", spec, Sm90BackwardWideConfig(32, 3, 1, 0, "bulk"))
+    found = kernels.artifact(variant, kernels.substitution(text, text.replace("fence_async_proxy();", "")))
+    with pytest.raises(EmulatorError, match=f"{report} .* without fence.proxy.async"):
+        assert_right(found, Workload("some", (70,), (70,), 1, 1, 136, 200, True))
+
+
 @pytest.mark.parametrize("meet", [True, False])
 def test_warps_of_math_that_come_late_to_tiles_without_steps(meet: bool) -> None:
     spec = KernelSpec.parse("bwd_fp16_d40_dv256")

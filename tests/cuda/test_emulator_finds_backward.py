@@ -24,6 +24,7 @@ ROW_WARP = replace(FUSED, row_warps=1)
 SKIPS = Sm90BackwardConfig(64, 128, 2, 1, "bulk", False, 1, "none", True, early_dv=False, skip_unseen=True)
 TAIL = replace(FUSED, split_tail=True)
 IN_TURN = replace(FUSED, block_n=128, skip_unseen=True, in_turn=True)
+MEETS = replace(FUSED, late_dq=False)
 SHARED_DQ = replace(ROW_WARP, block_n=192)
 LENGTHS = (300, 40, 0, 200)
 MISTAKES: dict[str, tuple[str, str, str]] = {
@@ -95,6 +96,13 @@ LATE_DK_MISTAKES: dict[str, tuple[str, str, str]] = {
         "race on|arrivals more than|wrong",
     ),
 }
+MEETS_MISTAKES: dict[str, tuple[str, str, str]] = {
+    "dQ is multiplied from dS^T that is not fenced": (
+        "has been read\n      fence_async_proxy();\n",
+        "has been read\n",
+        "wgmma A reads .* without fence.proxy.async",
+    ),
+}
 ROW_WARP_MISTAKES: dict[str, tuple[str, str, str]] = {
     "a unit is counted while lanes look for it": (
         "++control.rows.worked;\n      __syncwarp();\n",
@@ -113,7 +121,7 @@ ROW_WARP_MISTAKES: dict[str, tuple[str, str, str]] = {
     ),
 }
 BEFORE = "      if (add_before) {\n        float dq[16];\n"
-FENCE = "fence_async_proxy();  // what other warps wrote\n"
+FENCE = "fence_async_proxy();  // what all warps wrote\n"
 PRODUCT = "        issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes, k_tile);\n        wgmma_wait<0>();\n"
 SKIPS_MISTAKES: dict[str, tuple[str, str, str]] = {
     "a block whose queries see keys is left out": ("- first / kBlockM + 1)", "- first / kBlockM)", "^wrong$"),
@@ -234,6 +242,7 @@ def test_nothing_is_found_in_the_kernel_as_it_is() -> None:
 ALL = (
     (FUSED, MISTAKES),
     (LATE_DK, LATE_DK_MISTAKES),
+    (MEETS, MEETS_MISTAKES),
     (ROW_WARP, ROW_WARP_MISTAKES),
     (SKIPS, SKIPS_MISTAKES),
     (TAIL, TAIL_MISTAKES),

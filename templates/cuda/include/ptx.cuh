@@ -174,7 +174,8 @@ __device__ __forceinline__ void tma_store_wait_read() {
 // Every committed store has been made.
 __device__ __forceinline__ void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-// Ordinary shared-memory writes become visible to the copy engine and the tensor cores.
+// Ordinary shared-memory writes, the thread's own and those that it has learnt of, become visible to the copy engine and the
+// tensor cores.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Ordinary global-memory writes and those of the copy engine become visible to each other.

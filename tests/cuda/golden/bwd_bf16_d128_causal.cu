@@ -451,7 +451,7 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
       if (add_before) {
         float dq[32];
         control.ds.wait_full(ds_before);
-        fence_async_proxy();  // what other warps wrote
+        fence_async_proxy();  // what all warps wrote
         issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes, k_tile + warpgroup * kKVPanelBytes);
         issue_dk(dk, ds, q_tile);
         wgmma_wait<1>();
@@ -496,7 +496,7 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
       const RingPosition<2> ds_before = {static_cast<int>((step - 1) % 2), (step - 1) / 2 % 2};
       float dq[32];
       control.ds.wait_full(ds_before);
-      fence_async_proxy();  // what other warps wrote
+      fence_async_proxy();  // what all warps wrote
       issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes, k_tile + warpgroup * kKVPanelBytes);
       wgmma_wait<0>();
       pin_registers(dq);

@@ -450,7 +450,7 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1(const 
       if (add_before) {
         float dq[32];
         control.ds.wait_full(ds_before);
-        fence_async_proxy();  // what other warps wrote
+        fence_async_proxy();  // what all warps wrote
         issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes + warpgroup * kKVPanelBytes, k_tile);
         issue_dk(dk, ds, q_tile);
         wgmma_wait<1>();
@@ -495,7 +495,7 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1(const 
       const RingPosition<2> ds_before = {static_cast<int>((step - 1) % 2), (step - 1) / 2 % 2};
       float dq[32];
       control.ds.wait_full(ds_before);
-      fence_async_proxy();  // what other warps wrote
+      fence_async_proxy();  // what all warps wrote
       issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes + warpgroup * kKVPanelBytes, k_tile);
       wgmma_wait<0>();
       pin_registers(dq);

@@ -150,14 +150,14 @@ struct Piece {
   char data[16];
 };
 void queue_store(uint32_t smem, uint32_t bytes, std::function<std::vector<Piece>(Cta&)> read, Combine combine,
-                 const char* does) {
+                 const char* who) {
   Fiber* fiber = &current();
   Cta* cta = fiber->cta;
   const std::shared_ptr<CopyGroup> group = opened(fiber->open_bulk);
   ++group->unread;
   ++group->unwritten;
   const uint32_t number = store_reads(*fiber->warp, smem, bytes, fiber->caller);
-  check_fenced(*fiber->warp, *cta, smem, bytes, does);
+  check_fenced(*fiber->warp, *cta, smem, bytes, who, "reads");
   group->last_store = number;
   const size_t actor = global_stores_of(*fiber->warp);
   void* place = fiber->caller;
@@ -242,12 +242,13 @@ void proxy_fence() {
   mbarrier_init_fence();
 }
 
-void check_fenced(const Warp& warp, Cta& cta, uint32_t address, uint32_t bytes, const char* does) {
+void check_fenced(const Warp& issuer, const Cta& cta, uint32_t address, uint32_t bytes, const char* who, const char* does) {
   for (uint32_t g = address / kGranule; g < (address + bytes + kGranule - 1) / kGranule; ++g) {
     if (g >= cta.unfenced_writer.size() || cta.unfenced_writer[g] == 0) continue;
     const int thread = cta.unfenced_writer[g] - 1;
-    if (is_fenced(warp, cta, g, *cta.fibers[static_cast<size_t>(thread)]->warp)) continue;
-    fail("%s shared address 0x%x, written by thread %d without fence.proxy.async since", does, g * kGranule, thread);
+    if (is_fenced(issuer, cta, g, *cta.fibers[static_cast<size_t>(thread)]->warp)) continue;
+    fail("%s %s shared address 0x%x, written by thread %d without fence.proxy.async since", who, does, g * kGranule,
+         thread);
   }
 }
 
@@ -336,7 +337,7 @@ void tensor_store(const void* map, uint32_t smem, int rank, const int* coordinat
                        });
         return pieces;
       },
-      combine, "a tensor store reads");
+      combine, "a tensor store");
   preempt();
 }
 
@@ -378,7 +379,7 @@ void bulk_store(void* global, uint32_t smem, uint32_t bytes, Combine combine) {
         }
         return pieces;
       },
-      combine, "a bulk store reads");
+      combine, "a bulk store");
   preempt();
 }
 

@@ -247,7 +247,7 @@ void stored_globally(size_t actor, const Clock& clock, uint32_t number, const vo
 void global_stores_done(Warp& warp, uint32_t number);
 
 // ---- copies.cpp
-void check_fenced(const Warp& warp, Cta& cta, uint32_t address, uint32_t bytes, const char* does);  // what the warp issues
+void check_fenced(const Warp& issuer, const Cta& cta, uint32_t address, uint32_t bytes, const char* who, const char* does);
 void mark_written(Fiber& fiber, uint32_t address, uint32_t bytes);  // through the generic proxy
 void check_exit(Fiber& fiber);
 char* window(Cta& cta, uint32_t address, uint32_t bytes);

@@ -210,7 +210,7 @@ void copy_writes(Warp& warp, Cta& cta, uint32_t mbarrier, uint32_t address, uint
   const uint64_t phase = cta.mbarriers[mbarrier].phase;
   const uint32_t first = first_word(address), end = end_word(address, bytes);
   check_write(races, warp.clock, actor, first, end);
-  check_fenced(warp, cta, address, bytes, "a copy overwrites");
+  check_fenced(warp, cta, address, bytes, "a copy", "overwrites");
   record_write(races, actor, static_cast<uint32_t>(phase + 1), first, end, place);
 }
 

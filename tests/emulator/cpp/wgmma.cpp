@@ -90,12 +90,12 @@ void gather(Cta& cta, uint64_t descriptor, bool transposed, bool bf16, int count
   });
 }
 
-void check_order(Warp& warp, uint64_t number, uint64_t descriptor, bool transposed, int count, const char* does) {
+void check_order(Warp& warp, uint64_t number, uint64_t descriptor, bool transposed, int count, const char* operand) {
   void* place = warp.lanes[0]->caller;
-  for_each_chunk(descriptor, transposed, count, does, [&](uint32_t address, int, int) {
+  for_each_chunk(descriptor, transposed, count, operand, [&](uint32_t address, int, int) {
     window(*warp.cta, address, 16);
     product_reads(warp, number, address, 16, place);
-    check_fenced(warp, *warp.cta, address, 16, does);
+    check_fenced(warp, *warp.cta, address, 16, operand, "reads");
   });
 }
 
@@ -272,8 +272,8 @@ bool issue(Warp& warp, Collective& all) {
   if (op.a_in_registers) {
     for (int lane = 0; lane < 32; ++lane) std::memcpy(product.a[32 * place + lane], lanes[lane].a, sizeof product.a[0]);
   }
-  if (!op.a_in_registers) check_order(warp, number, op.a, op.transpose_a, 64, "wgmma A reads");
-  check_order(warp, number, op.b, op.transpose_b, op.n, "wgmma B reads");
+  if (!op.a_in_registers) check_order(warp, number, op.a, op.transpose_a, 64, "wgmma A");
+  check_order(warp, number, op.b, op.transpose_b, op.n, "wgmma B");
   if (++product.issued < 4) return true;
   if (early_products > 0.0 && rng.chance(early_products)) execute_until(group, number + 1);
   for (auto& other : warp.cta->warps) {
