@@ -65,7 +65,7 @@ FENCES = {
     "P": ("      control.dout.wait_full(at.dout_at());\n      fence_async_proxy();\n", "wgmma B reads"),
     "dS": ("// dS is there\n        fence_async_proxy();\n", "wgmma B reads"),
     "dQ": ("        fence_async_proxy();  // here, or math warps would wait for their stores\n", "a bulk store reads"),
-    "dK and dV": ("  if (leader) {\n    fence_async_proxy();\n", "a tensor store reads"),
+    "dK and dV": ("  if (lane == 0) {\n    fence_async_proxy();\n", "a tensor store reads"),
 }
 
 
@@ -83,8 +83,12 @@ def test_a_missing_fence_is_found(what: str) -> None:
 def test_warps_of_math_that_come_late_to_tiles_without_steps(meet: bool) -> None:
     spec = KernelSpec.parse("bwd_fp16_d40_dv256")
     variant = Variant("sm_90a", spec, Sm90BackwardWideConfig(32, 2, 1, 0, "red"))
-    seen = [kernels.substitution(f"if (lane == 0) control.{of}.arrive_empty(at.kv_at());", "") for of in "kv"]
-    seen += [kernels.substitution(f"control.{of}.init(1, 5);", f"control.{of}.init(1, 1);") for of in "kv"]
+    late = {"k": "a warp that is late does not miss this K for the next one", "v": "likewise"}
+    seen = [
+        kernels.substitution(f"if (lane == 0) control.{of}.arrive_empty(at.kv_at());  // {why}", "")
+        for of, why in late.items()
+    ]
+    seen += [kernels.substitution(f"control.{of}.init(1, 8);", f"control.{of}.init(1, 4);") for of in late]
 
     def unseen(source: str) -> str:
         return reduce(lambda text, edit: edit(text), seen, source)

@@ -88,6 +88,13 @@ __device__ __forceinline__ void load_tile(uint32_t buffer, const TensorMap& map,
   }
 }
 
+// What load_tile will load, into L2 while its buffer is in use.
+template <int kTilePanels>
+__device__ __forceinline__ void prefetch_tile(const TensorMap& map, int row, int head, int begin, int length) {
+#pragma unroll
+  for (int panel = 0; panel < kTilePanels; ++panel) tma_prefetch_ragged(&map, 64 * panel, row, head, begin, length);
+}
+
 // A tile's mask, its blocks of queries, and the order of additions to their dQ, which `kAdders` make, each to a part of it.
 template <bool kCausal, int kBlockM, int kBlockN, int kAdders>
 struct KeyTiles {

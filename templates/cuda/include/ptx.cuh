@@ -135,6 +135,13 @@ __device__ __forceinline__ void tma_load_ragged(uint32_t smem, const void* map, 
       : "memory");
 }
 
+// Likewise into L2.
+__device__ __forceinline__ void tma_prefetch_ragged(const void* map, int column, int row, int head, int begin, int length) {
+  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map), "r"(column),
+               "r"(kRaggedExtent - length + row), "r"(head), "r"(kRaggedExtent), "r"(begin + length)
+               : "memory");
+}
+
 __device__ __forceinline__ void tma_store_ragged(const void* map, uint32_t smem, int column, int row, int head,
                                                  int begin, int length) {
   asm volatile(

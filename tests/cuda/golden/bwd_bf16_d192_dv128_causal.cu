@@ -274,21 +274,23 @@ __device__ __forceinline__ void hand_over(const float (&dq)[kRegisters], Control
   if (elect_one()) control.dq.arrive_full(dq_at);
 }
 
-// A gradient's transposed accumulators leave through a buffer that nothing reads any more, panel by panel.
+// A gradient's transposed accumulators leave through a buffer that nothing reads any more, each panel by a warp: the first
+// lane of each may give its part of the buffer back.
 template <int kTilePanels>
 __device__ __forceinline__ void store_gradient(const float (&gradient)[kTilePanels][kBlockN / 2], uint32_t buffer,
                                                const TensorMap& map, const WorkItem& item, int kv_head, int barrier,
-                                               int warp, int lane, bool leader) {
+                                               int warp, int lane) {
+  static_assert(kTilePanels <= 4);
   lane = computed_here(lane);  // no addresses of this are kept through the steps
 #pragma unroll
   for (int panel = 0; panel < kTilePanels; ++panel) {
     stage_columns<pack_bf16, kBlockN>(gradient[panel], buffer + panel * kKVPanelBytes, warp, lane);
   }
   named_barrier_sync(barrier, 128);  // it is staged
-  if (leader) {
+  if (lane == 0) {
     fence_async_proxy();
-#pragma unroll
-    for (int panel = 0; panel < kTilePanels; ++panel) {
+    const int panel = warp % 4;
+    if (panel < kTilePanels) {
       tma_store_ragged(&map, buffer + panel * kKVPanelBytes, 64 * panel, item.row, kv_head, item.k_begin, item.k_length);
     }
     tma_store_commit();
@@ -358,8 +360,8 @@ __device__ __forceinline__ void make_dv(const BackwardParams& p, Control& contro
 
     control.v.wait_full(at.kv_at());
     control.p.wait_empty(at.step_at());  // the other warpgroup has its last dP, and V has been read
-    store_gradient(dv, smem.v, p.map_dv, item, kv_head, kBarrier, warp, lane, leader);
-    if (leader) control.v.arrive_empty(at.kv_at());
+    store_gradient(dv, smem.v, p.map_dv, item, kv_head, kBarrier, warp, lane);
+    if (lane == 0) control.v.arrive_empty(at.kv_at());
     control.tile.arrive_empty(at.tile_at());
   }
 }
@@ -456,8 +458,8 @@ __device__ __forceinline__ void make_dk_and_dq(const BackwardParams& p, Control&
 #pragma unroll
       for (int i = 0; i < kBlockN / 2; ++i) dk[panel][i] *= p.scale;
     }
-    store_gradient(dk, smem.k, p.map_dk, item, kv_head, kBarrier, warp, lane, leader);
-    if (leader) control.k.arrive_empty(at.kv_at());
+    store_gradient(dk, smem.k, p.map_dk, item, kv_head, kBarrier, warp, lane);
+    if (lane == 0) control.k.arrive_empty(at.kv_at());
     control.tile.arrive_empty(at.tile_at());
   }
 }
@@ -491,8 +493,8 @@ jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2_d0_abulk(const __grid_constan
     // Freed by the warps of Q and dO, the adder of dQ and every math thread.
     control.tile.init(1, 3 + 256);
     control.loaded.init(2, 1);
-    control.k.init(1, 5);  // freed by the warpgroup whose gradient leaves through it, when each warp of the other has seen it
-    control.v.init(1, 5);
+    control.k.init(1, 8);  // freed by the warps whose gradient leaves through it, when each warp of the other has seen it
+    control.v.init(1, 8);
     control.p.init(128, 128);
     control.q.init(1, 2);
     control.dout.init(1, 2);
@@ -509,6 +511,8 @@ jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2_d0_abulk(const __grid_constan
       tma_prefetch_map(&p.map_k);
       RingPosition<1> at;
       claim_key_tiles<kBlockN>(control, [&](const WorkItem& item, int kv_head) {
+        prefetch_tile<kPanels>(p.map_k, item.row, kv_head, item.k_begin, item.k_length);
+        prefetch_tile<kPanelsV>(p.map_v, item.row, kv_head, item.k_begin, item.k_length);
         control.v.wait_empty(at);  // dV leaves first
         load_tile<kPanelsV, kKVPanelBytes>(smem.v, p.map_v, control.v.full[0], item.row, kv_head, item.k_begin,
                                            item.k_length, kEvictFirst);

@@ -388,6 +388,14 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1(const 
   uint32_t step = 0;  // of all tiles
   RingPosition<kDqStages> dq_at;
   const int part = warpgroup;  // of dQ, this warpgroup's
+  bool leaving = false;  // dK and dV of the previous tile, through dS^T's and dQ's buffers
+  auto await_stores = [&] {
+    if (leaving) {
+      if (lane == 0) tma_store_wait_read();
+      named_barrier_sync(1 + warpgroup, 128);
+      leaving = false;
+    }
+  };
 
   for (uint32_t tile = 0;; ++tile) {
     const RingPosition<kTileSlots> tile_at = {static_cast<int>(tile % kTileSlots), tile / kTileSlots % 2};
@@ -406,8 +414,10 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1(const 
 
     control.k.wait_full(kv_at);
     control.v.wait_full(kv_at);
-    if (leader) tma_store_wait_read();  // dK and dV of the tile before have left
-    named_barrier_sync(1 + warpgroup, 128);
+    const auto free_keys = [&] {  // when the last dQ is there: before copies of it are in the way of the next tile's K and V
+      control.k.arrive_empty(kv_at);
+      control.v.arrive_empty(kv_at);
+    };
     const int steps = item.q_blocks * p.gqa_ratio;
     int row = KeyTile::last_row(item);  // of the block's queries, within the sequence
     int head = kv_head * p.gqa_ratio;
@@ -424,6 +434,7 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1(const 
       float dp[kBlockM / 2];
       control.dout.wait_full(at);
       issue_dp(dp, v_rows, dout_tile);
+      await_stores();
       control.stats.wait_full(at);
       wgmma_wait<1>();
       pin_registers(scores);
@@ -499,7 +510,10 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1(const 
       issue_dq(dq, ds_tiles + ds_before.slot * kDsBytes + warpgroup * kKVPanelBytes, k_tile);
       wgmma_wait<0>();
       pin_registers(dq);
-      if (leader) control.ds.arrive_empty(ds_before);
+      if (leader) {
+        control.ds.arrive_empty(ds_before);
+        free_keys();
+      }
       if (has_all_keys) {
         const bool row_begins = head == kv_head * p.gqa_ratio;
         const int dq_head = row_begins ? head + p.gqa_ratio - 1 : head - 1;  // of the step before
@@ -515,40 +529,38 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1(const 
       }
     }
 
+    await_stores();  // where no query sees this tile
+
     // K and V of the next tile arrive while dV leaves through this warpgroup's part of dQ, which is on its way or gone, and dK
     // through its rows of dS^T, when every warpgroup has read them.
-    if (leader) {
-      control.k.arrive_empty(kv_at);
-      control.v.arrive_empty(kv_at);
-    }
     const uint32_t dv_rows = smem_address(dq_parts) + warpgroup * kPartBytes;
     const uint32_t dk_rows = ds_tiles + computed_here(warpgroup) * kRowsBytes;  // not a register through the loop
-    control.dq[part].wait_empty(dq_at);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) dk[i] *= p.scale;
-    stage_rows<pack_bf16, kHeadDimV, kRowsBytes>(dv, dv_rows, warp, lane_here());
     named_barrier_sync(kMathBarrier, 128 * kWarpgroups);
+    if (leader && steps == 0) free_keys();
     stage_rows<pack_bf16, kHeadDim, kKVPanelBytes>(dk, dk_rows, warp, lane_here());
+    control.dq[part].wait_empty(dq_at);
+    stage_rows<pack_bf16, kHeadDimV, kRowsBytes>(dv, dv_rows, warp, lane_here());
     named_barrier_sync(1 + warpgroup, 128);  // dK and dV are staged
-    if (leader) {
+    if (lane == 0) {
       fence_async_proxy();
       if (first_key < item.k_length) {
-#pragma unroll
-        for (int panel = 0; panel < kPanelsV; ++panel) {
+        const int panel = warp % 4;  // each warp stores one
+        if (panel < kPanelsV) {
           tma_store_ragged(&p.map_dv, dv_rows + panel * kRowsBytes, 64 * panel, first_key, kv_head, item.k_begin,
                            item.k_length);
-        }
-#pragma unroll
-        for (int panel = 0; panel < kPanels; ++panel) {
-          tma_store_ragged(&p.map_dk, dk_rows + panel * kKVPanelBytes, 64 * panel, first_key, kv_head, item.k_begin,
-                           item.k_length);
+        } else if (panel < kPanelsV + kPanels) {
+          tma_store_ragged(&p.map_dk, dk_rows + (panel - kPanelsV) * kKVPanelBytes, 64 * (panel - kPanelsV), first_key,
+                           kv_head, item.k_begin, item.k_length);
         }
         tma_store_commit();
       }
     }
+    leaving = true;
 
     control.tile.arrive_empty(tile_at);
   }
-  if (leader) tma_store_wait_read();
+  if (lane == 0) tma_store_wait_read();
   finish_rest<Rows, Sums, kBlockN, pack_bf16>(p, control);
 }
