@@ -26,7 +26,8 @@ TAIL = replace(FUSED, split_tail=True)
 IN_TURN = replace(FUSED, block_n=128, skip_unseen=True, in_turn=True)
 MEETS = replace(FUSED, late_dq=False)
 SHARED_DQ = replace(ROW_WARP, block_n=192)
-LENGTHS = (300, 40, 0, 200)
+LENGTHS = ((300, 40, 0, 0, 200), (300, 40, 0, 150, 200))  # of queries, of keys: tiles without steps, too
+LAST_DQ = "      wgmma_wait<0>();\n      pin_registers(dq);\n"
 MISTAKES: dict[str, tuple[str, str, str]] = {
     "the first tile adds to sums that nobody has zeroed": (
         "  if (item.row == 0) {\n    bulk_store",
@@ -67,6 +68,26 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "      fence_async_proxy();\n      if (first_key < item.k_length) {",
         "      if (first_key < item.k_length) {",
         "a tensor store reads .* without fence.proxy.async",
+    ),
+    "dS^T is staged where a warp's panel of dK or dV is leaving": (
+        "if (lane == 0) tma_store_wait_read();\n      named_barrier_sync",
+        "if (leader) tma_store_wait_read();\n      named_barrier_sync",
+        "race on shared",
+    ),
+    "zeros are staged where dK and dV of the tile before are leaving": (
+        "    await_stores();  // where no query sees this tile\n",
+        "",
+        "race on shared",
+    ),
+    "K is handed back while the last dQ is multiplied": (
+        f"{LAST_DQ}      if (leader) {{\n        control.ds.arrive_empty(ds_before);\n        free_keys();\n      }}\n",
+        f"      if (leader) free_keys();\n{LAST_DQ}      if (leader) control.ds.arrive_empty(ds_before);\n",
+        "race on shared",
+    ),
+    "K of a tile without steps is not handed back": (
+        "    if (leader && steps == 0) free_keys();\n",
+        "",
+        "livelock|waits|deadlock",
     ),
     "rows are told to be prepared by the first warp that is done": (
         "< Units::kWarps * pair_tiles",
@@ -221,8 +242,7 @@ def outcome(mistake: tuple[str, str] | None, tile: Sm90BackwardConfig = FUSED) -
     """What the emulator reports of two launches; None, if nothing; "wrong", if nothing but the numbers are."""
     change = kernels.substitution(*mistake) if mistake is not None else None
     spec = replace(SPEC, causal=tile.skip_unseen)
-    queries, processors = ((1100,), 8) if tile.split_tail else (LENGTHS, 2)
-    keys = (150,) if tile.split_tail else LENGTHS
+    (queries, keys), processors = (((1100,), (150,)), 8) if tile.split_tail else (LENGTHS, 2)
     w = Workload("some", queries, keys, 2, 1, spec.head_dim, spec.head_dim_v, spec.causal)
     try:
         artifact = kernels.artifact(Variant("sm_90a", spec, tile), change)
@@ -260,3 +280,18 @@ def test_it_is_found(tile: Sm90BackwardConfig, mistake: tuple[str, str, str]) ->
     found = outcome((old, new), tile)
     assert found is not None
     assert re.search(report, found, re.DOTALL), found
+
+
+@pytest.mark.parametrize("meet", [True, False])
+def test_warps_that_come_late_to_tiles_without_steps(meet: bool) -> None:
+    spec = KernelSpec.parse("bwd_bf16_d96")
+    tile = Sm90BackwardConfig(64, 128, 2, 1, "bulk", False, 1, "none", True, early_dv=False)
+    lines = "    named_barrier_sync(kMathBarrier, 128 * kWarpgroups);\n", "    if (leader && steps == 0) free_keys();\n"
+    sooner = kernels.substitution("".join(lines), "".join(reversed(lines)))
+    w = Workload("few queries", (20, *[0] * 99), (20, *[5] * 99), 1, 1, 96, 96, False)
+    with loaded(kernels.artifact(Variant("sm_90a", spec, tile), None if meet else sooner), 2) as kernel:
+        if meet:
+            gradient_checks.assert_right(kernel, w, launches=12)
+        else:
+            with pytest.raises(EmulatorError, match=r"deadlock|race on shared"):
+                gradient_checks.assert_right(kernel, w, launches=12)

@@ -740,7 +740,15 @@ def _bulk_reduce(i: Instruction, m: re.Match[str]) -> str:
     return _call("bulk_store", target, smem, i.value(2, "u32"), f"emu::Combine::{_COMBINE[m[2]]}")
 
 
-@instruction(r"cp\.async\.bulk\.prefetch\.[\w.:]+")
+@instruction(r"cp\.async\.bulk\.prefetch\.tensor\.([1-5])d\.L2\.global(?:\.tile)?" + _HINT)
+def _bulk_tensor_prefetch(i: Instruction, m: re.Match[str]) -> str:
+    i.expect(1 + bool(m[2]))
+    source, coordinates = i.tensor(0)
+    call = _call("tensor_prefetch_box", f"(const void*)({source})", m[1], "emu_at")
+    return f"{{ {_coordinates(i, coordinates, m[1])} {call} }}"
+
+
+@instruction(r"cp\.async\.bulk\.prefetch\.L2\.global" + _HINT)
 def _bulk_prefetch(i: Instruction, m: re.Match[str]) -> str:
     return ";"
 

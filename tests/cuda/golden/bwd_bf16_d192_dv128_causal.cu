@@ -493,7 +493,7 @@ jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2_d0_abulk(const __grid_constan
     // Freed by the warps of Q and dO, the adder of dQ and every math thread.
     control.tile.init(1, 3 + 256);
     control.loaded.init(2, 1);
-    control.k.init(1, 8);  // freed by the warps whose gradient leaves through it, when each warp of the other has seen it
+    control.k.init(1, 8);  // freed by the warps whose gradient leaves through it, and by those of the other, which have seen it
     control.v.init(1, 8);
     control.p.init(128, 128);
     control.q.init(1, 2);

@@ -414,7 +414,7 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1(const 
 
     control.k.wait_full(kv_at);
     control.v.wait_full(kv_at);
-    const auto free_keys = [&] {  // when the last dQ is there: before copies of it are in the way of the next tile's K and V
+    const auto free_keys = [&] {  // before copies of the last dQ are in the way of the next tile's K and V
       control.k.arrive_empty(kv_at);
       control.v.arrive_empty(kv_at);
     };
@@ -546,7 +546,7 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1(const 
     if (lane == 0) {
       fence_async_proxy();
       if (first_key < item.k_length) {
-        const int panel = warp % 4;  // each warp stores one
+        const int panel = warp % 4;  // each warp stores one of up to four
         if (panel < kPanelsV) {
           tma_store_ragged(&p.map_dv, dv_rows + panel * kRowsBytes, 64 * panel, first_key, kv_head, item.k_begin,
                            item.k_length);

@@ -318,6 +318,12 @@ void tensor_load(uint32_t smem, const void* map, uint32_t barrier, int rank, con
   preempt();
 }
 
+void tensor_prefetch_box(const void* map, int rank, const int* coordinates) {
+  for_each_chunk(decoded(map, rank), 0, coordinates, [&](uint32_t, const char* from, uint32_t, uint32_t valid) {
+    if (valid) check_global(from, valid, false);
+  });
+}
+
 void tensor_store(const void* map, uint32_t smem, int rank, const int* coordinates, Combine combine) {
   EMU_ENTER();
   const TensorMap decoded_map = decoded(map, rank);

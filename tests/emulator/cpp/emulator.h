@@ -69,6 +69,7 @@ void mbarrier_init_fence();
 enum class Combine { kNone, kAddF32, kAddBf16, kAddF16 };
 Combine tensor_addition(const void* map);  // by the map's element type
 void tensor_prefetch(const void* map);
+void tensor_prefetch_box(const void* map, int rank, const int* coordinates);
 void tensor_load(uint32_t smem, const void* map, uint32_t barrier, int rank, const int* coordinates, uint32_t ctas);
 void tensor_store(const void* map, uint32_t smem, int rank, const int* coordinates, Combine combine);
 void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier);
