@@ -247,6 +247,8 @@ def fragment_registers(spec: KernelSpec, config: Sm90BackwardConfig) -> int:
             beside = 40 if config.overlap else 0
         if config.own_row_warpgroup:
             beside += _beside_rows(spec, config)
+        if config.held == "kv" and config.late_dq and not config.fused and config.warpgroups == 2:
+            beside += 2  # where dK and dV leave
         return kept + max(2 * scores, dq + 2 * packed) + beside
     with_p = 2 * scores + packed
     most = with_p + dq if config.late_dq else max(with_p, dq + 2 * packed)

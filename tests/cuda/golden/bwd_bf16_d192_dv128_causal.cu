@@ -279,9 +279,9 @@ __device__ __forceinline__ void hand_over(const float (&dq)[kRegisters], Control
 template <int kTilePanels>
 __device__ __forceinline__ void store_gradient(const float (&gradient)[kTilePanels][kBlockN / 2], uint32_t buffer,
                                                const TensorMap& map, const WorkItem& item, int kv_head, int barrier,
-                                               int warp, int lane) {
+                                               int warp) {
   static_assert(kTilePanels <= 4);
-  lane = computed_here(lane);  // no addresses of this are kept through the steps
+  const int lane = lane_here();  // no addresses of this are kept through the steps
 #pragma unroll
   for (int panel = 0; panel < kTilePanels; ++panel) {
     stage_columns<pack_bf16, kBlockN>(gradient[panel], buffer + panel * kKVPanelBytes, warp, lane);
@@ -360,7 +360,7 @@ __device__ __forceinline__ void make_dv(const BackwardParams& p, Control& contro
 
     control.v.wait_full(at.kv_at());
     control.p.wait_empty(at.step_at());  // the other warpgroup has its last dP, and V has been read
-    store_gradient(dv, smem.v, p.map_dv, item, kv_head, kBarrier, warp, lane);
+    store_gradient(dv, smem.v, p.map_dv, item, kv_head, kBarrier, warp);
     if (lane == 0) control.v.arrive_empty(at.kv_at());
     control.tile.arrive_empty(at.tile_at());
   }
@@ -458,7 +458,7 @@ __device__ __forceinline__ void make_dk_and_dq(const BackwardParams& p, Control&
 #pragma unroll
       for (int i = 0; i < kBlockN / 2; ++i) dk[panel][i] *= p.scale;
     }
-    store_gradient(dk, smem.k, p.map_dk, item, kv_head, kBarrier, warp, lane);
+    store_gradient(dk, smem.k, p.map_dk, item, kv_head, kBarrier, warp);
     if (lane == 0) control.k.arrive_empty(at.kv_at());
     control.tile.arrive_empty(at.tile_at());
   }
