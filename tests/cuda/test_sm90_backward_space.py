@@ -258,7 +258,7 @@ AT_THE_LIMITS = (
     "bwd_bf16_d64/keyblocks_m64_n192_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1_a5_w1",
     "bwd_bf16_d32/keyblocks_m64_n192_s2_c1_dbulk_o1_k2_hkv_l1_e0_f1_w1",
     "bwd_fp16_d112/keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hv_l1_e0_f1_a2_w1",
-    "bwd_fp16_d96_causal/keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hkv_l1_e0",
+    "bwd_fp16_d96_causal/keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hkv_l1_e0_f1_w1",
     "bwd_fp16_d128/keyblocks_m64_n128_s2_c1_dbulk_o1_k1_hnone_l1_e0_f1_a5_w1",
     "bwd_bf16_d128_causal/keyblocks_m80_n128_s2_c1_dbulk_o0_k1_hnone_l0_e0_f1_r1_w1",
     "bwd_bf16_d64/keyblocks_m64_n64_s2_c2_dbulk_o1_k1_hkv_l1_e0_f1_w1",
