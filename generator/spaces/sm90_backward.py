@@ -136,7 +136,7 @@ def smem_layout(spec: KernelSpec, config: Sm90BackwardConfig) -> SmemLayout:
         dq_bytes=_dq_bytes(spec, config),
         rows_bytes=config.row_buffers * row_buffer_bytes(spec, UNIT_ROWS) if config.fused else 0,
         stats_bytes=config.num_stages * 2 * config.block_m * 4,
-        control_bytes=CONTROL_BYTES,
+        control_bytes=CONTROL_BYTES + (128 if config.kv_stages > 2 and config.row_buffers > 2 else 0),
     )
 
 

@@ -377,7 +377,8 @@ EAGER = tuple(
         (CASES[1], {"claim_ahead": 5}),
         (FUSED[0], {"claim_ahead": 2}),
         (ONE_WARPGROUP, {"claim_ahead": 5}),
-        (THREE_KV_STAGES, {"claim_ahead": 2, "row_buffers": 4}),
+        # Tiles and barriers of most bytes.
+        (THREE_KV_STAGES, {"claim_ahead": 2, "row_buffers": 4, "num_stages": 4, "block_n": 64}),
         (ONE_ROW_WARP[2], {"claim_ahead": 5}),
     )
 )

@@ -79,6 +79,14 @@ def test_a_missing_fence_is_found(what: str) -> None:
         assert_right(found, Workload("some", (70,), (70,), 1, 1, 136, 200, True))
 
 
+def test_delta_that_is_read_before_its_rows_are_prepared_is_found() -> None:
+    spec = KernelSpec.parse("bwd_bf16_d136_dv200_causal")
+    variant = Variant("sm_90a", spec, Sm90BackwardWideConfig(32, 2, 1, 0, "bulk", fused=True))
+    found = kernels.artifact(variant, kernels.substitution("    control.prepared.wait_full(at.tile_at());\n", ""))
+    with pytest.raises(EmulatorError, match="race on global"):
+        assert_right(found, Workload("some", (70,), (70,), 1, 1, 136, 200, True))
+
+
 @pytest.mark.parametrize("meet", [True, False])
 def test_warps_of_math_that_come_late_to_tiles_without_steps(meet: bool) -> None:
     spec = KernelSpec.parse("bwd_fp16_d40_dv256")

@@ -54,10 +54,25 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "false",
         "race on global",
     ),
-    "a tile begins before its rows are prepared": (
-        "load_acquire(&progress->pair(pair).prepared) < Units::kWarps * pair_tiles(claims, next.item)",
+    "a tile's rows are said to be prepared before they are": (
+        "load_acquire(&progress->pair(awaited_pair).prepared) < awaited",
         "false",
         "race on global",
+    ),
+    "delta is read of a tile that is known, not prepared": (
+        "for_each_tile(tiles, ",
+        "for_each_tile(control, ",
+        "race on global",
+    ),
+    "the rest's next slice is claimed where this one is read": (
+        "control.rows.rest[warpgroup][turn]",
+        "control.rows.rest[warpgroup][0]",
+        "race on shared",
+    ),
+    "the rest's slices are left to their first warp": (
+        "int part = thread / 32; part < parts",
+        "int part = thread / 32; part < min(parts, 1)",
+        "^wrong$",
     ),
     "dQ is added without a proxy fence": (
         "            fence_async_proxy();  // here, or math warps would wait for their stores\n            put_part(",
@@ -90,8 +105,8 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         "livelock|waits|deadlock",
     ),
     "rows are told to be prepared by the first warp that is done": (
-        "< Units::kWarps * pair_tiles",
-        "< pair_tiles",
+        "awaited = Units::kWarps * pair_tiles",
+        "awaited = pair_tiles",
         "race on global",
     ),
     "rows are copied into a buffer that is worked on": (
@@ -125,6 +140,11 @@ MEETS_MISTAKES: dict[str, tuple[str, str, str]] = {
     ),
 }
 ROW_WARP_MISTAKES: dict[str, tuple[str, str, str]] = {
+    "delta is read of a tile that is known, not prepared": (
+        "for_each_tile(tiles, ",
+        "for_each_tile(control, ",
+        "race on global",
+    ),
     "a unit is counted while lanes look for it": (
         "++control.rows.worked;\n      __syncwarp();\n",
         "++control.rows.worked;\n",

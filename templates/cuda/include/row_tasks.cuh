@@ -2,12 +2,12 @@
 // later, and finishes those to whose dQ all has been added, while the math warps multiply: sums are mostly read while they are in
 // L2. A slice has as many rows of a sequence and kv head as there are slices of it, one a tile, and goes by its tile's number in
 // the order of work. The thread that claims tiles also claims slices, and copies their rows to shared memory, a unit at a time.
-// What is left to finish when a math warp has no more tiles it finishes itself.
+// What is left to finish when a math warpgroup has no more tiles it finishes itself.
 //
-// Who prepares is ahead of who multiplies by two slices a CTA, or by as much as it takes: a tile is begun when all slices of
-// its sequence and kv head are prepared, and until then its CTA prepares what is next. Nothing waits for ever: to prepare waits
-// for nothing, so a tile's rows become prepared; the thread that claims looks at what a slice to finish waits for and goes on;
-// and a math warp waits for that when every tile is claimed, by CTAs that run.
+// Who prepares is ahead of who multiplies by two slices a CTA, or by as much as it takes: a tile's delta is read when all
+// slices of its sequence and kv head are prepared, and until then its CTA prepares what is next. Nothing waits for ever: to
+// prepare waits for nothing, so a tile's rows become prepared; the thread that claims looks at what a slice to finish waits for
+// and goes on; and a math warpgroup waits for that when every tile is claimed, by CTAs that run.
 #pragma once
 #include <cstdint>
 
@@ -70,19 +70,22 @@ struct alignas(16) RowSlice {
 // What one thread claims by; in shared memory, since it has few registers.
 template <int kBlockN, typename Units>
 struct RowTasks {
-  static constexpr int kNone = -1;
+  static constexpr int kMostWarpgroups = 3;
 
   Progress* progress;
   Tile tile;       // that of a slice which is claimed
   RowSlice slice;  // to work on
   RowSlice to_finish;
   RowUnit units[Units::kBuffers];  // that are copied
-  int claimed;   // the tile that is begun next, or kNone
-  int adding;    // the pair to whose dQ the CTA adds
+  alignas(16) int awaited;  // slices that the last tile begun waits for, or 0
+  int awaited_pair;
   int begun;     // tiles
   int prepared;  // slices claimed
   bool no_tiles, none_to_prepare, none_to_finish;  // left to claim
-  uint32_t worked;  // units, where one warp works on rows
+  // Of others, apart: what is read together with more than is wanted looks like a race.
+  alignas(16) int adding;  // the pair to whose dQ the CTA adds
+  uint32_t worked;         // units, where one warp works on rows
+  int rest[kMostWarpgroups][2];  // slices that math warpgroups finish
 
   // A tile's pair, numbered by its first item.
   __device__ __forceinline__ static int pair_number(const BackwardParams& p, const WorkItem& item, int kv_head) {
@@ -117,8 +120,7 @@ struct RowTasks {
   __device__ __forceinline__ void begin(const BackwardParams& p) {
     progress = reinterpret_cast<Progress*>(p.progress);
     slice.row = slice.end = to_finish.row = to_finish.end = 0;
-    claimed = kNone;
-    begun = prepared = 0;
+    awaited = begun = prepared = 0;
     if constexpr (Units::kWarps == 1) worked = 0;
     no_tiles = none_to_prepare = none_to_finish = false;
   }
@@ -131,41 +133,38 @@ struct RowTasks {
 
   __device__ __forceinline__ void tell_prepared(int pair, int warps) { add_release(&progress->pair(pair).prepared, warps); }
 
-  // Whether pass_tile has something to do.
-  template <typename Control>
-  __device__ __forceinline__ bool is_tile_due(Control& control) const {
-    return !no_tiles && (claimed != kNone || begun == 0 || control.loaded.is_full(RingPosition<1>::after(begun - 1)));
-  }
-
-  // Passes the next tile on when the last queries of the one before are on their way (as claim_key_tiles) and its rows are
-  // prepared. Whether it waits for rows.
+  // Passes the next tile on when the last queries of the one before are on their way (as claim_key_tiles), and says when its
+  // rows are prepared. Whether it waits for rows.
   template <typename Control>
   __device__ __forceinline__ bool pass_tile(const BackwardParams& p, Control& control) {
     constexpr int kSlots = sizeof(control.tiles) / sizeof(Tile);
-    if (!is_tile_due(control)) return false;
-    auto& claims = control.claims;
     const auto at = RingPosition<kSlots>::after(begun);
-    Tile& next = control.tiles[at.slot];
-    if (claimed == kNone) {
-      if (!control.tile.is_empty(at)) return false;
-      claimed = atomicAdd(&claims.list->next_tile, 1);
-      if (claimed >= claims.count()) {
+    if (awaited == 0 && is_tile_due(control) && control.tile.is_empty(at)) {
+      auto& claims = control.claims;
+      Tile& next = control.tiles[at.slot];
+      const int index = atomicAdd(&claims.list->next_tile, 1);
+      if (index >= claims.count()) {
         no_tiles = true;
         next.head = -1;
         control.tile.arrive_full(at);
-        return false;
-      }
-      if (!claims.claim(next, claimed)) {
-        claimed = kNone;
-        return false;
+        control.prepared.arrive_full(at);
+      } else if (claims.claim(next, index)) {
+        awaited = Units::kWarps * pair_tiles(claims, next.item);
+        awaited_pair = pair_number(p, next.item, next.head);
+        control.tile.arrive_full(at);
+        ++begun;
       }
     }
-    const int pair = pair_number(p, next.item, next.head);
-    if (load_acquire(&progress->pair(pair).prepared) < Units::kWarps * pair_tiles(claims, next.item)) return true;
-    control.tile.arrive_full(at);
-    claimed = kNone;
-    ++begun;
+    if (awaited == 0) return false;
+    if (load_acquire(&progress->pair(awaited_pair).prepared) < awaited) return true;
+    control.prepared.arrive_full(RingPosition<kSlots>::after(begun - 1));
+    awaited = 0;
     return false;
+  }
+
+  template <typename Control>
+  __device__ __forceinline__ bool is_tile_due(Control& control) const {
+    return !no_tiles && (begun == 0 || control.loaded.is_full(RingPosition<1>::after(begun - 1)));
   }
 
   // The next slice to work on, if there is one.
@@ -196,6 +195,27 @@ struct RowTasks {
   }
 
   __device__ __forceinline__ bool done() const { return no_tiles && slice.ended() && to_finish.ended() && none_to_finish; }
+};
+
+// The tiles of `control` for for_each_tile, each when its rows are prepared.
+template <typename Control>
+struct PreparedTiles {
+  struct Ring {
+    Control& control;
+    template <typename At>
+    __device__ __forceinline__ void wait_full(const At& at) {
+      control.prepared.wait_full(at);
+    }
+    template <typename At>
+    __device__ __forceinline__ void arrive_empty(const At& at) {
+      control.tile.arrive_empty(at);
+    }
+  };
+
+  decltype(Control::tiles)& tiles;
+  Ring tile;
+
+  __device__ __forceinline__ explicit PreparedTiles(Control& control) : tiles(control.tiles), tile{control} {}
 };
 
 // Fills the ring of `control` as claim_key_tiles does, where another warp loads all of a tile, and begins to copy units of rows
@@ -251,15 +271,18 @@ __device__ __forceinline__ void work_on_rows(const BackwardParams& p, Control& c
   }
 }
 
-// A warp that has no tiles any more finishes slices that are left. Its sums come straight to registers, of which it has enough.
+// A warpgroup that has no tiles any more finishes slices that are left, each warp some of their rows and heads. Sums come
+// straight to registers, of which it has enough. `barrier` is one of its own.
 template <typename Rows, typename Sums, int kBlockN, Pack kPack, typename Control>
-__device__ __forceinline__ void finish_rest(const BackwardParams& p, const Control& control) {
+__device__ __forceinline__ void finish_rest(const BackwardParams& p, Control& control, int warpgroup, int barrier) {
   const Claims& claims = control.claims;
   Progress* const progress = control.rows.progress;
-  for (;;) {
-    int index = 0;
-    if (lane_here() == 0) index = atomicAdd(&progress->next_to_finish, 1);
-    index = __shfl_sync(0xffffffff, index, 0);
+  const int thread = computed_here(threadIdx.x) % 128;  // not a register through the tiles
+  for (int turn = 0;; turn ^= 1) {
+    int& claimed = control.rows.rest[warpgroup][turn];  // the other one may still be read
+    if (thread == 0) claimed = atomicAdd(&progress->next_to_finish, 1);
+    named_barrier_sync(barrier, 128);
+    const int index = claimed;
     if (index >= claims.tiles) break;
     Tile tile;
     claim_key_tile<kBlockN>(tile, claims, index);
@@ -267,14 +290,12 @@ __device__ __forceinline__ void finish_rest(const BackwardParams& p, const Contr
     if (!slice.summed || slice.ended()) continue;
     while (load_acquire(&progress->pair(slice.pair).added) < slice.tiles) __nanosleep(100);
     __syncwarp();
+    const int parts = (slice.end - slice.row + kRowTokens - 1) / kRowTokens * p.gqa_ratio;  // of a head each
 #pragma unroll 1
-    for (int row = slice.row; row < slice.end; row += kRowTokens) {
-#pragma unroll 1
-      for (int head = slice.end_head - p.gqa_ratio; head < slice.end_head; ++head) {
-        const int count = min(slice.end - row, kRowTokens);
-        const RowBlock rows = {head, slice.q_begin + row, count, 0, (1u << count) - 1};
-        finish_panels<Sums, load_written_x4, kPack, /*kAtOnce=*/8>(p, rows);
-      }
+    for (int part = thread / 32; part < parts; part += 4) {
+      const int row = slice.row + part / p.gqa_ratio * kRowTokens, count = min(slice.end - row, kRowTokens);
+      const RowBlock rows = {slice.head + part % p.gqa_ratio, slice.q_begin + row, count, 0, (1u << count) - 1};
+      finish_panels<Sums, load_written_x4, kPack, /*kAtOnce=*/8>(p, rows);
     }
   }
 }

@@ -89,12 +89,14 @@ using KeyTile = KeyTiles</*kCausal=*/false, kBlockM, kBlockN, /*kAdders=*/1>;
 
 using Units = RowUnits<Sums, kHeadDimV, 32, 8192, 2, 4>;
 using Rows = RowTasks<kBlockN, Units>;
+static_assert(kWarpgroups <= Rows::kMostWarpgroups);
 
 struct Control {
   Tile tiles[kTileSlots];
   TileClaims<kBlockN> claims;
   Rows rows;
   RingBarriers<kTileSlots> tile;
+  RingBarriers<kTileSlots> prepared;  // rows of the tile
   RingBarriers<Units::kBuffers> row_units;
   RingBarriers<1> loaded;  // all of the tile is on its way
   RingBarriers<kKVStages> k, v;
@@ -282,6 +284,7 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1(const 
     control.stats.init(32, 128 * kWarpgroups);
     control.ds.init(4 * kWarpgroups, kWarpgroups);
     for (int part = 0; part < kParts; ++part) control.dq[part].init(4, 1);
+    control.prepared.init(1, 1);
     control.row_units.init(1, Units::kReaders);
     control.rows.begin(p);
     mbarrier_init_fence();
@@ -323,7 +326,8 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1(const 
     } else if (warp == 2) {
       const int lane = threadIdx.x % 32;
       RingPosition<kStages> at;
-      for_each_tile(control, [&](const WorkItem& item, int kv_head) {
+      PreparedTiles<Control> tiles(control);
+      for_each_tile(tiles, [&](const WorkItem& item, int kv_head) {
         KeyTile::for_each_block(p, item, kv_head, [&](int head, int row) {
           const int rows = item.q_length - row - lane;  // the lane's first one included
           const long long first = static_cast<long long>(head) * p.total_q + item.q_begin + row + lane;
@@ -562,5 +566,5 @@ jagtile_bwd_bf16_d64_keyblocks_m128_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1(const 
     control.tile.arrive_empty(tile_at);
   }
   if (lane == 0) tma_store_wait_read();
-  finish_rest<Rows, Sums, kBlockN, pack_bf16>(p, control);
+  finish_rest<Rows, Sums, kBlockN, pack_bf16>(p, control, warpgroup, 1 + warpgroup);
 }
