@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from jagtile.runtime.cuda.params import WORK_ITEM_BYTES, WORK_LIST_HEADER_BYTES
 Ints = npt.NDArray[np.int64]
 ROUND = 1024  # tiles that a device places at once, in any order
 _MOST_PIECES, _PIECES_PER_CTA, _FEW_ROWS = 127, 4, 4  # templates/cuda/include/split_work_list.cuh
+_LAST_TILES, _LAST_SEQUENCES = 256, 16  # templates/cuda/include/key_blocks.cuh
 _SMALLEST_PIECE, _SMALLEST_OF_FEW_ROWS, _WORTH_CUTTING = 512, 256, 1024
 
 
@@ -204,7 +206,25 @@ def assert_right_keys(
     assert (place[last] - place[first] == last - first)[alone].all(), "sequences by themselves"
     begins = np.sort(place[first])
     within = np.searchsorted(begins, place[last], "right") - np.searchsorted(begins, place[first], "left")
-    assert (within[~alone] <= pairs[~alone] / heads.keys + 0.51).all(), "few sequences at a time"
+    ending = _ending(last - first + 1, by_place, how, heads)
+    usual = ~alone
+    usual[ending] = False
+    assert (within[usual] <= np.maximum(pairs[usual] / heads.keys, 1) + 0.51).all(), "few sequences at a time"
+    tiles_of = last - first + 1  # of a head
+    if len(ending) and tiles_of[ending[0]] >= -(-_LAST_TILES // heads.keys):
+        one, ending = ending[0], ending[1:]
+        each = together[place[first[one]]]
+        last_group = heads.keys - (heads.keys - 1) // each * each
+        assert last_group * tiles_of[one] >= _LAST_TILES, "tiles of the last long sequence's last heads"
+        shares = _shares(heads.keys, float(pairs[one]))
+        assert each in shares, "heads of the last long sequence"
+        fewer = [share for share in shares[1:] if share < each]  # but for what a device may round
+        last_groups = [heads.keys - (heads.keys - 1) // share * share for share in fewer]
+        assert all(group * tiles_of[one] < _LAST_TILES for group in last_groups), "no more heads than it takes"
+    in_turn = sorted((block, rank, one) for rank, one in enumerate(ending) for block in range(tiles_of[one]))
+    expected = [first[one] + block for block, _, one in in_turn]
+    assert np.array_equal(order[count - len(expected) :], expected), "the last sequences' key blocks in turn"
+    assert not alone[ending].any(), "all heads of the last sequences"
 
     at = WORK_LIST_HEADER_BYTES + 2 * max_items * WORK_ITEM_BYTES + 8 * len(offsets_k)
     words = -(-total_q // 32)
@@ -213,6 +233,21 @@ def assert_right_keys(
         found = np.unpackbits(mark, bitorder="little")
         assert np.array_equal(found[:total_q].astype(bool), wanted), "bits of queries"
         assert not found[total_q:].any(), "bits beyond the queries"
+
+
+def _shares(heads: int, pairs: float) -> list[int]:
+    """Heads of each of as many groups as make no more than `pairs` side by side, or of fewer."""
+    usual = math.ceil(heads / pairs * (1 + 1e-5))  # as a device rounds
+    return [math.ceil(heads / groups) for groups in range(max(usual, 1), 0, -1)]
+
+
+def _ending(counts: Ints, by_place: Ints, how: Blocking, heads: Heads) -> Ints:
+    """The sequences that end a causal list, in the order of places."""
+    if not how.causal:
+        return by_place[:0]
+    after = counts.sum() - np.cumsum(counts[by_place])
+    last = np.arange(len(by_place)) >= len(by_place) - _LAST_SEQUENCES
+    return np.asarray(by_place[last & (after < -(-_LAST_TILES // heads.keys))])
 
 
 def _marked(sequences: Ints, total_q: int, how: Blocking) -> list[npt.NDArray[np.bool_]]:

@@ -130,9 +130,15 @@ def assert_in_order_of_work(w: Workload, items: list[Item], in_order: bool) -> N
         assert [items[place].turn - items[found[0]].turn for place in found] == list(range(len(found)))
 
     steps = {seq: ratio * query_blocks(w, seq, 0) for seq in places}
-    ordered = [steps[seq] for seq in sorted(places, key=lambda seq: places[seq][0])]
+    by_place = sorted(places, key=lambda seq: places[seq][0])
+    ordered = [steps[seq] for seq in by_place]
     assert all(after + 1 <= (before + 1) * 17 / 16 for before, after in pairwise(ordered))
-    for seq, found in places.items():
+    # The last sequences of a causal list have more side by side: test_emulated_work_list.py.
+    usual = len(by_place)
+    while w.is_causal and usual and sum(len(places[seq]) for seq in by_place[usual:]) * heads_kv < 256:
+        usual -= 1
+    for seq in by_place[: max(usual, len(by_place) - 16)]:
+        found = places[seq]
         least = max(bucket_cost(steps[seq]), 1)
         pairs = max(math.sqrt(16384 / least), 512 / least) if in_order else math.sqrt(1024 / least)
         together = {items[place].heads for place in found}

@@ -21,13 +21,14 @@ struct TokenRows {
   int count;  // of tokens; 0 or less where there are none left
 };
 
+// From the last tokens on: those that the launch before wrote last are in L2.
 template <typename P>
 __device__ __forceinline__ TokenRows token_rows(const P& p) {
   const unsigned warp = __shfl_sync(0xffffffff, blockIdx.x * (kRowThreads / 32) + threadIdx.x / 32, 0);  // known to be uniform
-  const unsigned block = warp / p.heads;
+  const unsigned block = warp / p.heads, blocks = (p.total_q + kRowTokens - 1) / kRowTokens;
   TokenRows rows;
   rows.head = warp - block * p.heads;
-  rows.token = kRowTokens * block;
+  rows.token = block < blocks ? kRowTokens * (blocks - 1 - block) : p.total_q;
   rows.count = min(p.total_q - rows.token, kRowTokens);
   return rows;
 }

@@ -4,6 +4,9 @@
 // head go side by side, key block by key block: a few heads of a long sequence, or all heads of a few short ones. The fewer
 // they are, the sooner a pair's next key block reads what this one read, from L2. Where additions to dQ have an order, a
 // tile that starts too soon after the key block before waits for it: the more pairs there are, the later it starts.
+// Causal tiles get shorter from a sequence's first to its last, but each group of pairs begins with long ones: so that the last
+// group has short ones enough to fill up with, the last long sequence may have more heads side by side, and short sequences
+// that end the list go all in turn.
 #pragma once
 
 #include "cuda/include/backward_params.cuh"
@@ -34,6 +37,17 @@ struct KeyBlocks {
     }
     item.q_blocks = rows.blocks(item.q_length - first_row);
     return item;
+  }
+
+  // Tiles that the last group of a causal list should have, some two for each of 132 SMs: as long as an SM works on its
+  // longest, others do on several short ones.
+  static constexpr int kLastTiles = 256;
+  static constexpr int kLastSequences = 16;  // at most, as each of their tiles counts them
+
+  // Heads of the last of so many groups.
+  __device__ __forceinline__ static int last_group(int heads, int groups) {
+    const int together = (heads + groups - 1) / groups;
+    return heads - (heads - 1) / together * together;
   }
 
   // Steps of a sequence's longest tile, its first.
@@ -169,6 +183,11 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
   builder.await_others();
 
   const int heads = p.heads / p.gqa_ratio;
+  const int last_items = p.causal ? (KeyBlocks::kLastTiles + heads - 1) / heads : 0;
+  auto items_of = [&](int rank) { return items_before[rank + 1].all - items_before[rank].all; };
+  auto is_one_of_last = [&](int rank) {
+    return rank >= ranked - KeyBlocks::kLastSequences && count - items_before[rank + 1].all < last_items;
+  };
   auto place_of = [&](int tile, WorkItem& item) {
     if (tile >= builder.tiles) return -1;
     const int owner = builder.owner(tile), block = tile - chunk.first_tile[owner];
@@ -181,17 +200,29 @@ __device__ __forceinline__ void build_key_list(const BackwardParams& p) {
     item = blocks.item(sequence, block);
     item.turn = place;
     item.heads = heads;
+    if (count < wanted) return place;  // one after the other: sequences that are cut off leave no places empty
+
     const float pairs = blocks.pairs(bucket_cost(bucket));  // the same for all of a bucket, whose sequences share places
-    if (count < wanted) {
-      // One after the other: sequences that are cut off leave no places empty.
-    } else if (pairs < heads) {
-      const int groups = static_cast<int>(ceilf(__fdividef(heads, pairs)));
-      item.heads = (heads + groups - 1) / groups;
-    } else {
+    int first = rank, end = rank + 1;  // the ranks whose key blocks go in turn
+    int groups = pairs < heads ? static_cast<int>(ceilf(__fdividef(heads, pairs))) : 1;  // of heads
+    if (is_one_of_last(rank)) {
+      const int tiles = items_of(rank);  // of a head
+      if (tiles >= last_items) {
+        while (groups > 1 && KeyBlocks::last_group(heads, groups) * tiles < KeyBlocks::kLastTiles) --groups;
+      } else {
+        while (first > 0 && is_one_of_last(first - 1) && items_of(first - 1) < last_items) --first;
+        end = ranked;
+        groups = 1;
+      }
+    } else if (groups == 1) {
+      const unsigned members = max(static_cast<unsigned>(__fdividef(pairs, heads) + 0.5f), 1u);
+      first = rank - static_cast<unsigned>(rank - bucket_begin[bucket]) % members;
+      end = min(first + static_cast<int>(members), bucket_begin[bucket + 1]);
+      while (is_one_of_last(end - 1)) --end;
+    }
+    item.heads = (heads + groups - 1) / groups;
+    if (end - first > 1) {
       // All heads, and the key blocks of a few sequences in turn. Each of these has a block.
-      const unsigned members = static_cast<unsigned>(__fdividef(pairs, heads) + 0.5f);
-      const int first = rank - static_cast<unsigned>(rank - bucket_begin[bucket]) % members;
-      const int end = min(first + static_cast<int>(members), bucket_begin[bucket + 1]);
       const ItemsBefore of_first = items_before[first];
       place = of_first.all;
       if (block == 0) {
