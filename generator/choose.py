@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 
 from jagtile.generator.spec import KernelSpec
+from jagtile.generator.tile import recorded_variant
 from jagtile.generator.workloads import representative
 from jagtile.runtime.problem import look_up_of
 from jagtile.tuning_db.schema import ChoiceEntry, Choices, Config, TuningRecord
@@ -29,8 +30,8 @@ Times = dict[Name, float]  # time over the regime's best
 def choose(records: Iterable[TuningRecord], incumbent: Choices, slack: float = SLACK) -> Choices:
     """The choices that follow from the records of the incumbent's device.
 
-    Specs and regimes without records keep the incumbent's entries, and so do regimes whose incumbent has none and that
-    have no finals: nobody compared it with what was only searched. ``records`` must be of current sources. Of a
+    Specs and regimes without records keep the incumbent's entries, and so do regimes whose incumbent is legal and has
+    none, or has no time and there are no finals: nobody compared it. ``records`` must be of current sources. Of a
     regime's records the latest final session of each person counts (``TuningRecord.by``), for lack of one their latest
     record of each config; not those of workloads that represent the regime no more. A config that was wrong, crashed or
     hung anywhere is never chosen. The slack of a regime is ``slack`` or, where larger, its measured noise up to 10 %;
@@ -59,8 +60,9 @@ def _entry(records: Sequence[TuningRecord], incumbent: ChoiceEntry | None, slack
         counting = _counting(_of_today(timed))
         ratios = _ratios(counting)
         if incumbent is not None:
-            serving = _name(incumbent.config(look_up_of(regime)))
-            if serving not in bad and _is_beside_the_point(counting, ratios, serving):
+            serving = incumbent.config(look_up_of(regime))
+            compared = _name(serving) in bad or _name(serving) in ratios
+            if not compared and _is_beside_the_point(records, regime, counting, serving):
                 continue
         if ratios:
             times[regime] = ratios
@@ -87,9 +89,18 @@ def _entry(records: Sequence[TuningRecord], incumbent: ChoiceEntry | None, slack
     )
 
 
-def _is_beside_the_point(counting: Sequence[TuningRecord], ratios: Times, kept: Name) -> bool:
-    """Whether a regime's times are a search's without its incumbent: what is left where a source has changed."""
-    return kept not in ratios and not any(record.phase == "final" for record in counting)
+def _is_beside_the_point(
+    records: Sequence[TuningRecord], regime: str, counting: Sequence[TuningRecord], kept: Config
+) -> bool:
+    """Whether a regime's times say nothing against an incumbent that has none, as its source has changed.
+
+    They are a search's, or finals of configs that were compared with what it was: finals try it wherever it is legal.
+    """
+    if not any(record.phase == "final" for record in counting):
+        return True
+    tried = {_name(record.config) for record in records if record.regime == regime}
+    target, spec = counting[0].target, KernelSpec.parse(counting[0].spec)
+    return _name(kept) not in tried and recorded_variant(target, spec, kept)[0] is not None
 
 
 def _of_today(records: Sequence[TuningRecord]) -> Sequence[TuningRecord]:

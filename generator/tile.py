@@ -210,6 +210,16 @@ def config_from_dict(target: str, values: Mapping[str, object]) -> TileConfig:
     return space.config_type(**cast("dict[str, Knob]", given))
 
 
+def recorded_variant(target: str, spec: KernelSpec, values: Mapping[str, object]) -> tuple[Variant | None, str]:
+    """A recorded ``to_dict`` mapping as a legal variant, or None and the reason why it is none (any more)."""
+    try:
+        variant = Variant(target, spec, config_from_dict(target, values))
+        variant.check()
+    except ValueError as error:
+        return None, str(error)
+    return variant, ""
+
+
 def parse_config(target: str, name: str) -> TileConfig:
     """The config of a canonical config name."""
     algorithm, _, rest = name.partition("_")

@@ -118,7 +118,7 @@ def tune(
                 found.append(tuner.search(regime, len(wanted) - index, found))
                 tuner.look_around()
             found = tuner.settle(found)
-            tuner.finals(found)
+            tuner.finals(found, ship)
             tuner.look_around()
             return tuner.conclude(found, ship, slack)
 

@@ -24,7 +24,7 @@ from jagtile.generator.resume import best_of_old, current_records, known_ratios
 from jagtile.generator.roofline import predictor
 from jagtile.generator.search import Search
 from jagtile.generator.shared_search import SharedSearch, fingerprint
-from jagtile.generator.tile import TileConfig, config_from_dict
+from jagtile.generator.tile import TileConfig, config_from_dict, recorded_variant
 from jagtile.generator.trial import Job, TrialRunner
 from jagtile.generator.tune_types import Budget, Progress, RegimeResult, TuneResult
 from jagtile.generator.worker import WorkerFailure
@@ -32,7 +32,7 @@ from jagtile.generator.workloads import Workload, representative
 from jagtile.runtime.device import DeviceId
 from jagtile.runtime.dispatch import choose_for_regime, default_variant
 from jagtile.runtime.errors import TuningError
-from jagtile.runtime.problem import regimes_for
+from jagtile.runtime.problem import look_up_of, regimes_for
 from jagtile.tuning_db.schema import ChoiceEntry, Choices, Phase, TuningRecord
 from jagtile.tuning_db.store import Database, identity
 
@@ -195,7 +195,7 @@ class TuneSession:
             found.search.tell(config, value)
         return control
 
-    def finals(self, found: Sequence[Found]) -> None:
+    def finals(self, found: Sequence[Found], ship: bool) -> None:
         """Time the best of all regimes, the incumbents and the default together, in every regime.
 
         In a fleet: in those regimes that no other tuner times with the same configs.
@@ -204,6 +204,7 @@ class TuneSession:
         pool = [default_variant(spec, target).config]
         for regime in found:
             pool += [regime.incumbent, *([regime.control] if regime.control else []), *_finalists(regime.search)]
+        pool += self._to_replace(found, ship)
         pool = [config for config in dict.fromkeys(pool) if config not in self._failed]
         if self.fleet is None:
             for regime in found:
@@ -215,6 +216,17 @@ class TuneSession:
         for key in ledger.share(tuple(keys)):
             ledger.tell(key, 0.0, self._final(keys[key], pool))
         self._finals += [record for key in keys for record in ledger.read().results[key].records]
+
+    def _to_replace(self, found: Sequence[Found], ship: bool) -> list[TileConfig]:
+        """What is chosen where the new choices go: beside a user's own, dispatch takes nothing of what is shipped."""
+        spec, target = self.runner.spec, self.runner.target
+        slug = self.runner.facts.device.slug
+        choices = self.database.choices("shipped" if ship else "user", slug)
+        entry = None if choices is None else choices.specs.get(f"{target}/{spec.name}")
+        if entry is None:
+            return []
+        variants = (recorded_variant(target, spec, entry.config(look_up_of(regime.regime)))[0] for regime in found)
+        return [variant.config for variant in variants if variant is not None]
 
     def _final(self, found: Found, pool: Sequence[TileConfig]) -> list[TuningRecord]:
         """The finals of one regime; their records."""
@@ -237,7 +249,9 @@ class TuneSession:
             before = self.database.choices("shipped" if ship else "user", facts.slug) or Choices(device=facts)
             if key not in before.specs:
                 before = msgspec.structs.replace(before, specs={**before.specs, key: self._in_force(found, ship)})
-            choices = choose(current, msgspec.structs.replace(before, device=facts), slack)
+            # A compiler's verdicts of this session count, whichever compiler is at hand.
+            refused = [record for record in self.records if record.state in ("compile", "spill", "rejected")]
+            choices = choose([*current, *refused], msgspec.structs.replace(before, device=facts), slack)
             results = tuple(self._result(regime, choices.specs[key], known) for regime in found)
             path = self.database.write_choices(choices, ship)
         seconds = time.monotonic() - self.begin

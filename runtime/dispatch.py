@@ -9,15 +9,15 @@ else the spec's default entry.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import jagtile.generator.spaces  # noqa: F401 - every first call needs them: not in its time
 from jagtile.generator.spec import DType, KernelSpec
-from jagtile.generator.tile import Variant, config_from_dict, direction_of, refusal, regimes_of, spaces, spaces_of
+from jagtile.generator.tile import Variant, direction_of, recorded_variant, refusal, regimes_of, spaces, spaces_of
 from jagtile.runtime.device import DeviceId, relatives
-from jagtile.runtime.errors import IllegalConfigError, UnsupportedError
+from jagtile.runtime.errors import UnsupportedError
 from jagtile.runtime.problem import LookUp, Problem, look_up, look_up_of
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def choose_by_look_up(
                 name = f"regime {regime}" if regime else "the spec's default entry"
                 if recorded != spec:
                     name = f"{recorded.name}, {name}"
-                variant, why_not = _variant(device.target, spec, config)
+                variant, why_not = recorded_variant(device.target, spec, config)
                 if variant is not None:
                     steps.append(Step(place, f"taken: {name}, {variant.config.name}"))
                     return Decision(variant, look_up, source, tuple(steps), regime)
@@ -138,7 +138,7 @@ def packed_variants(
         entry = pack.choices.specs.get(f"{device.target}/{spec.name}")
         if entry is not None:
             for config in (*(config for _, config in entry.serving(look_up)), *entry.regimes.values()):
-                variant, _ = _variant(device.target, spec, config)
+                variant, _ = recorded_variant(device.target, spec, config)
                 if variant is not None:
                     found[variant] = None
     return tuple(found)
@@ -174,13 +174,3 @@ def _of(slug: str, database: ChoiceSource, packs: Sequence[PackedChoices]) -> It
         if pack.choices.device.slug == slug:
             yield f"pack:{pack.name}", "pack choices", pack.choices
     yield "shipped", "shipped choices", database.choices("shipped", slug)
-
-
-def _variant(target: str, spec: KernelSpec, config: Mapping[str, object]) -> tuple[Variant | None, str]:
-    """The recorded config as a legal variant, or None and the reason why it is none (any more)."""
-    try:
-        variant = Variant(target, spec, config_from_dict(target, config))
-        variant.check()
-    except (IllegalConfigError, ValueError) as error:
-        return None, str(error)
-    return variant, ""

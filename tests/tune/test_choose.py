@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 from fakes import DEVICE
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from jagtile.generator.choose import choose
 from jagtile.generator.spec import KernelSpec
+from jagtile.generator.tile import parse_config
 from jagtile.generator.workloads import representative
 from jagtile.tuning_db.schema import ChoiceEntry, Choices, TuningRecord
 
@@ -105,6 +107,22 @@ def test_what_was_only_searched_replaces_no_incumbent_that_it_was_not_compared_w
     assert chosen(choose([*left, record("z", "long", 99.0, phase="search")], incumbent(long="z"))) == {"long": "a"}
     assert chosen(choose([*left, record("c", "long", 99.0)], incumbent(long="z"))) == {"long": "c"}  # finals
     assert chosen(choose([*left, record("z", "long", None, state="crash")], incumbent(long="z"))) == {"long": "a"}
+
+
+def test_finals_replace_no_legal_incumbent_that_nobody_tried_since_its_source_changed():
+    legal, other = (parse_config("sm_90a", f"persistent_m192_n64_s{n}_q2_c1").to_dict() for n in (4, 3))
+    kept = Choices(device=DEVICE, specs={KEY: ChoiceEntry(default=legal, regimes={"long": legal})})
+
+    def of(config: dict[str, object], time_us: float | None, **more) -> TuningRecord:
+        return msgspec.structs.replace(record("a", "long", time_us, **more), config=config)
+
+    def left(*records: TuningRecord) -> dict[str, object]:
+        return choose([of(other, 95.0), *records], kept).specs[KEY].regimes["long"]
+
+    assert left() == legal
+    assert left(of(legal, 95.1)) == legal
+    assert left(of(legal, 99.0)) == other
+    assert left(of(legal, None, state="spill")) == left(of(legal, None, state="crash")) == other
 
 
 def test_several_workloads_of_a_regime_count_alike():

@@ -232,6 +232,17 @@ def test_shipping_writes_beside_the_code_and_not_to_the_user(database):
     assert not database.user_root.exists()
 
 
+def test_shipping_compares_with_what_is_shipped_though_a_user_has_a_choice(database):
+    shipped = run(database, ship=True).choices.specs[KEY].regimes["medium"]
+    for records in (database.shipped_root / DEVICE.slug).glob("records*"):
+        records.write_text(records.read_text().replace('"source_sha256":"', '"source_sha256":"old'))
+    slow = FakeWorker(time_of=lambda config, workload: 300 - landscape(config))
+    assert run(database, slow).choices.specs[KEY].regimes["medium"] != shipped
+    result = run(database, slow, ship=True)
+    assert shipped in [record.config for record in result.records if record.phase == "final"]
+    assert result.choices.specs[KEY].regimes["medium"] != shipped
+
+
 def test_tuning_one_regime_leaves_the_shipped_choices_of_the_others_in_force(database):
     shipped = run(database, regimes=("short", "medium"), trials=24, ship=True).choices.specs[KEY]
     (records,) = database.shipped_root.glob("*/records.jsonl")
