@@ -323,13 +323,6 @@ def dq_adders(config: Sm90BackwardConfig) -> int:
     return 1 if config.dq == "bulk" else config.warpgroups
 
 
-def _claims_type(config: Sm90BackwardConfig) -> str:
-    """What tiles are claimed by (key_tiles.cuh, row_tasks.cuh, tail_pieces.cuh)."""
-    if config.split_tail:
-        return "TailClaims<kBlockM, kBlockN, kTailTiles>"
-    return "TileClaims<kBlockN>" if config.fused else "Claims"
-
-
 _LATE_DK = (
     "late_dk: every warpgroup must have a part of each dQ (block_m 64 a warpgroup, or head_dim above 64 with two of "
     "them), without overlap, late_dq and early_dv"
@@ -533,7 +526,6 @@ class Sm90BackwardSpace:
             "producer_registers": producer,
             "consumer_registers": consumer,
             "frees_kv": frees_kv(spec, config),
-            "claims_type": _claims_type(config),
             "tail_tiles": TAIL_TILES,
             "smem": smem_layout(spec, config),
         }
@@ -554,6 +546,7 @@ class Sm90BackwardSpace:
             "fused": int(config.fused),
             "unit_rows": UNIT_ROWS,
             "tail_tiles": TAIL_TILES if config.split_tail else 0,
+            "tail_columns": spec.head_dim + spec.head_dim_v,  # of dK and dV, that are added up
         }
 
     def compile_flags(self, spec: KernelSpec, config: TileConfig) -> tuple[str, ...]:

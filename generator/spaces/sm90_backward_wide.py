@@ -16,7 +16,7 @@ from jagtile.generator.spaces.sm90 import (
     panel_widths,
     tma_rejection,
 )
-from jagtile.generator.spaces.sm90_backward import MAX_HEAD_DIM, row_buffer_bytes
+from jagtile.generator.spaces.sm90_backward import MAX_HEAD_DIM, TAIL_TILES, row_buffer_bytes
 from jagtile.generator.spec import Direction, KernelSpec
 from jagtile.generator.tile import Knob, TileConfig
 
@@ -46,6 +46,7 @@ class Sm90BackwardWideConfig(TileConfig):
     dq_panels: int = field(metadata={"short": "d"})  # panels of dQ that dV's warpgroup makes; the rest are dK's
     dq: str = field(metadata={"short": "a"})  # how dQ is added up: "bulk" through shared memory, "red" from registers
     fused: bool = field(default=False, metadata={"short": "f"})  # passes over rows beside the tiles, not as kernels
+    split_tail: bool = field(default=False, metadata={"short": "y"})  # last tiles in pieces
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,7 @@ class Sm90BackwardWideSpace:
             "dq_panels": tuple(sorted(range(panel_count(spec.head_dim)), key=lambda count: abs(count - _even(spec)))),
             "dq": ("bulk", "red"),
             "fused": (True, False),
+            "split_tail": (False,) if spec.causal else (True, False),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
@@ -249,6 +251,10 @@ class Sm90BackwardWideSpace:
             return f"with dq bulk dK's warpgroup hands all of dQ over: dq_panels must be 0, got {config.dq_panels}"
         if config.fused and config.dq != "bulk":
             return "fused: the warp that adds dQ by bulk copies tells of complete tiles: dq must be bulk"
+        if config.split_tail and config.dq != "bulk":
+            return "split_tail: the warp that adds dQ by bulk copies knows of pieces: dq must be bulk"
+        if config.split_tail and spec.causal:
+            return "split_tail: with a causal mask the last tiles are short"
         smem = smem_layout(spec, config).total
         if smem > SMEM_BYTES:
             return f"shared memory {smem} B > {SMEM_BYTES} B"
@@ -309,6 +315,7 @@ class Sm90BackwardWideSpace:
             "dv_registers": registers.dv,
             "dk_registers": registers.dk,
             "unit_rows": UNIT_ROWS,
+            "tail_tiles": TAIL_TILES,
             "smem": smem_layout(spec, config),
         }
 
@@ -327,6 +334,8 @@ class Sm90BackwardWideSpace:
             "first_stores": int(config.dq == "bulk"),  # of a sequence's tiles, so that sums need no zeros
             "fused": int(config.fused),
             "unit_rows": UNIT_ROWS,
+            "tail_tiles": TAIL_TILES if config.split_tail else 0,
+            "tail_columns": 64 * (panel_count(spec.head_dim) + panel_count(spec.head_dim_v)),
         }
 
     def compile_flags(self, spec: KernelSpec, config: TileConfig) -> tuple[str, ...]:

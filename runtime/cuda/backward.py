@@ -54,7 +54,7 @@ class CudaBackwardKernel:
         self._threads, self._smem = launch["num_threads"], launch["smem_bytes"]
         self._causal, self._dq_adders = launch["causal"], launch["dq_adders"]
         self._fused, self._first_stores = bool(launch.get("fused")), bool(launch["first_stores"])
-        self._tail_tiles = launch.get("tail_tiles", 0)
+        self._tail_tiles, self._tail_columns = launch.get("tail_tiles", 0), launch.get("tail_columns")
         block_m, block_n, store_rows = self._block_m, self._block_n, launch["store_rows"]
         unit_rows = launch.get("unit_rows", 32)  # kernels of old don't say
         rows = (*(block_m,) * 2, *(block_n,) * 2, *(store_rows,) * 2, *(unit_rows,) * 2)
@@ -224,7 +224,8 @@ class CudaBackwardKernel:
         tail_tiles = min(tiles, self._tail_tiles)
         pieces = tail_tiles > 0 and not in_order  # for CTAs that have no tile
         others = turn_count + progress_count
-        others += backward_params.tail_words(tail_tiles, self._block_n, head_dim, v.shape[2])
+        columns = self._tail_columns or head_dim + v.shape[2]  # kernels of old don't say
+        others += backward_params.tail_words(tail_tiles, self._block_n, columns)
         if (most := max(tiles, turn_count, progress_count // 2)) > work_list.MAX_TILES:
             raise UnsupportedError(f"up to {most} tiles of keys and heads; served: {work_list.MAX_TILES}")
         block = bytearray(backward_params.BLOCK_BYTES)
@@ -256,11 +257,15 @@ class CudaBackwardKernel:
         delta = 4 * backward_params.sum_floats(total_q, heads, head_dim)
         turns = delta + 4 * backward_params.delta_floats(total_q, heads)
         ctas, direct = row_ctas(total_q, heads), work_list_bytes(max_items, offsets)
+        if self._fused:
+            ctas = min(self._sms, ctas)
+        if tail_tiles:
+            ctas = max(self._sms, ctas)  # which also zero the tail's sums
         plan = _Plan(
             block=bytes(block),
             movable=tensor_map.address_comes_first(),
             grid=self._slots if pieces else min(self._slots, tiles),
-            row_ctas=self._sms if tail_tiles else min(self._sms, ctas) if self._fused else ctas,
+            row_ctas=ctas,
             max_items=max_items,
             list_ints=offsets + 2 * bit_words,
             list_key=(
@@ -270,7 +275,7 @@ class CudaBackwardKernel:
             scratch_floats=backward_params.scratch_bytes(total_q, heads, head_dim, others) // 4,
             delta=delta,
             turns=turns if turn_count else None,
-            progress=turns + 4 * turn_count if self._fused else None,
+            progress=turns + 4 * turn_count if self._fused or tail_tiles else None,
             direct=direct,
             summed=direct + 4 * bit_words,
         )

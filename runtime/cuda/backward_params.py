@@ -60,11 +60,12 @@ def progress_ints(tiles: int) -> int:
 MOST_TAIL_BLOCKS = (1 << 19) - 1
 
 
-def tail_words(tiles: int, block_n: int, head_dim: int, head_dim_v: int) -> int:
+def tail_words(tiles: int, block_n: int, columns: int) -> int:
     """4-byte numbers of so many tiles that may be in pieces (templates/cuda/include/tail_pieces.cuh): float32 dK and dV
-    of each and two counters, at multiples of 16 bytes, and what it takes to get to the first.
+    of each, of so many columns together, and up to three counters, at multiples of 16 bytes, and what it takes to get
+    to the first.
     """
-    return tiles * (block_n * (head_dim + head_dim_v) + 4) + 3 if tiles else 0
+    return tiles * (block_n * columns + 4) + 3 if tiles else 0
 
 
 def scratch_bytes(total_q: int, heads: int, head_dim: int, others: int = 0) -> int:

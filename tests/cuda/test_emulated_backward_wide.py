@@ -32,6 +32,8 @@ CASES: tuple[tuple[str, dict[str, Knob]], ...] = (
     ("bwd_bf16_d192_causal", {"block_n": 96, "fused": True}),  # two buffers for three panels
     ("bwd_fp16_d192_dv128", {"block_n": 48, "q_stages": 3, "dout_stages": 2, "fused": True}),
     ("bwd_bf16_d136_dv200_causal", {"block_n": 32, "q_stages": 3, "fused": True}),
+    ("bwd_bf16_d192", {"split_tail": True}),
+    ("bwd_fp16_d136_dv200", {"block_n": 32, "q_stages": 3, "fused": True, "split_tail": True}),
 )
 SLICED = ("bwd_bf16_d192_causal", (("block_n", 48), ("fused", True)))
 EDGES = (0, 1, 63, 64, 65, 0, 129)

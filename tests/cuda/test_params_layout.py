@@ -123,8 +123,8 @@ def test_scratch_of_a_backward_is_dq_in_float32_and_delta() -> None:
 
 
 def test_tiles_in_pieces_have_sums_and_two_counters_each() -> None:
-    assert backward_params.tail_words(0, 128, 64, 64) == 0
-    assert backward_params.tail_words(5, 128, 96, 40) == 3 + 5 * (128 * (96 + 40) + 4)
+    assert backward_params.tail_words(0, 128, 128) == 0
+    assert backward_params.tail_words(5, 128, 96 + 40) == 3 + 5 * (128 * (96 + 40) + 4)
 
 
 def test_builders_are_launched_as_they_were_compiled() -> None:

@@ -45,37 +45,48 @@ __device__ __forceinline__ void claim_key_tile(Tile& tile, const Claims& claims,
   reinterpret_cast<int4*>(&tile.item)[1] = from[1];
 }
 
+// Claims of whole tiles; TailClaims (tail_pieces.cuh) are of pieces too.
+template <int kBlockN>
+struct TileClaims : Claims {
+  __device__ __forceinline__ int count() const { return tiles; }
+  __device__ __forceinline__ bool claim(Tile& tile, int index) const {
+    claim_key_tile<kBlockN>(tile, *this, index);
+    return true;
+  }
+};
+
 // Fills the ring of `control` with this CTA's tiles, in one lane of a warp, and calls load(item, kv head) for each. Each is
 // claimed when the last queries of the one before are on their way, or a few steps sooner, as whoever loads them says by
 // `loaded`; not much sooner: tiles that are neighbours in the order of work read the same from L2 only if they start together,
 // and where tiles wait for others these would wait for a tile that nobody works on.
-template <int kBlockN, typename Control, typename Load>
+template <typename Control, typename Load>
 __device__ __forceinline__ void claim_key_tiles(Control& control, Load load) {
-  const Claims& claims = control.claims;
+  auto& claims = control.claims;
   RingPosition<sizeof(control.tiles) / sizeof(Tile)> at;
   RingPosition<1> loaded_at;
-  for (int tile = claims.first ? blockIdx.x : atomicAdd(&claims.list->next_tile, 1);;
-       tile = claims.first + atomicAdd(&claims.list->next_tile, 1), at.advance()) {
+  for (int index = claims.first ? blockIdx.x : atomicAdd(&claims.list->next_tile, 1);;
+       index = claims.first + atomicAdd(&claims.list->next_tile, 1)) {
     Tile& claimed = control.tiles[at.slot];
     control.tile.wait_empty(at);
-    if (tile >= claims.tiles) {
+    if (index >= claims.count()) {
       claimed.head = -1;
       control.tile.arrive_full(at);
       break;
     }
-    claim_key_tile<kBlockN>(claimed, claims, tile);
+    if (!claims.claim(claimed, index)) continue;
     control.tile.arrive_full(at);
     load(claimed.item, claimed.head);
     control.loaded.wait_full(loaded_at);
     loaded_at.advance();
+    at.advance();
   }
   rewind_work_list(claims.list);
 }
 
 // Likewise, where another warp loads all of the tile.
-template <int kBlockN, typename Control>
+template <typename Control>
 __device__ __forceinline__ void claim_key_tiles(Control& control) {
-  claim_key_tiles<kBlockN>(control, [](const WorkItem&, int) {});
+  claim_key_tiles(control, [](const WorkItem&, int) {});
 }
 
 template <int kTilePanels, int kPanelBytes>

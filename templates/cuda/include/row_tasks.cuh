@@ -31,16 +31,6 @@ struct Progress {
   __device__ __forceinline__ Pair& pair(int number) { return reinterpret_cast<Pair*>(this + 1)[number]; }
 };
 
-// Claims of whole tiles; TailClaims (tail_pieces.cuh) are of pieces too.
-template <int kBlockN>
-struct TileClaims : Claims {
-  __device__ __forceinline__ int count() const { return tiles; }
-  __device__ __forceinline__ bool claim(Tile& tile, int index) const {
-    claim_key_tile<kBlockN>(tile, *this, index);
-    return true;
-  }
-};
-
 // Rows that are in no unit yet, those of every head that shares the kv head: all heads of a block of tokens before the next.
 struct alignas(16) RowSlice {
   int row, end;  // within the sequence

@@ -1,7 +1,8 @@
-// The last tiles of a launch that would leave most SMs idle: a few more than fill all CTAs once more take as long as if every
-// CTA had one. The queries of such a tile are dealt out in pieces, each a tile by itself with all of the keys and some of the
-// blocks of queries, down from the sequence's last as in a whole tile. Their dK and dV are added up in memory; the last
-// piece to come there hands the sums over. Not where additions have an order.
+// The last tiles of a launch, in pieces. A few more tiles than fill all CTAs once more take as long as if every CTA had one; and
+// CTAs of a long launch drift apart, so that they end as far from each other as a tile takes. The queries of such a tile are dealt
+// out in pieces, each a tile by itself with all of the keys and some of the blocks of queries, down from the sequence's last as in
+// a whole tile. Their dK and dV are added up in memory; the last piece to come there hands the sums over. Not where additions have
+// an order.
 #pragma once
 
 #include "cuda/include/backward_params.cuh"
@@ -12,6 +13,7 @@
 
 constexpr int kTailPieces = 32;  // of a tile, at most
 constexpr int kPieceBlocks = 4;  // of queries in a piece, at least: its keys are loaded and its sums added beside
+constexpr int kLongLaunch = 10;  // tiles for each CTA, from which on CTAs have drifted apart
 
 // A piece's place, in the item of its tile: whoever claims has no more use for `heads` there.
 struct TailPiece {
@@ -25,12 +27,13 @@ struct TailPiece {
   __device__ __forceinline__ int packed() const { return pieces | tile << 6 | blocks_before << 12; }
 };
 
-// Float sums of dK and dV of a tile, four of a math thread at a time, and how far its pieces have come; zeros at first.
-template <int kNumbers, int kThreads>
+// Float sums of a tile's gradients, four of a math thread at a time, and how far its pieces have come; zeros at first.
+template <int kNumbers, int kThreadsOfPart, int kPartsOfTile = 1>
 struct alignas(16) TailSums {
+  static constexpr int kThreads = kThreadsOfPart, kParts = kPartsOfTile;
   float4 numbers[kNumbers / 4][kThreads];
-  int multiplied;  // pieces
-  int added;       // pieces, all of them to dQ
+  int multiplied[kParts];  // pieces, of gradients whose threads tell of them by themselves
+  int added;               // pieces, all of them to dQ
 };
 
 // Behind the launch's Progress.
@@ -48,9 +51,14 @@ struct TailClaims : Claims {
 
   __device__ __forceinline__ void begin(const BackwardParams& p) {
     const int ctas = gridDim.x, left = tiles % ctas;
-    const bool deals = !p.in_order && left <= kTailTiles && 2 * left <= ctas;
-    tail = deals ? left : 0;
-    pieces = tail == 0 ? 0 : min(ctas / tail, kTailPieces);
+    if (tiles >= kLongLaunch * ctas) {  // two pieces a CTA
+      tail = min(kTailTiles, ctas / 4);
+      pieces = tail == 0 ? 0 : min(2 * ctas / tail, kTailPieces);
+    } else {
+      tail = left <= kTailTiles && 2 * left <= ctas ? left : 0;
+      pieces = tail == 0 ? 0 : min(ctas / tail, kTailPieces);
+    }
+    if (p.in_order) tail = pieces = 0;
   }
 
   __device__ __forceinline__ int count() const { return tiles + tail * (pieces - 1); }
@@ -95,39 +103,58 @@ __device__ __forceinline__ void zero_tail_sums(const BackwardParams& p) {
   for (int i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads) words[i] = {};
 }
 
-// Adds a piece's dK and dV, of all math threads, the CTA's last, to the tile's. Whether it is the last one to do so: it has those of all then.
-template <typename Sums, int kThreads, int kOfDk, int kOfDv>
-__device__ __forceinline__ bool add_piece(const BackwardParams& p, const TailPiece& piece, float (&dk)[kOfDk],
-                                          float (&dv)[kOfDv], int barrier, bool& is_last) {
-  const int thread = computed_here(threadIdx.x) - (blockDim.x - kThreads);  // not a register through the loop
+template <int kThreads, int kRegisters>
+__device__ __forceinline__ float4* add_numbers(float4* at, const float (&numbers)[kRegisters]) {
+#pragma unroll
+  for (int i = 0; i < kRegisters; i += 4, at += kThreads) {
+    add_x4(reinterpret_cast<float*>(at), numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]);
+  }
+  return at;
+}
+template <int kThreads, int kPanels, int kRegisters>
+__device__ __forceinline__ float4* add_numbers(float4* at, const float (&panels)[kPanels][kRegisters]) {
+#pragma unroll
+  for (int panel = 0; panel < kPanels; ++panel) at = add_numbers<kThreads>(at, panels[panel]);
+  return at;
+}
+
+template <int kThreads, int kRegisters>
+__device__ __forceinline__ const float4* read_numbers(const float4* at, float (&numbers)[kRegisters]) {
+#pragma unroll
+  for (int i = 0; i < kRegisters; i += 4, at += kThreads) {
+    const float4 four = __ldcg(at);
+    numbers[i] = four.x, numbers[i + 1] = four.y, numbers[i + 2] = four.z, numbers[i + 3] = four.w;
+  }
+  return at;
+}
+template <int kThreads, int kPanels, int kRegisters>
+__device__ __forceinline__ const float4* read_numbers(const float4* at, float (&panels)[kPanels][kRegisters]) {
+#pragma unroll
+  for (int panel = 0; panel < kPanels; ++panel) at = read_numbers<kThreads>(at, panels[panel]);
+  return at;
+}
+
+// Adds a piece's gradients, of part `kPart` of the tile's, whose threads are the CTA's last but for those of the parts behind
+// it, to the tile's. Whether it is the last one to do so: it has those of all then. `kFirst`: where the part's numbers begin.
+template <typename Sums, int kPart = 0, int kFirst = 0, typename... Gradients>
+__device__ __forceinline__ bool add_piece(const BackwardParams& p, const TailPiece& piece, int barrier, bool& is_last,
+                                          Gradients&... gradients) {
+  constexpr int kThreads = Sums::kThreads;
+  const int thread = computed_here(threadIdx.x) - (blockDim.x - (Sums::kParts - kPart) * kThreads);  // not a register through the loop
   Sums& sums = tail_sums<Sums>(p)[piece.tile];
-  float4* const own = &sums.numbers[0][thread];
-#pragma unroll
-  for (int i = 0; i < kOfDk; i += 4) {
-    add_x4(reinterpret_cast<float*>(own + i / 4 * kThreads), dk[i], dk[i + 1], dk[i + 2], dk[i + 3]);
-  }
-#pragma unroll
-  for (int i = 0; i < kOfDv; i += 4) {
-    add_x4(reinterpret_cast<float*>(own + (kOfDk + i) / 4 * kThreads), dv[i], dv[i + 1], dv[i + 2], dv[i + 3]);
-  }
+  float4* const own = &sums.numbers[kFirst / 4][thread];
+  float4* add_at = own;
+  ((add_at = add_numbers<kThreads>(add_at, gradients)), ...);
   named_barrier_sync(barrier, kThreads);
   if (thread == 0) {
     __threadfence();
-    is_last = atomicAdd(&sums.multiplied, 1) == piece.pieces - 1;
+    is_last = atomicAdd(&sums.multiplied[kPart], 1) == piece.pieces - 1;
     __threadfence();
   }
   named_barrier_sync(barrier, kThreads);
   if (!is_last) return false;
-#pragma unroll
-  for (int i = 0; i < kOfDk; i += 4) {
-    const float4 four = __ldcg(own + i / 4 * kThreads);
-    dk[i] = four.x, dk[i + 1] = four.y, dk[i + 2] = four.z, dk[i + 3] = four.w;
-  }
-#pragma unroll
-  for (int i = 0; i < kOfDv; i += 4) {
-    const float4 four = __ldcg(own + (kOfDk + i) / 4 * kThreads);
-    dv[i] = four.x, dv[i + 1] = four.y, dv[i + 2] = four.z, dv[i + 3] = four.w;
-  }
+  const float4* read_at = own;
+  ((read_at = read_numbers<kThreads>(read_at, gradients)), ...);
   return true;
 }
 

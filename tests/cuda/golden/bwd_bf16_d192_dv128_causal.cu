@@ -70,7 +70,7 @@ using KeyTile = KeyTiles</*kCausal=*/true, kBlockM, kBlockN, /*kAdders=*/1>;
 
 struct Control {
   Tile tiles[kTileSlots];
-  Claims claims;
+  TileClaims<kBlockN> claims;
   RingBarriers<kTileSlots> tile;
   RingBarriers<1> loaded;  // all of the tile is on its way
   RingBarriers<1> k, v, p;
@@ -510,7 +510,7 @@ jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2_d0_abulk(const __grid_constan
       tma_prefetch_map(&p.map_v);
       tma_prefetch_map(&p.map_k);
       RingPosition<1> at;
-      claim_key_tiles<kBlockN>(control, [&](const WorkItem& item, int kv_head) {
+      claim_key_tiles(control, [&](const WorkItem& item, int kv_head) {
         prefetch_tile<kPanels>(p.map_k, item.row, kv_head, item.k_begin, item.k_length);
         prefetch_tile<kPanelsV>(p.map_v, item.row, kv_head, item.k_begin, item.k_length);
         control.v.wait_empty(at);  // dV leaves first
