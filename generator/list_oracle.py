@@ -14,6 +14,7 @@ Ints = npt.NDArray[np.int64]
 ROUND = 1024  # tiles that a device places at once, in any order
 _MOST_PIECES, _PIECES_PER_CTA, _FEW_ROWS = 127, 4, 4  # templates/cuda/include/split_work_list.cuh
 _LAST_TILES, _LAST_SEQUENCES = 256, 16  # templates/cuda/include/key_blocks.cuh
+_PACKED_SEQUENCES = 8  # templates/cuda/include/sequence_packs.cuh
 _SMALLEST_PIECE, _SMALLEST_OF_FEW_ROWS, _WORTH_CUTTING = 512, 256, 1024
 
 
@@ -25,6 +26,7 @@ class Blocking(NamedTuple):
     causal: bool = False
     bottom_right: bool = False
     warpgroup_rows: int = 64  # of block_m; causal blocks of queries end where the last such rows do
+    packs: bool = False  # short neighbours share a tile
 
 
 class BuiltList(NamedTuple):
@@ -55,9 +57,30 @@ def bucket(cost: Ints) -> Ints:
     return np.asarray(511 - (bits - (127 << 4)))
 
 
+def _packs(offsets_q: Ints, offsets_k: Ints, how: Blocking) -> Ints:
+    """How many sequences the tile of each has, 0 where it is in that of one before: as many as fit, eight by eight."""
+    batch = len(offsets_q) - 1
+    packed = np.ones(batch, np.int64)
+    limits = ((offsets_q.tolist(), how.block_m), (offsets_k.tolist(), how.block_n))
+
+    def fit(first: int, last: int) -> bool:
+        return all(0 <= at[last + 1] - at[first] <= most and at[last + 1] >= at[last] for at, most in limits)
+
+    first = None
+    for number in range(batch if how.packs else 0):
+        if number % _PACKED_SEQUENCES and first is not None and fit(first, number):
+            packed[first] += 1
+            packed[number] = 0
+        else:
+            first = number if fit(number, number) else None
+    return packed
+
+
 def _query_tiles(offsets_q: Ints, offsets_k: Ints, how: Blocking, most: int) -> Ints:
     """Blocks of queries in the order of sequences, with all key blocks that they visit."""
-    lengths_q, lengths_k = np.maximum(np.diff(offsets_q), 0), np.maximum(np.diff(offsets_k), 0)
+    packed = _packs(offsets_q, offsets_k, how)
+    ends = np.arange(len(packed)) + packed
+    lengths_q, lengths_k = (np.maximum(offsets[ends] - offsets[:-1], 0) for offsets in (offsets_q, offsets_k))
     counts = -(-lengths_q // how.block_m)
     owner = np.repeat(np.arange(len(counts)), counts)[:most]
     row = (np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]) * how.block_m
@@ -67,8 +90,11 @@ def _query_tiles(offsets_q: Ints, offsets_k: Ints, how: Blocking, most: int) -> 
     if how.causal:
         shift = visible - q_length if how.bottom_right else 0
         visible = np.minimum(visible, np.maximum(np.minimum(row + how.block_m, q_length) + shift, 0))
+    shares = packed[owner] > 1  # of all keys, whatever the mask; as many rows as there are
+    row, visible = np.where(shares, 0, row), np.where(shares, lengths_k[owner], visible)
+    piece = np.where(shares, (packed[owner] - 1 << 28 | owner) - (1 << 31), 0)
     columns = (offsets_q[owner], q_length, offsets_k[owner], lengths_k[owner], row, -(-visible // how.block_n))
-    return np.stack([*columns, np.zeros_like(row), np.zeros_like(row)], 1)
+    return np.stack([*columns, np.zeros_like(row), piece], 1)
 
 
 def _pieces(tiles: Ints, how: Blocking, extra_items: int) -> Ints:
@@ -86,7 +112,7 @@ def _pieces(tiles: Ints, how: Blocking, extra_items: int) -> Ints:
     blocks, longer = tiles[:, 5] // pieces, tiles[:, 5] % pieces
     tiles[:, 6] = blocks * index + np.minimum(index, longer)
     tiles[:, 5] = tiles[:, 6] + blocks + (index < longer)
-    tiles[:, 7] = np.where(pieces > 1, slots | index << 16 | pieces << 24, 0)
+    tiles[:, 7] = np.where(pieces > 1, slots | index << 16 | pieces << 24, tiles[:, 7])
     return tiles
 
 

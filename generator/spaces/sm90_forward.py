@@ -300,6 +300,7 @@ class Sm90ForwardSpace:
             "consumer_registers": consumer,
             "smem": smem_layout(spec, config),
             "split": False,
+            "pack_sequences": False,
             "pair": config.cluster > 1,
             "by_rows": by_rows(spec),
             "sums_apart": sums_apart(spec, config),

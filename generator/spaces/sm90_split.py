@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, cast
 
-from jagtile.generator.spaces.sm90 import tma_rejection
+from jagtile.generator.spaces.sm90 import panel_widths, tma_rejection
 from jagtile.generator.spaces.sm90_forward import Sm90ForwardConfig, Sm90ForwardSpace
 from jagtile.generator.spec import KernelSpec
 from jagtile.generator.tile import Knob, TileConfig
@@ -22,6 +22,8 @@ class Sm90SplitConfig(Sm90ForwardConfig):
     """The knobs of the persistent forward; ``block_m`` counts rows, which the query heads of a kv head share."""
 
     algorithm: ClassVar[str] = "split"
+    # Short neighbours share a tile (templates/cuda/include/sequence_packs.cuh).
+    pack_sequences: bool = field(default=False, metadata={"short": "k"})
 
 
 class Sm90SplitSpace(Sm90ForwardSpace):
@@ -50,6 +52,7 @@ class Sm90SplitSpace(Sm90ForwardSpace):
             "num_stages": (3, 2, 4, 6),
             "epilogue": ("staged",),
             "cluster": (1,),
+            "pack_sequences": (False, True),
         }
 
     def rejection(self, spec: KernelSpec, config: TileConfig) -> str | None:
@@ -59,6 +62,8 @@ class Sm90SplitSpace(Sm90ForwardSpace):
             return f"epilogue must be staged where keys are split, got {config.epilogue!r}"
         if config.cluster != 1:
             return f"cluster must be 1 where keys are split, got {config.cluster}"
+        if config.pack_sequences and config.warpgroups != 1:
+            return f"pack_sequences: tiles of one math warpgroup: block_m must be 64, got {config.block_m}"
         return super().rejection(spec, config)
 
     def default(self, spec: KernelSpec) -> TileConfig:
@@ -71,8 +76,16 @@ class Sm90SplitSpace(Sm90ForwardSpace):
 
     def context(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, object]:
         """As the persistent forward's, with what is split switched on."""
-        return {**super().context(spec, config), "split": True}
+        config = cast(Sm90SplitConfig, config)
+        return {
+            **super().context(spec, config),
+            "split": True,
+            "pack_sequences": config.pack_sequences,
+            "panel_columns_v": panel_widths(-(-spec.head_dim_v // 8) * 8),
+        }
 
     def launch(self, spec: KernelSpec, config: TileConfig) -> Mapping[str, int]:
         """As the persistent forward's, and the bytes of one warpgroup's result of a piece of keys."""
-        return {**super().launch(spec, config), "partial_bytes": ROWS * (spec.head_dim_v + 2) * 4}
+        config = cast(Sm90SplitConfig, config)
+        partial = {"partial_bytes": ROWS * (spec.head_dim_v + 2) * 4}
+        return {**super().launch(spec, config), **partial, "pack_sequences": int(config.pack_sequences)}

@@ -62,6 +62,7 @@ class CudaForwardKernel:
         self._by_rows = launch.get("by_rows", 0)  # rows are copied without tensor maps
         self._out_rows = launch.get("out_rows", 0)  # out is stored from registers
         self._partial_bytes = launch.get("partial_bytes", 0)  # the result of one piece of keys, where keys are split
+        self._pack_sequences = bool(launch.get("pack_sequences"))
         self._dtype = self.meta.spec.split("_")[1]
         self._slots = torch.cuda.get_device_properties(self._device).multi_processor_count * launch["ctas_per_sm"]
         with torch.cuda.device(self._device):
@@ -228,7 +229,7 @@ class CudaForwardKernel:
         else:
             packs = unpacked(heads, heads_kv)
         block = packs.tokens * (self._block_m // ROWS) * self._cluster
-        split = (packs.extra_items, packs.results) if self._partial_bytes else ()
+        split = (packs.extra_items, packs.results, self._pack_sequences) if self._partial_bytes else ()
         loaded = self._block_n // self._cluster
         rows = (packs.tokens, loaded, loaded, packs.tokens)
         maps = tensor_map.MapCache(self._dtype, rows, (packs.heads, 1, 1, packs.heads))

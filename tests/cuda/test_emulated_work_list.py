@@ -24,7 +24,8 @@ from jagtile.runtime.cuda import list_builder, params, work_list
 
 SPLIT = "fwd_bf16_d64_causal/split_m64_n32_s2_q1_c1"
 PERSISTENT = "fwd_bf16_d64/persistent_m64_n64_s2_q1_c1"
-NAMES = [SPLIT, PERSISTENT]
+PACKING = "fwd_bf16_d64_causal/split_m64_n48_s2_q1_c1_k1"
+NAMES = [SPLIT, PERSISTENT, PACKING]
 CAUSAL_NAMES = [
     "fwd_bf16_d64_causal/split_m192_n64_s2_q1_c1",
     "fwd_bf16_d64_causal/persistent_m192_n64_s2_q1_c1",
@@ -63,7 +64,8 @@ def assert_right(
         split = params.SPLIT_SCALARS.unpack_from(kernel._block.data, params.SPLIT_OFFSET)
     block = dict(zip([*params.POINTERS, *params.INTEGERS], scalars, strict=False))
     rows = block["causal_rows"]
-    how = list_oracle.Blocking(block["block_m"], block["block_n"], rows > 0, bottom_right, rows or 64)
+    packs = bool(artifact.meta.launch.get("pack_sequences"))
+    how = list_oracle.Blocking(block["block_m"], block["block_n"], rows > 0, bottom_right, rows or 64, packs)
     list_oracle.assert_right_queries(
         list_oracle.read(bytes(entry.built.buffer.numpy()), block["max_items"]),
         *(cu.numpy().astype(np.int64) for cu in (cu_q, cu_k)),
@@ -127,6 +129,18 @@ def test_sequences_that_are_empty_and_batches_of_them(name: str) -> None:
 def test_tiles_beyond_the_room_that_wrong_offsets_promise_are_left_out(name: str, keys: int) -> None:
     assert_right(built(name), [200] * 300, [keys] * 300, tokens=3000)
     assert_right(built(name), [50, 60_000, 70], [keys, 900, keys], tokens=3000)
+
+
+@pytest.mark.usefixtures("builders")
+@pytest.mark.parametrize("heads", [1, 4])
+def test_short_neighbours_share_a_tile_as_far_as_they_fit(heads: int) -> None:
+    """48 keys, and 64 tokens or with four heads in a tile's rows 16."""
+    rng = random.Random(heads)
+    short = [rng.choice((0, 1, 2, 5, 16, 17, 30, 48, 49, 63, 64, 65, 200)) for _ in range(500)]
+    assert_right(built(PACKING), short, short, heads=heads, ratio=heads)
+    assert_right(built(PACKING), short, short[::-1], heads=heads, ratio=heads, bottom_right=True)
+    for batch in (1, 2, 7, 8, 9, 15):
+        assert_right(built(PACKING), [3] * batch, [5] * batch, heads=heads, ratio=heads)
 
 
 @pytest.mark.usefixtures("builders")

@@ -14,7 +14,7 @@
 #include "cuda/include/work_list.cuh"
 
 struct KeyBlocks {
-  static constexpr bool kOfKeys = true;
+  static constexpr bool kOfKeys = true, kPacks = false;
   const BackwardParams& p;
   Divisor rows;  // of a block
 

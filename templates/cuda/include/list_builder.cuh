@@ -6,6 +6,7 @@
 
 #include "cuda/include/offsets.cuh"
 #include "cuda/include/ptx.cuh"
+#include "cuda/include/sequence_packs.cuh"
 #include "cuda/include/work_list.cuh"
 
 // Threads of a CTA at most, where it is alone and in a cluster; a power of two. Few, as all have much to do in common.
@@ -170,16 +171,20 @@ __device__ __noinline__ void sum_over_ctas(const Totals& own, Totals& all, Total
 }
 
 // Sequences whose offsets are in shared memory, and their tiles.
-template <int kMostThreads>
+template <int kMostThreads, bool kPacks>
 struct Chunk {
   static constexpr int kSequences = kPerThread * kMostThreads;
   static constexpr int kHeldTiles = 2 * kMostThreads + 1024;  // whose sequences are found once
   int q[kSequences + 1], k[kSequences + 1];  // offsets
   int first_tile[kSequences + 1];            // of each sequence
   int owners[kHeldTiles];                    // of tiles: their sequences
+  uint8_t packed[kPacks ? kSequences : 1];   // how many sequences the tile of each has
 
-  __device__ __forceinline__ Sequence sequence(int index) const {
-    return {q[index], max(q[index + 1] - q[index], 0), k[index], max(k[index + 1] - k[index], 0)};
+  __device__ __forceinline__ Sequence sequence(int index) const { return sequences(index, 1); }
+
+  // Some that follow each other, as one.
+  __device__ __forceinline__ Sequence sequences(int index, int count) const {
+    return {q[index], max(q[index + count] - q[index], 0), k[index], max(k[index + count] - k[index], 0)};
   }
 
   // The sequence that a tile belongs to: first_tile[found] <= tile < first_tile[found + 1].
@@ -227,17 +232,25 @@ struct Offsets {
 
 // Cuts the queries or the keys of a chunk's sequences into tiles of a block, and returns how many these are. All threads of a
 // builder CTA.
-template <int kMostThreads>
-__device__ __forceinline__ int cut_chunk(Chunk<kMostThreads>& chunk, const Offsets& offsets, bool of_keys, int block,
-                                         int most_tiles) {
+template <int kMostThreads, bool kPacks>
+__device__ __forceinline__ int cut_chunk(Chunk<kMostThreads, kPacks>& chunk, const Offsets& offsets, int sequences, bool of_keys,
+                                         int block, int pack_keys, int most_tiles) {
   const Divisor block_tokens(block);  // while the offsets are on their way
   int tiles[kPerThread], own = 0;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     const int length = of_keys ? offsets.k[i + 1] - offsets.k[i] : offsets.q[i + 1] - offsets.q[i];
     tiles[i] = min(block_tokens.blocks(max(length, 0)), most_tiles);
-    own += tiles[i];
   }
+  if constexpr (kPacks) {
+    int packed[kPerThread];
+    const int first = kPerThread * threadIdx.x;
+    pack_sequences(offsets.q, offsets.k, sequences - first, block, pack_keys, tiles, packed);
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) chunk.packed[first + i] = packed[i];
+  }
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) own += tiles[i];
   const auto sums = sum_over_threads<1>({own});
   int begin = sums.before.of[0];
 #pragma unroll
@@ -260,18 +273,18 @@ __device__ __forceinline__ int cut_chunk(Chunk<kMostThreads>& chunk, const Offse
 }
 
 // The same of another chunk than the first: rare code, kept together. Parameters are values, as these are at hand.
-template <int kMostThreads>
-__device__ __noinline__ int next_chunk(Chunk<kMostThreads>& chunk, const void* of_q, const void* of_k, int wide, int from,
-                                       int sequences, bool of_keys, int block, int most_tiles) {
+template <int kMostThreads, bool kPacks>
+__device__ __noinline__ int next_chunk(Chunk<kMostThreads, kPacks>& chunk, const void* of_q, const void* of_k, int wide, int from,
+                                       int sequences, bool of_keys, int block, int pack_keys, int most_tiles) {
   __syncthreads();  // the chunk before is done with
   const Offsets offsets(of_q, of_k, wide, from, sequences);
-  return cut_chunk(chunk, offsets, of_keys, block, most_tiles);
+  return cut_chunk(chunk, offsets, sequences, of_keys, block, pack_keys, most_tiles);
 }
 
 // A builder CTA's shared memory.
-template <int kCtas, int kBuckets>
+template <int kCtas, int kBuckets, bool kPacks>
 struct BuilderMemory {
-  Chunk<kCtas == 1 ? kAloneThreads : kClusterThreads> chunk;
+  Chunk<kCtas == 1 ? kAloneThreads : kClusterThreads, kPacks> chunk;
   int counts[kBuckets];  // of this CTA's items
   int begins[kBuckets];  // places of the next ones in the list
   Totals totals[3];      // of this CTA's tiles, counted up to three times
@@ -282,7 +295,9 @@ struct BuilderMemory {
 // parameters `p`, and says what is cut into blocks, and how large these are.
 template <int kCtas, int kBuckets, typename Blocks>
 struct ListBuilder {
-  using Memory = BuilderMemory<kCtas, kBuckets>;
+  static constexpr bool kPacks = Blocks::kPacks;
+  static constexpr int kAtOnce = kPacks ? kPackedSequences : 1;  // sequences that one CTA has all of
+  using Memory = BuilderMemory<kCtas, kBuckets, kPacks>;
 
   Memory& memory;
   const int begin, end;   // its sequences
@@ -293,7 +308,7 @@ struct ListBuilder {
   // Calls meanwhile() while offsets are on their way.
   template <typename P, typename Meanwhile>
   __device__ __forceinline__ ListBuilder(const P& p, Memory& memory, Meanwhile meanwhile)
-      : ListBuilder(p, memory, meanwhile, (p.batch + kCtas - 1) / kCtas) {}
+      : ListBuilder(p, memory, meanwhile, ((p.batch + kCtas - 1) / kCtas + kAtOnce - 1) / kAtOnce * kAtOnce) {}
 
   template <typename P, typename Meanwhile>
   __device__ __forceinline__ ListBuilder(const P& p, Memory& memory, Meanwhile meanwhile, int share)
@@ -306,7 +321,7 @@ struct ListBuilder {
     meanwhile();
     clear_counts();
     if (threadIdx.x < 3) memory.totals[threadIdx.x] = {};
-    tiles = cut_chunk(memory.chunk, offsets, Blocks::kOfKeys, blocks.size(), p.max_items);
+    tiles = cut_chunk(memory.chunk, offsets, min(end - begin, chunk_size()), Blocks::kOfKeys, blocks.size(), p.block_n, p.max_items);
   }
 
   static __device__ __forceinline__ int threads() { return blockDim.x; }
@@ -337,7 +352,7 @@ struct ListBuilder {
         const int sequences = min(end - from, chunk_size());
         if (from != loaded) {
           tiles = next_chunk(memory.chunk, p.cu_seqlens_q, p.cu_seqlens_k, p.wide_offsets, from, sequences, Blocks::kOfKeys,
-                             blocks.size(), p.max_items);
+                             blocks.size(), p.block_n, p.max_items);
           loaded = from;
         }
         work(sequences);

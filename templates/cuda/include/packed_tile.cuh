@@ -3,14 +3,7 @@
 // begins and ends in is searched for in the offsets. Tiles of keys, which queries see, are the same (packed_gradients.cuh).
 #pragma once
 #include "cuda/include/offsets.cuh"
-
-struct alignas(8) RowRange {
-  int begin;
-  int end;  // not after `begin`: none
-
-  __device__ __forceinline__ RowRange from(int row) const { return {begin - row, end - row}; }
-  __device__ __forceinline__ bool holds(int row) const { return row >= begin && row < end; }
-};
+#include "cuda/include/row_range.cuh"
 
 template <int kRows>
 struct alignas(16) PackedTile {

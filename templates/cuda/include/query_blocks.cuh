@@ -4,8 +4,10 @@
 #include "cuda/include/list_builder.cuh"
 #include "cuda/include/params.cuh"
 
+// kPackSequences: with tiles of several short sequences (sequence_packs.cuh).
+template <bool kPackSequences = false>
 struct QueryBlocks {
-  static constexpr bool kOfKeys = false;
+  static constexpr bool kOfKeys = false, kPacks = kPackSequences;
   const Params& p;
   Divisor keys, queries, queries_of_warpgroup;  // of a block
 
@@ -28,12 +30,25 @@ struct QueryBlocks {
     item.kv_blocks = keys.blocks(visible);
     return item;
   }
+
+  // The tile of `count` sequences from number `first` on, together one long.
+  __device__ __forceinline__ WorkItem item_of_pack(const Sequence& sequences, int first, int count) const {
+    WorkItem item = {sequences.q_begin, sequences.q_length, sequences.k_begin, sequences.k_length};
+    item.kv_blocks = keys.blocks(item.k_length);
+    item.piece = SequencePack::packed(first, count);
+    return item;
+  }
 };
 
 // Item number `tile` of the chunk that a builder has in shared memory.
 template <typename Builder>
 __device__ __forceinline__ WorkItem query_item(const Builder& builder, int tile) {
   const int owner = builder.owner(tile);
+  if constexpr (Builder::kPacks) {
+    const auto& chunk = builder.memory.chunk;
+    const int count = chunk.packed[owner];
+    if (count > 1) return builder.blocks.item_of_pack(chunk.sequences(owner, count), builder.loaded + owner, count);
+  }
   return builder.blocks.item(builder.memory.chunk.sequence(owner), tile - builder.memory.chunk.first_tile[owner]);
 }
 

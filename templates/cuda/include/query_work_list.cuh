@@ -7,7 +7,7 @@
 // All CTAs of a list: count, counting sort by cost, write.
 template <int kCtas>
 __device__ __forceinline__ void build_query_list(const Params& p) {
-  using Builder = ListBuilder<kCtas, kWorkBuckets, QueryBlocks>;
+  using Builder = ListBuilder<kCtas, kWorkBuckets, QueryBlocks<>>;
   __shared__ typename Builder::Memory memory;
   Builder builder(p, memory, [] {});
   WorkItem* items = work_items(p.work_list);

@@ -114,9 +114,9 @@ struct Interleaving {
 
 // All CTAs of a list: count, counting sort by kind and cost, write. Where keys are cut, which the work in all decides, pieces
 // are counted anew.
-template <int kCtas>
+template <int kCtas, bool kPackSequences>
 __device__ __forceinline__ void build_split_list(const Params& p) {
-  using Builder = ListBuilder<kCtas, 2 * kWorkBuckets, QueryBlocks>;
+  using Builder = ListBuilder<kCtas, 2 * kWorkBuckets, QueryBlocks<kPackSequences>>;
   __shared__ typename Builder::Memory memory;
   __shared__ Interleaving order;
   __shared__ Divisor extra_items;
@@ -216,14 +216,4 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
     }
   });
   builder.await_leave();
-}
-
-extern "C" __global__ void __launch_bounds__(kAloneThreads, 1)
-jagtile_build_split_work_list(const __grid_constant__ Params p) {
-  build_split_list<1>(p);
-}
-
-extern "C" __global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kClusterThreads, 1)
-jagtile_build_split_work_list_cluster(const __grid_constant__ Params p) {
-  build_split_list<kClusterCtas>(p);
 }

@@ -3,8 +3,8 @@
 #pragma once
 #include <cstdint>
 
-#include "cuda/include/packed_tile.cuh"
 #include "cuda/include/ptx.cuh"
+#include "cuda/include/row_range.cuh"
 
 using Unpack = float2 (*)(uint32_t);  // unpack_bf16 or unpack_fp16
 
@@ -19,13 +19,15 @@ __device__ __forceinline__ bool any_nan(const float (&values)[kRegisters]) {
 }
 
 // A warp's 16 rows of P V in plain arithmetic, over the keys that a row sees; `seen` counts from the block's first key.
-// V's columns lie in one swizzled panel of 128-byte rows. Slow, short, and seldom called.
-template <Unpack kUnpack, int kSteps, int kRegisters>
-__device__ __forceinline__ void multiply_seen(float (&product)[kRegisters], const uint32_t (&probabilities)[kSteps][4],
-                                              uint32_t panel, const RowRange (&seen)[2]) {
+// V's columns lie in one swizzled panel of 128-byte rows, whose registers of the product are kCount from kFirst on. Slow, short,
+// and seldom called.
+template <Unpack kUnpack, int kFirst, int kCount, int kSteps, int kRegisters>
+__device__ __forceinline__ void multiply_seen_columns(float (&product)[kRegisters],
+                                                      const uint32_t (&probabilities)[kSteps][4], uint32_t panel,
+                                                      const RowRange (&seen)[2]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
-  for (int group = 0; group < kRegisters / 4; ++group) {  // of eight columns
+  for (int group = 0; group < kCount / 4; ++group) {  // of eight columns
     float sums[4] = {};
 #pragma unroll
     for (int i = 0; i < 2 * kSteps; ++i) {  // eight keys, two of each lane of a row
@@ -52,7 +54,14 @@ __device__ __forceinline__ void multiply_seen(float (&product)[kRegisters], cons
       }
     }
 #pragma unroll
-    for (int i = 0; i < kRegisters; ++i) product[i] = i / 4 == group ? sums[i % 4] : product[i];
+    for (int i = 0; i < kCount; ++i) product[kFirst + i] = i / 4 == group ? sums[i % 4] : product[kFirst + i];
   }
   fence_async_proxy();  // V's buffer was read like memory and may be filled by the copy engine next
+}
+
+// Likewise, of a product that has nothing else.
+template <Unpack kUnpack, int kSteps, int kRegisters>
+__device__ __forceinline__ void multiply_seen(float (&product)[kRegisters], const uint32_t (&probabilities)[kSteps][4],
+                                              uint32_t panel, const RowRange (&seen)[2]) {
+  multiply_seen_columns<kUnpack, 0, kRegisters>(product, probabilities, panel, seen);
 }

@@ -399,3 +399,13 @@ jagtile_fwd_bf16_d128_causal_split_m128_n128_s3_q1_c1(const __grid_constant__ Pa
     q_at.advance_by(kWarpgroups);
   }
 }
+
+extern "C" __global__ void __launch_bounds__(kAloneThreads, 1)
+jagtile_build_split_work_list(const __grid_constant__ Params p) {
+  build_split_list<1, /*kPackSequences=*/false>(p);
+}
+
+extern "C" __global__ void __cluster_dims__(kClusterCtas) __launch_bounds__(kClusterThreads, 1)
+jagtile_build_split_work_list_cluster(const __grid_constant__ Params p) {
+  build_split_list<kClusterCtas, /*kPackSequences=*/false>(p);
+}
