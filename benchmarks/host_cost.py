@@ -89,7 +89,12 @@ def served_by(forward: Any, backward: Any, device_index: int) -> Iterator[None]:
 def launchers_alone() -> Iterator[None]:
     """Every call on the CPU goes through launchers of a GPU, to a driver that does nothing."""
     results = SimpleNamespace(CUDA_SUCCESS=0, CUDA_ERROR_INVALID_CONTEXT=201)
-    bindings = SimpleNamespace(CUresult=results, cuLaunchKernel=lambda *arguments: (results.CUDA_SUCCESS,))
+    bindings = SimpleNamespace(
+        CUresult=results,
+        CUlaunchAttributeID=SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=6),
+        **dict.fromkeys(("CUlaunchAttribute", "CUlaunchAttributeValue", "CUlaunchConfig"), SimpleNamespace),
+        **dict.fromkeys(("cuLaunchKernel", "cuLaunchKernelEx"), lambda *arguments: (results.CUDA_SUCCESS,)),
+    )
     properties = SimpleNamespace(multi_processor_count=132)
     cuda = {
         "_cuda_getDevice": lambda: 0,
@@ -100,6 +105,7 @@ def launchers_alone() -> Iterator[None]:
         mock.patch.multiple(torch._C, create=True, **cuda),
         mock.patch.multiple(torch.cuda, device=lambda _: nullcontext(), get_device_properties=lambda _: properties),
         mock.patch.multiple(driver, bindings=lambda: bindings, call=lambda *_: 0, function=lambda *_: 0),
+        mock.patch.object(driver, "launches_dependents", return_value=True),
         mock.patch.multiple(
             tensor_map, encode=lambda *_: bytes(tensor_map.MAP_BYTES), address_comes_first=lambda: True
         ),
@@ -114,7 +120,7 @@ def native_host_alone(device: str) -> Iterator[None]:
     # It does nothing with its arguments, and says 0: success.
     nothing = ctypes.cast(ctypes.CDLL(None).pthread_condattr_destroy, ctypes.c_void_p).value
     assert nothing is not None
-    native.connect(host.built(), nothing, nothing, device)
+    native.connect(host.built(), nothing, nothing, nothing, device)
     try:
         yield
     finally:

@@ -63,25 +63,27 @@ def _have() -> None:
 
         cuda = ctypes.CDLL("libcuda.so.1")
         host = built()
-        launch, is_capturing = (
-            ctypes.cast(function, ctypes.c_void_p).value for function in (cuda.cuLaunchKernel, cuda.cuStreamIsCapturing)
-        )
-        assert launch is not None
-        assert is_capturing is not None
-        connect(host, launch, is_capturing)
+        launch, launch_ex = _address(cuda.cuLaunchKernel), _address(cuda.cuLaunchKernelEx)
+        connect(host, launch, launch_ex, _address(cuda.cuStreamIsCapturing))
     except (CompilerNotFoundError, ModuleNotFoundError, OSError) as error:
         log.info("Python launches: the native host can't be had: %s", error)
     except Exception as error:  # it is only an accelerator
         warnings.warn(f"the native host can't be used, Python launches: {error}", JagtileWarning, stacklevel=2)
 
 
-def connect(host: ModuleType, launch: int, is_capturing: int, device_type: str = "cuda") -> None:
-    """Let a loaded host serve calls on a kind of device by two functions of the driver, given by their addresses."""
+def _address(function: Any) -> int:
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
+def connect(host: ModuleType, launch: int, launch_ex: int, is_capturing: int, device_type: str = "cuda") -> None:
+    """Let a loaded host serve calls on a kind of device by three functions of the driver, given by their addresses."""
     global _host, serve, serve_nested, serve_backward
     from jagtile.runtime.cuda import work_list
 
     _use_python(host)
-    host.use_driver(launch, is_capturing, device_type, torch._C._cuda_getCurrentRawStream, _failed)
+    host.use_driver(launch, launch_ex, is_capturing, device_type, torch._C._cuda_getCurrentRawStream, _failed)
     _host = host
     work_list.mirror(_Lists(host))
     serve, serve_nested, serve_backward = host.serve, _first_nested, host.serve_backward
@@ -218,7 +220,7 @@ def _told(recipe: Recipe) -> tuple[object, ...]:
     """A recipe in plain values."""
     kernels = tuple((int(function), *numbers) for function, *numbers in recipe.kernels)
     kind = -1 if recipe.list_key is None else _number(recipe.list_key)
-    return recipe.block, recipe.words, kernels, recipe.unaligned, recipe.scratch_bytes, kind
+    return recipe.block, recipe.words, kernels, recipe.unaligned, recipe.scratch_bytes, kind, recipe.dependent
 
 
 def _number(list_key: Hashable) -> int:

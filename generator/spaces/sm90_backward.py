@@ -547,6 +547,7 @@ class Sm90BackwardSpace:
             "unit_rows": UNIT_ROWS,
             "tail_tiles": TAIL_TILES if config.split_tail else 0,
             "tail_columns": spec.head_dim + spec.head_dim_v,  # of dK and dV, that are added up
+            "dependent": 1,  # its kernels wait for those before them themselves
         }
 
     def compile_flags(self, spec: KernelSpec, config: TileConfig) -> tuple[str, ...]:

@@ -336,6 +336,7 @@ class Sm90BackwardWideSpace:
             "unit_rows": UNIT_ROWS,
             "tail_tiles": TAIL_TILES if config.split_tail else 0,
             "tail_columns": 64 * (panel_count(spec.head_dim) + panel_count(spec.head_dim_v)),
+            "dependent": 1,  # its kernels wait for those before them themselves
         }
 
     def compile_flags(self, spec: KernelSpec, config: TileConfig) -> tuple[str, ...]:

@@ -159,6 +159,7 @@ class Sm90PackedBackwardSpace:
             "num_threads": FIVE_WARPS,
             "smem_bytes": smem_layout(spec, config).total,
             "ctas_per_sm": config.ctas_per_sm,
+            "dependent": 1,  # its kernels wait for those before them themselves
         }
 
     def compile_flags(self, spec: KernelSpec, config: TileConfig) -> tuple[str, ...]:

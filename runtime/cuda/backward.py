@@ -68,6 +68,8 @@ class CudaBackwardKernel:
             self._prepare = driver.function(module, PREPARE)
             self._finish = None if self._fused else driver.function(module, _FINISH)
         self._launch = driver.Launcher(self._device)
+        self._dependent = bool(launch.get("dependent")) and driver.launches_dependents()  # kernels of old don't wait
+        self._launch_next = driver.DependentLauncher(self._device) if self._dependent else self._launch
         self._maps = tensor_map.MapCache(self.meta.spec.split("_")[1], rows)
         self._plans: Plans[_Plan] = Plans()
         self._block = ParameterBlock(backward_params.BLOCK_BYTES, map_addresses(len(backward_params.MAPS)))
@@ -149,10 +151,10 @@ class CudaBackwardKernel:
             list_address + plan.direct,
             list_address + plan.summed,
         )
-        launch = self._launch
         if found is None:
-            self._builder.build(launch, cu_seqlens_q.shape[0] - 1, plan.max_items, stream, arguments)
+            self._builder.build(self._launch, cu_seqlens_q.shape[0] - 1, plan.max_items, stream, arguments)
             work_list.keep(cu_seqlens_q, cu_seqlens_k, key, items)
+        launch = self._launch_next
         launch(self._prepare, plan.row_ctas, ROW_THREADS, 0, stream, arguments)
         launch(self._kernel, plan.grid, self._threads, self._smem, stream, arguments)
         if self._finish is not None:
@@ -185,6 +187,7 @@ class CudaBackwardKernel:
             unaligned=tensor_map.ALIGNMENT - 1,
             scratch_bytes=4 * plan.scratch_floats,
             list_key=plan.list_key,
+            dependent=self._dependent,
         )
 
     def _plan(

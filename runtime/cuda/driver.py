@@ -6,10 +6,13 @@ kernels.
 
 from __future__ import annotations
 
+import threading
 from functools import lru_cache
 from typing import Any
 
 from jagtile.runtime.errors import JagtileError
+
+_DEPENDENT_LAUNCHES_IN_GRAPHS = 12030  # the first version of the driver that captures them
 
 
 class CudaDriverError(JagtileError):
@@ -82,6 +85,13 @@ def function(module: Any, symbol: str, dynamic_smem: int = 0) -> Any:
     return kernel
 
 
+@lru_cache(maxsize=1)
+def launches_dependents() -> bool:
+    """Whether a kernel can be launched while the one before it runs, also in a graph that is captured."""
+    version: int = call("cuDriverGetVersion")
+    return version >= _DEPENDENT_LAUNCHES_IN_GRAPHS
+
+
 class Launcher:
     """Launches kernels on one device. Made once, so that a launch looks nothing up."""
 
@@ -101,3 +111,41 @@ class Launcher:
             bind_primary_context(self._device_index)
             code = self._launch(kernel, grid, 1, 1, threads, 1, 1, smem, stream, arguments, 0)[0]
         _check(bindings(), code, "cuLaunchKernel")
+
+
+class DependentLauncher(Launcher):
+    """Launches kernels while the one before them on the stream may still run, for which they wait themselves
+    (templates/cuda/include/dependent_launch.cuh): no others.
+    """
+
+    def __init__(self, device_index: int) -> None:
+        super().__init__(device_index)
+        self._launch = bindings().cuLaunchKernelEx
+        self._own = _Config()
+
+    def __call__(self, kernel: Any, grid: int, threads: int, smem: int, stream: int, arguments: int) -> None:
+        """As Launcher."""
+        config = self._own.config
+        config.gridDimX, config.blockDimX, config.sharedMemBytes, config.hStream = grid, threads, smem, stream
+        code = self._launch(config, kernel, arguments, 0)[0]
+        if code == self._success:
+            return
+        if code == self._invalid_context:
+            bind_primary_context(self._device_index)
+            code = self._launch(config, kernel, arguments, 0)[0]
+        _check(bindings(), code, "cuLaunchKernelEx")
+
+
+class _Config(threading.local):
+    """A thread's own launch configuration: the driver reads it while other threads may be filling theirs."""
+
+    def __init__(self) -> None:
+        driver = bindings()
+        attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+        value.programmaticStreamSerializationAllowed = 1
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value = value
+        self.config = driver.CUlaunchConfig()
+        self.config.gridDimY = self.config.gridDimZ = self.config.blockDimY = self.config.blockDimZ = 1
+        self.config.attrs = [attribute]
+        self.config.numAttrs = 1

@@ -50,7 +50,8 @@ class CudaPackedBackwardKernel:
             module = driver.load_module(artifact.path.read_bytes())
             self._kernel = driver.function(module, self.meta.symbol, self._smem)
             self._prepare = driver.function(module, PREPARE)
-        self._launch = driver.Launcher(self._device)
+        self._dependent = bool(launch.get("dependent")) and driver.launches_dependents()  # kernels of old don't wait
+        self._launch = (driver.DependentLauncher if self._dependent else driver.Launcher)(self._device)
         maps = len(packed_backward_params.MAPS)
         self._maps = tensor_map.MapCache(self.meta.spec.split("_")[1], (launch["box_rows"],) * maps)
         self._plans: Plans[_Plan] = Plans()
@@ -138,6 +139,7 @@ class CudaPackedBackwardKernel:
             ),
             unaligned=tensor_map.ALIGNMENT - 1,
             scratch_bytes=4 * plan.delta_floats,
+            dependent=self._dependent,
         )
 
     def _plan(

@@ -22,6 +22,7 @@ class Recipe(NamedTuple):
     unaligned: int  # bits that no address of an operand with heads may have
     scratch_bytes: int = 0
     list_key: tuple[object, ...] | None = None  # of the work list that kernels read
+    dependent: bool = False  # each kernel is launched while the one before may still run, and waits for it itself
 
 
 def map_words(maps: Iterable[str]) -> list[Word]:

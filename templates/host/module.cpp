@@ -136,7 +136,7 @@ PyObject* serve_nested(PyObject*, PyObject* const* arguments, Py_ssize_t count) 
 }
 
 // (block, (offset, operand, bytes beyond it) of each word, (function, grid, threads, shared memory) of each kernel,
-// bits that addresses must not have, bytes of scratch, kind of list or -1)
+// bits that addresses must not have, bytes of scratch, kind of list or -1, whether kernels wait for those before)
 Recipe recipe_of(const py::tuple& told) {
   Recipe recipe;
   const auto block = told[0].cast<std::string>();
@@ -155,6 +155,7 @@ Recipe recipe_of(const py::tuple& told) {
   recipe.unaligned = told[3].cast<uint64_t>();
   recipe.scratch_bytes = told[4].cast<int64_t>();
   recipe.list = told[5].cast<int64_t>();
+  recipe.dependent = told[6].cast<bool>();
   TORCH_CHECK(block.size() <= MAX_BLOCK_BYTES, "a block of ", block.size(), " bytes");
   return recipe;
 }
@@ -187,9 +188,10 @@ void drop_list(const ListKey& key) {
   work_lists.drop({reinterpret_cast<Impl>(q), reinterpret_cast<Impl>(k), list, reinterpret_cast<void*>(stream)});
 }
 
-void use_driver(uintptr_t launch, uintptr_t is_capturing, const std::string& device_type, py::object raw_stream,
-                py::object failed) {
+void use_driver(uintptr_t launch, uintptr_t launch_ex, uintptr_t is_capturing, const std::string& device_type,
+                py::object raw_stream, py::object failed) {
   driver.launch = reinterpret_cast<Driver::Launch>(launch);
+  driver.launch_ex = reinterpret_cast<Driver::LaunchEx>(launch_ex);
   driver.is_capturing = reinterpret_cast<Driver::IsCapturing>(is_capturing);
   driver.device_type = c10::Device(device_type).type();
   driver.raw_stream = raw_stream.release().ptr();  // as long as the process lives

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <mutex>
@@ -39,6 +40,7 @@ struct Recipe {
   uint64_t unaligned;     // bits that addresses of what is laid out must not have
   int64_t scratch_bytes;  // 0: none is used
   int64_t list;           // which kind of work list the kernels read, -1 for none
+  bool dependent;         // each kernel is launched while the one before may still run, and waits for it itself
 
   bool takes(const Addresses& at) const {
     uint64_t all = 0;
@@ -47,13 +49,33 @@ struct Recipe {
   }
 };
 
+// CUlaunchAttribute and CUlaunchConfig of cuda.h, which is not everywhere where the host is built.
+struct LaunchAttribute {
+  int id;
+  union alignas(8) {
+    int number;
+    char room[64];
+  };
+};
+struct LaunchConfig {
+  unsigned grid[3], block[3], smem;
+  void* stream;
+  LaunchAttribute* attributes;
+  unsigned attribute_count;
+};
+static_assert(sizeof(LaunchAttribute) == 72 && offsetof(LaunchAttribute, number) == 8);
+static_assert(sizeof(LaunchConfig) == 56 && offsetof(LaunchConfig, stream) == 32);
+constexpr int PROGRAMMATIC_STREAM_SERIALIZATION = 6;
+
 // The CUDA driver and Python's part of a launch. Tests and benchmarks put stand-ins here.
 struct Driver {
   using Launch = int (*)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned smem,
                          void* stream, void** parameters, void** extra);
+  using LaunchEx = int (*)(const LaunchConfig*, void* function, void** parameters, void** extra);
   using IsCapturing = int (*)(void* stream, int* status);
 
   Launch launch = nullptr;
+  LaunchEx launch_ex = nullptr;
   IsCapturing is_capturing = nullptr;
   c10::DeviceType device_type = c10::DeviceType::CUDA;
   PyObject* raw_stream = nullptr;  // (device index) -> the current stream's address
@@ -128,8 +150,13 @@ inline void launch(const Recipe& recipe, const Addresses& at, void* stream, c10:
       std::memcpy(block + offset, &address, sizeof address);
     }
   void* parameters[] = {block};
+  LaunchAttribute dependent{PROGRAMMATIC_STREAM_SERIALIZATION, {1}};
   for (const auto& [function, grid, threads, smem] : recipe.kernels) {
     const auto start = [&, f = function, g = grid, t = threads, s = smem] {
+      if (recipe.dependent) {
+        const LaunchConfig config{{g, 1, 1}, {t, 1, 1}, s, stream, &dependent, 1};
+        return driver.launch_ex(&config, f, parameters, nullptr);
+      }
       return driver.launch(f, g, 1, 1, t, 1, 1, s, stream, parameters, nullptr);
     };
     int code = start();

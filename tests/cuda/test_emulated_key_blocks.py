@@ -50,8 +50,7 @@ def build_list(w: Workload, in_order: bool, seed: int) -> list[Item]:
         with emulated(2, seed=seed):
             kernel = cuda.load(kernels.artifact(variant), torch.device("cuda", 0))
             assert isinstance(kernel, CudaBackwardKernel)
-            launch = kernel._launch
-            kernel._launch = lambda function, *more: launch(function, *more) if "work_list" in function.name else None
+            kernel._launch_next = lambda *_: None
             lse = torch.empty(w.num_heads, w.total_q)
             bottom_right = w.causal_alignment == "bottom_right"
             kernel.backward(*b[:5], torch.empty_like(b.q), lse, torch.empty_like(b.q), None, *grads, 0.1, bottom_right)

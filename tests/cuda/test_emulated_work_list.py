@@ -205,8 +205,7 @@ def assert_right_of_keys(
     try:
         with emulated(3, seed=next_seed()):
             kernel = cuda.load(kernels.artifact(variant), torch.device("cuda", 0))
-            launch = kernel._launch
-            kernel._launch = lambda function, *more: launch(function, *more) if "work_list" in function.name else None
+            kernel._launch_next = lambda *_: None
             lse = torch.empty(heads[0], len(q))
             kernel.backward(q, k, k, cu_q, cu_k, q, lse, q, None, q, k, k, 0.1, bottom_right)
             (entry,) = work_list._ENTRIES.values()

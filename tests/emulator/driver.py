@@ -80,6 +80,10 @@ class CUtensorMapFloatOOBfill(enum.IntEnum):
     CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0
 
 
+class CUlaunchAttributeID(enum.IntEnum):
+    CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+
 class CUfunctionAttribute(enum.IntEnum):
     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
     CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT = 9
@@ -176,15 +180,23 @@ class Machine:
     processors: int = 2
     seed: int = 0
     launches: list[tuple[str, int, int, int]] = field(default_factory=list)  # kernel, CTAs, threads, shared memory
+    dependent: list[bool] = field(default_factory=list)  # of each: launched while those before it may be running
     _tensors: _TensorSpans = field(default_factory=_TensorSpans)
 
     def launch(
-        self, function: Function, grid: Sequence[int], block: Sequence[int], smem: int, arguments: int
+        self,
+        function: Function,
+        grid: Sequence[int],
+        block: Sequence[int],
+        smem: int,
+        arguments: int,
+        dependent: bool = False,
     ) -> tuple[CUresult]:
         name = function.name
         if smem > function.dynamic_smem:
             raise EmulatorError(f"{name}: {smem} B of shared memory, allowed are {function.dynamic_smem}")
         self.launches.append((name, grid[0] * grid[1] * grid[2], block[0] * block[1] * block[2], smem))
+        self.dependent.append(dependent)
         library = function.library
         entry = ctypes.cast(getattr(library, f"emu_entry_{name}"), ctypes.c_void_p)
         library.emu_launch.restype = ctypes.c_char_p
@@ -199,7 +211,7 @@ class Machine:
         registers = min(65536 // (threads * ctas) // 8 * 8, 256) if threads else 0  # ptxas's choice, by the bounds
         parameters = _Parameters(library, name, arguments)
         flat = [word for span in [*parameters.spans, *self._tensors.found()] for word in span]
-        library.emu_allow((ctypes.c_uint64 * len(flat))(*flat), len(flat) // 2)
+        library.emu_allow((ctypes.c_uint64 * len(flat))(*flat), len(flat) // 2, len(parameters.spans))
         error = library.emu_launch(
             entry,
             parameters.pointers,
@@ -209,6 +221,7 @@ class Machine:
             registers,
             cluster,
             max(self.processors * ctas, cluster),
+            int(dependent),
             ctypes.c_uint64(self.seed),
         )
         self.seed += 1
@@ -275,7 +288,12 @@ def _bindings(machine: Machine) -> types.ModuleType:
     def launch_ex(config, function, arguments, extra):  # type: ignore[no-untyped-def]
         grid = (config.gridDimX, config.gridDimY, config.gridDimZ)
         threads = (config.blockDimX, config.blockDimY, config.blockDimZ)
-        return machine.launch(function, grid, threads, config.sharedMemBytes, arguments)
+        serialization = CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        dependent = any(
+            attribute.id == serialization and attribute.value.programmaticStreamSerializationAllowed
+            for attribute in config.attrs[: config.numAttrs]
+        )
+        return machine.launch(function, grid, threads, config.sharedMemBytes, arguments, dependent)
 
     for name, member in {
         "CUresult": CUresult,
@@ -285,12 +303,14 @@ def _bindings(machine: Machine) -> types.ModuleType:
         "CUtensorMapL2promotion": CUtensorMapL2promotion,
         "CUtensorMapFloatOOBfill": CUtensorMapFloatOOBfill,
         "CUfunction_attribute": CUfunctionAttribute,
+        "CUlaunchAttributeID": CUlaunchAttributeID,
         "CUlaunchConfig": SimpleNamespace,
         "CUlaunchAttribute": SimpleNamespace,
         "CUlaunchAttributeValue": SimpleNamespace,
         "cuuint32_t": int,
         "cuuint64_t": int,
         "cuInit": lambda _: (success,),
+        "cuDriverGetVersion": lambda: (success, 13000),
         "cuGetErrorString": lambda code: (success, code.name.encode()),
         "cuDevicePrimaryCtxRetain": lambda _: (success, "context"),
         "cuCtxSetCurrent": lambda _: (success,),
@@ -327,7 +347,7 @@ def emulated(processors: int = 2, seed: int = 0) -> Iterator[Machine]:
         ):
             stack.enter_context(mock.patch.object(target, name, answer, create=True))
         stack.enter_context(settings.override(native_host="off"))  # whose thread would make objects old meanwhile
-        for cached in (jagtile_driver.bindings, tensor_map.address_comes_first):
+        for cached in (jagtile_driver.bindings, jagtile_driver.launches_dependents, tensor_map.address_comes_first):
             cached.cache_clear()
             stack.callback(cached.cache_clear)
         yield machine

@@ -62,12 +62,14 @@ class Snippet:
         *arguments: torch.Tensor | int | float | bytes,
         smem: int = 0,
         machine: Machine | None = None,
+        dependent: bool = False,
     ) -> None:
         library = ctypes.CDLL(str(self._path))
         values = [_as_c(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         function = Function(library, self._path, name, 227 * 1024)
-        (machine or Machine()).launch(function, (grid, 1, 1), (threads, 1, 1), smem, ctypes.addressof(pointers))
+        at = ctypes.addressof(pointers)
+        (machine or Machine()).launch(function, (grid, 1, 1), (threads, 1, 1), smem, at, dependent)
 
 
 def _as_c(argument: torch.Tensor | int | float | bytes) -> ctypes._CData:

@@ -550,7 +550,7 @@ def _fence_tensormap(i: Instruction, m: re.Match[str]) -> str:
 
 @instruction(r"griddepcontrol\.(wait|launch_dependents)")
 def _griddepcontrol(i: Instruction, m: re.Match[str]) -> str:
-    return "emu::preempt();"
+    return _call("await_launches") if m[1] == "wait" else "emu::preempt();"
 
 
 # ---- warps and barriers ----------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from jagtile.runtime.settings import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from stand_in import Batch, Recorder, connect
+from stand_in import SERIALIZATION, Batch, Recorder, connect
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +36,13 @@ def recorder(monkeypatch: pytest.MonkeyPatch, extension: Any) -> Iterator[Record
     """Every call is served by what ``kernels`` loads, and by the compiled host once it is taught."""
     recorder = Recorder()
     results = SimpleNamespace(CUDA_SUCCESS=0, CUDA_ERROR_INVALID_CONTEXT=201)
-    bindings = SimpleNamespace(CUresult=results, cuLaunchKernel=recorder.python_launch)
+    bindings = SimpleNamespace(
+        CUresult=results,
+        CUlaunchAttributeID=SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION=SERIALIZATION),
+        **dict.fromkeys(("CUlaunchAttribute", "CUlaunchAttributeValue", "CUlaunchConfig"), SimpleNamespace),
+        cuLaunchKernel=recorder.python_launch,
+        cuLaunchKernelEx=recorder.python_launch_ex,
+    )
     for name, answer in {
         "_cuda_getDevice": lambda: recorder.device,
         "_cuda_getCurrentRawStream": lambda _: recorder.stream,
@@ -48,6 +54,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch, extension: Any) -> Iterator[Record
     monkeypatch.setattr(driver, "bindings", lambda: bindings)
     monkeypatch.setattr(driver, "call", lambda *_: 0)
     monkeypatch.setattr(driver, "function", recorder.function)
+    monkeypatch.setattr(driver, "launches_dependents", lambda: recorder.launches_dependents)
     monkeypatch.setattr(tensor_map, "encode", lambda address, *_: address.to_bytes(8, "little").ljust(128, b"\0"))
     monkeypatch.setattr(tensor_map, "address_comes_first", lambda: True)
     monkeypatch.setattr(work_list, "_ENTRIES", {})
@@ -70,14 +77,16 @@ def recorder(monkeypatch: pytest.MonkeyPatch, extension: Any) -> Iterator[Record
 
 @pytest.fixture
 def kernels(recorder: Recorder) -> Callable[..., Any]:
-    """Loads the default kernel of an algorithm for a spec and serves all calls by it."""
+    """Loads the default kernel of an algorithm for a spec, of which other launch facts may be given, and serves all
+    calls by it.
+    """
 
-    def kernels(spec: KernelSpec, algorithm: str) -> Any:
+    def kernels(spec: KernelSpec, algorithm: str, **facts: int) -> Any:
         space = space_for("sm_90a", algorithm)
         variant = Variant("sm_90a", spec, space.default(spec))
         first = len(recorder.symbols)
         meta = SimpleNamespace(
-            launch=dict(space.launch(spec, variant.config)),
+            launch={**space.launch(spec, variant.config), **facts},
             config=variant.config.to_dict(),
             spec=spec.name,
             symbol=algorithm,

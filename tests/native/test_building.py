@@ -20,7 +20,9 @@ from jagtile.runtime.settings import settings
 def fresh(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """A process that has not begun to have it, with a CUDA driver. What gets connected."""
     connected: list[object] = []
-    functions = SimpleNamespace(cuLaunchKernel=ctypes.CDLL(None).labs, cuStreamIsCapturing=ctypes.CDLL(None).labs)
+    functions = SimpleNamespace(
+        **dict.fromkeys(("cuLaunchKernel", "cuLaunchKernelEx", "cuStreamIsCapturing"), ctypes.CDLL(None).labs)
+    )
     monkeypatch.setattr(native, "_begun", None)
     monkeypatch.setattr(native, "connect", lambda module, *_: connected.append(module))
     monkeypatch.setattr(native.ctypes, "CDLL", lambda _: functions)
@@ -49,7 +51,7 @@ from jagtile.generator import host
 from jagtile.runtime import native
 module = host.built()
 before = set(sys.modules)
-native.connect(module, 1, 1, "cpu")
+native.connect(module, 1, 1, 1, "cpu")
 print(sorted(name for name in set(sys.modules) - before if name.startswith("torch")))
 """
     prologue = "import torch\ntorch._C._cuda_getCurrentRawStream = None\n"

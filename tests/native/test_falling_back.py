@@ -224,6 +224,21 @@ def test_a_thread_without_a_context_gets_one(recorder, taught, monkeypatch):
     assert recorder.take()[-1].by == "native"
 
 
+def test_a_thread_without_a_context_gets_one_in_a_backward_too(recorder, batch, monkeypatch, extension):
+    recovered = []
+    monkeypatch.setattr(native, "_failed", lambda *failure: recovered.append(failure))
+    native.disconnect()
+    connect(extension, recorder)
+    for code in (0, 0, 201):
+        out = batch.attend()
+        recorder.take()
+        recorder.fails_with = code
+        torch.autograd.grad(out, batch.leaves, batch.dout)
+    assert recovered == [(201, -1, 0)]
+    launches = recorder.take("native")
+    assert [launch.dependent for launch in launches] == [True, True]
+
+
 def test_a_refused_launch_is_an_error(recorder, taught, monkeypatch, extension):
     def failed(*failure: int) -> None:
         raise RuntimeError("no such kernel")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from stand_in import Batch, alike, connect
 
 import jagtile
 from jagtile.generator.spec import KernelSpec
+from jagtile.runtime.cuda import driver
 
 FORWARDS = [
     ("persistent", 64, 64),
@@ -33,6 +36,7 @@ def test_a_forward_is_launched_as_by_python(recorder, kernels, algorithm, dim, d
     of_python = recorder.take("python")
     second = jagtile.varlen_attention(*given, **kind)
     (of_native,) = recorder.take("native")
+    assert not of_native.dependent
     assert first is not second
     firsts, seconds = (found if return_lse else (found,) for found in (first, second))
     for a, b in zip(firsts, seconds, strict=True):
@@ -71,6 +75,53 @@ def test_a_backward_is_launched_as_by_python(recorder, kernels, algorithm, dim, 
         assert any(grad.data_ptr() in launch.words for launch in launches[2])
     if return_lse:
         assert dlse.data_ptr() in launches[2][0].words
+
+
+@pytest.mark.parametrize("algorithm", ["keyblocks", "packedrows"])
+@pytest.mark.parametrize(
+    ("facts", "launches_dependents", "dependent"),
+    [({}, True, True), ({"dependent": 0}, True, False), ({}, False, False)],  # one of old, a driver of old
+)
+def test_kernels_of_a_backward_are_dependent_where_they_wait_and_the_driver_can(
+    recorder, kernels, batch, algorithm, facts, launches_dependents, dependent
+):
+    recorder.launches_dependents = launches_dependents
+    kernels(KernelSpec("fwd", "bf16", 64, 64, causal=False), "persistent")
+    kernels(KernelSpec("bwd", "bf16", 64, 64, causal=False), algorithm, **facts)
+    for expected in ("python", "python", "native"):
+        out = batch.attend()
+        recorder.take()
+        torch.autograd.grad(out, batch.leaves, batch.dout)
+        launches = recorder.take(expected)
+        assert len(launches) >= 2
+        for launch in launches:
+            assert launch.dependent == (dependent and "work_list" not in launch.kernel)
+
+
+def test_each_thread_has_its_own_launch_configuration(recorder, kernels, monkeypatch):
+    kernel = kernels(KernelSpec("bwd", "bf16", 64, 64, causal=False), "packedrows")
+    configs = [kernel._launch._own.config, kernel._launch._own.config]
+    thread = threading.Thread(target=lambda: configs.append(kernel._launch._own.config))
+    thread.start()
+    thread.join()
+    assert configs[0] is configs[1]
+    assert configs[0] is not configs[2]
+
+
+@pytest.mark.parametrize("launcher", [driver.Launcher, driver.DependentLauncher])
+def test_python_gives_a_thread_a_context_and_tells_of_what_fails_then(recorder, monkeypatch, launcher):
+    codes, bound = [], []
+    launch = launcher(3)
+    monkeypatch.setattr(launch, "_launch", lambda *_: (codes.pop(0),))
+    monkeypatch.setattr(driver, "bind_primary_context", bound.append)
+    monkeypatch.setattr(driver, "_check", lambda _bindings, code, call: code and pytest.fail(call))
+    codes[:] = [201, 0]
+    launch(1, 2, 3, 4, 5, 6)
+    assert bound == [3]
+    for codes[:], asked in (([201, 1], [3, 3]), ([1], [3, 3])):
+        with pytest.raises(pytest.fail.Exception, match="cuLaunchKernel"):
+            launch(1, 2, 3, 4, 5, 6)
+        assert (codes, bound) == ([], asked)
 
 
 def test_gradients_that_nobody_asks_for_are_none(recorder, default_kernels, batch):

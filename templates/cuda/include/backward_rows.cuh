@@ -8,8 +8,6 @@
 #include "cuda/include/fragments.cuh"
 #include "cuda/include/ptx.cuh"
 
-using LoadSums = uint4 (*)(const void*, uint64_t);  // load_x4, or load_written_x4 where this launch has added them up
-
 // A warp's rows, and what becomes of their dQ.
 struct RowBlock : TokenRows {
   uint32_t direct, summed;  // a bit a token, the first one's lowest (BackwardParams)
@@ -64,7 +62,7 @@ __device__ __forceinline__ void write_quad(uint16_t* dq, uint4 sums, float scale
 }
 
 // A panel of dq = scale * sums, four columns a lane and load, zeros where there are no sums; so many loads at once.
-template <typename Sums, LoadSums kLoad, Pack kPack, int kAtOnce, int kPanel>
+template <typename Sums, Pack kPack, int kAtOnce, int kPanel>
 __device__ __forceinline__ void finish_panel(const BackwardParams& p, const RowBlock& rows) {
   constexpr int kColumns = Sums::columns(kPanel), kQuads = kColumns / 4;
   constexpr int kLoads = kRowTokens * kQuads / 32;
@@ -78,7 +76,8 @@ __device__ __forceinline__ void finish_panel(const BackwardParams& p, const RowB
     for (int i = 0; i < kInFlight; ++i) {
       const unsigned place = base + 32 * i;
       values[i] = {};
-      if (rows.summed >> place / kQuads & 1) values[i] = kLoad(sums + 4 * place, kEvictFirst);
+      // They were added up while this launch ran: by it, or by one that it began beside.
+      if (rows.summed >> place / kQuads & 1) values[i] = load_written_x4(sums + 4 * place, kEvictFirst);
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
@@ -91,10 +90,10 @@ __device__ __forceinline__ void finish_panel(const BackwardParams& p, const RowB
 }
 
 // All panels from `kPanel` on.
-template <typename Sums, LoadSums kLoad, Pack kPack, int kAtOnce, int kPanel = 0>
+template <typename Sums, Pack kPack, int kAtOnce, int kPanel = 0>
 __device__ __forceinline__ void finish_panels(const BackwardParams& p, const RowBlock& rows) {
-  finish_panel<Sums, kLoad, kPack, kAtOnce, kPanel>(p, rows);
-  if constexpr (kPanel + 1 < Sums::kPanels) finish_panels<Sums, kLoad, kPack, kAtOnce, kPanel + 1>(p, rows);
+  finish_panel<Sums, kPack, kAtOnce, kPanel>(p, rows);
+  if constexpr (kPanel + 1 < Sums::kPanels) finish_panels<Sums, kPack, kAtOnce, kPanel + 1>(p, rows);
 }
 
 // dq = scale * sums, or 0, where the attention kernel has not written it.
@@ -102,5 +101,5 @@ template <typename Sums, Pack kPack>
 __device__ __forceinline__ void finish_rows(const BackwardParams& p) {
   const RowBlock rows = row_block(p);
   if (rows.count <= 0 || rows.direct == (1u << rows.count) - 1) return;
-  finish_panels<Sums, load_x4, kPack, 4>(p, rows);
+  finish_panels<Sums, kPack, /*kAtOnce=*/4>(p, rows);
 }

@@ -285,7 +285,7 @@ __device__ __forceinline__ void finish_rest(const BackwardParams& p, Control& co
     for (int part = thread / 32; part < parts; part += 4) {
       const int row = slice.row + part / p.gqa_ratio * kRowTokens, count = min(slice.end - row, kRowTokens);
       const RowBlock rows = {slice.head + part % p.gqa_ratio, slice.q_begin + row, count, 0, (1u << count) - 1};
-      finish_panels<Sums, load_written_x4, kPack, /*kAtOnce=*/8>(p, rows);
+      finish_panels<Sums, kPack, /*kAtOnce=*/8>(p, rows);
     }
   }
 }

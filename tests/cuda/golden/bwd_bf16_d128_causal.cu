@@ -44,6 +44,7 @@
 //   tiles, barriers         1024
 #include "cuda/include/backward_params.cuh"
 #include "cuda/include/backward_rows.cuh"
+#include "cuda/include/dependent_launch.cuh"
 #include "cuda/include/dq_sums.cuh"
 #include "cuda/include/fragments.cuh"
 #include "cuda/include/gradients.cuh"
@@ -258,6 +259,8 @@ __device__ __forceinline__ void write_part(const float (&dq)[kRegisters], const 
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kRowThreads) jagtile_backward_prepare(const __grid_constant__ BackwardParams p) {
+  launch_dependents();
+  await_previous_kernels();
   begin_tasks<kHeadDim>(p);
 }
 
@@ -289,6 +292,9 @@ jagtile_bwd_bf16_d128_causal_keyblocks_m64_n128_s2_c1_dbulk_o0_k1_hnone_l1_e0_f1
     control.row_units.init(1, Units::kReaders);
     control.rows.begin(p);
     mbarrier_init_fence();
+  }
+  await_previous_kernels();
+  if (threadIdx.x == 0) {
     set_claims(control.claims, p);
   }
   __syncthreads();

@@ -37,6 +37,7 @@
 //   tiles, barriers         1024
 #include "cuda/include/backward_params.cuh"
 #include "cuda/include/backward_rows.cuh"
+#include "cuda/include/dependent_launch.cuh"
 #include "cuda/include/dq_sums.cuh"
 #include "cuda/include/fragments.cuh"
 #include "cuda/include/key_blocks.cuh"
@@ -467,10 +468,13 @@ __device__ __forceinline__ void make_dk_and_dq(const BackwardParams& p, Control&
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kRowThreads) jagtile_backward_prepare(const __grid_constant__ BackwardParams p) {
+  launch_dependents();
+  await_previous_kernels();
   prepare_rows<Sums, kHeadDimV, unpack_bf16, /*kStored=*/true>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(kRowThreads) jagtile_backward_finish(const __grid_constant__ BackwardParams p) {
+  await_previous_kernels();
   finish_rows<Sums, pack_bf16>(p);
 }
 
@@ -489,6 +493,7 @@ jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2_d0_abulk(const __grid_constan
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // uniform, and known to be
   const int lane = threadIdx.x % 32;
 
+  launch_dependents();  // whose CTAs find room where those of this one have ended
   if (threadIdx.x == 0) {
     // Freed by the warps of Q and dO, the adder of dQ and every math thread.
     control.tile.init(1, 3 + 256);
@@ -500,6 +505,9 @@ jagtile_bwd_bf16_d192_dv128_causal_wide_n112_q2_o2_d0_abulk(const __grid_constan
     control.dout.init(1, 2);
     control.dq.init(4, 1);
     mbarrier_init_fence();
+  }
+  await_previous_kernels();
+  if (threadIdx.x == 0) {
     set_claims(control.claims, p);
   }
   __syncthreads();

@@ -29,6 +29,7 @@
 //   blocks [2]             32768   1 + 1 panels of 64 rows: K and V, or Q and dO
 //   rows, barriers          3200
 #include "cuda/include/delta_rows.cuh"
+#include "cuda/include/dependent_launch.cuh"
 #include "cuda/include/fragments.cuh"
 #include "cuda/include/packed_backward_params.cuh"
 #include "cuda/include/packed_gradients.cuh"
@@ -395,6 +396,8 @@ __device__ __forceinline__ void for_each_tile(const PackedBackwardParams& p, Que
 
 extern "C" __global__ void __launch_bounds__(kRowThreads)
 jagtile_backward_prepare(const __grid_constant__ PackedBackwardParams p) {
+  launch_dependents();
+  await_previous_kernels();
   const TokenRows rows = token_rows(p);
   if (rows.count > 0) write_delta<64, unpack_bf16>(p, rows);
 }
@@ -411,6 +414,7 @@ jagtile_bwd_bf16_d64_packedrows_n64_s2_c2(const __grid_constant__ PackedBackward
     control.block.init(32, 128);
     mbarrier_init_fence();
   }
+  await_previous_kernels();
   __syncthreads();
 
   if (warp == 4) {

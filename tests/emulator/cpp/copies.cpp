@@ -13,6 +13,7 @@ struct Range {
   uint64_t begin, end;
 };
 std::vector<Range> allocations;  // of global memory; none: anything goes
+size_t parameters = 0;           // the first of them, which are the launch's own
 
 struct TensorMap {  // what tests/emulator/driver.py puts into the 128 bytes
   uint64_t address;
@@ -215,8 +216,10 @@ void* static_shared(int id, uint32_t bytes, uint32_t alignment) {
 void check_global(const void* pointer, uint64_t bytes, bool write) {
   if (allocations.empty()) return;
   const uint64_t begin = reinterpret_cast<uint64_t>(pointer);
-  for (const Range& range : allocations) {
-    if (range.begin <= begin && begin + bytes <= range.end) return;
+  for (size_t i = 0; i < allocations.size(); ++i) {
+    if (begin < allocations[i].begin || allocations[i].end < begin + bytes) continue;
+    if (self != nullptr && i >= parameters) check_awaited("touches global memory");
+    return;
   }
   fail("%s of %llu bytes of global memory at %p, which is in no tensor", write ? "write" : "read",
        static_cast<unsigned long long>(bytes), pointer);
@@ -253,6 +256,7 @@ void check_fenced(const Warp& issuer, const Cta& cta, uint32_t address, uint32_t
 }
 
 void check_exit(Fiber& fiber) {
+  check_awaited("ends");
   if (!fiber.warp->in_flight.empty()) fail("a thread ends with wgmma in flight");
   if (fiber.open_bulk != nullptr) fail("a thread ends with bulk copies that it has not committed");
   for (auto& group : fiber.bulk) {
@@ -307,6 +311,7 @@ void load_box(Cta& cta, const TensorMap& map, uint32_t smem, uint32_t barrier, c
 
 void tensor_load(uint32_t smem, const void* map, uint32_t barrier, int rank, const int* coordinates, uint32_t ctas) {
   EMU_ENTER();
+  check_awaited("copies from global memory");
   const TensorMap decoded_map = decoded(map, rank);
   check_box(decoded_map, smem);
   const std::vector<int> origin(coordinates, coordinates + rank);
@@ -326,6 +331,7 @@ void tensor_prefetch_box(const void* map, int rank, const int* coordinates) {
 
 void tensor_store(const void* map, uint32_t smem, int rank, const int* coordinates, Combine combine) {
   EMU_ENTER();
+  check_awaited("copies to global memory");
   const TensorMap decoded_map = decoded(map, rank);
   check_box(decoded_map, smem);
   const uint32_t bytes = box_bytes(decoded_map);
@@ -358,6 +364,7 @@ void check_bulk(uint32_t smem, const void* global, uint32_t bytes) {
 
 void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barrier) {
   EMU_ENTER();
+  check_awaited("copies from global memory");
   check_bulk(smem, global, bytes);
   Cta* cta = current().cta;
   check_usable_by_copies(*cta, barrier);
@@ -374,6 +381,7 @@ void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t barri
 
 void bulk_store(void* global, uint32_t smem, uint32_t bytes, Combine combine) {
   EMU_ENTER();
+  check_awaited("copies to global memory");
   check_bulk(smem, global, bytes);
   queue_store(
       smem, bytes,
@@ -422,6 +430,7 @@ void bulk_wait(int pending, bool read_only) {
 
 void async_copy(uint32_t smem, const void* global, uint32_t bytes, uint32_t source_bytes) {
   EMU_ENTER();
+  check_awaited("copies from global memory");
   if (smem % bytes || reinterpret_cast<uintptr_t>(global) % bytes)
     fail("cp.async of %u bytes: misaligned address", bytes);
   if (source_bytes > bytes) fail("cp.async of %u bytes from %u", bytes, source_bytes);
@@ -482,8 +491,9 @@ void async_wait(int pending) {
 
 }  // namespace emu
 
-// Global memory that copies may touch: pairs of begin and end. None: no checks.
-extern "C" void emu_allow(const uint64_t* ranges, int count) {
+// Memory that copies may touch: pairs of begin and end, those of the launch's parameters first. None: no checks.
+extern "C" void emu_allow(const uint64_t* ranges, int count, int of_parameters) {
   emu::allocations.clear();
+  emu::parameters = static_cast<size_t>(of_parameters);
   for (int i = 0; i < count; ++i) emu::allocations.push_back({ranges[2 * i], ranges[2 * i + 1]});
 }

@@ -37,6 +37,7 @@ void check_global(const void* pointer, uint64_t bytes, bool write);
 void preempt();  // another thread may run now
 void poll();     // the caller looks at memory that another thread will write, perhaps in a loop
 void progress();
+void await_launches();  // griddepcontrol.wait
 
 // ---- warps and barriers ---------------------------------------------------------------------------------------------
 uint32_t shuffle(uint32_t mask, uint32_t value, int mode, int operand, int width);  // modes: idx, up, down, xor

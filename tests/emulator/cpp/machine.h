@@ -61,6 +61,7 @@ struct Fiber : Thread {
   std::deque<std::shared_ptr<CopyGroup>> copies;
   uint64_t copies_issued = 0;
   int copies_outstanding = 0;
+  bool awaits_launches = false;  // it may not touch global memory, since launches before this one may be running
   std::vector<CopyArrival> arrivals;
   std::vector<uint32_t> unfenced;  // granules written through the generic proxy since the last proxy fence
   std::vector<uint32_t> unfenced_barriers;
@@ -191,6 +192,7 @@ extern Random rng;
 extern double early_products;  // probability that a product is carried out at once
 
 Fiber& current();
+void check_awaited(const char* does);  // that the thread may touch what launches before this one write
 void sleep(Reason why);  // until woken
 void wake(Fiber& fiber);
 uint64_t converge(uint32_t mask, bool aligned, const char* kind, uint64_t tag, uint64_t value, uint64_t extra,

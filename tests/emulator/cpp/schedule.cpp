@@ -29,6 +29,7 @@ struct Launch {
   void** arguments = nullptr;
   uint32_t smem = 0;
   int registers = 0, cluster = 1;  // CTAs of one
+  bool dependent = false;          // it begins while launches before it may be running
   double async_rate = 0.0, preemption = 0.0;
   int slow_warp = -1;  // of each CTA; -1: none
   std::vector<std::unique_ptr<Cta>> resident;
@@ -201,6 +202,7 @@ void start_cta(int index, const std::shared_ptr<Cluster>& cluster) {
       fiber->thread = {thread % block.x, thread / block.x % block.y, thread / block.x / block.y};
       fiber->block = cta->block;
       fiber->at = "";
+      fiber->awaits_launches = launch->dependent;
       fiber->cta = cta.get();
       fiber->warp = warp.get();
       fiber->index = first + lane;
@@ -391,6 +393,15 @@ void wake(Fiber& fiber) {
 
 void progress() { launch->idle_polls = 0; }
 
+void await_launches() {
+  current().awaits_launches = false;
+  preempt();
+}
+
+void check_awaited(const char* does) {
+  if (current().awaits_launches) fail("a thread %s, without griddepcontrol.wait in a dependent launch", does);
+}
+
 void preempt() {
   const Fiber& fiber = current();
   if (fiber.warp->live != 1u << fiber.lane || !rng.chance(launch->preemption)) return;  // lanes stay together
@@ -458,9 +469,9 @@ void queue(Cta& cta, bool touches_shared, std::function<void()> run) {
 }  // namespace emu
 
 // Runs a kernel to its end; null, or what went wrong. `registers`: a thread's at launch. `cluster`: CTAs of one. `slots`:
-// CTAs resident at a time.
+// CTAs resident at a time. `dependent`: launches before it may not have ended.
 extern "C" const char* emu_launch(void (*entry)(void**), void** arguments, const unsigned* grid, const unsigned* block,
-                                  unsigned smem, int registers, int cluster, int slots, uint64_t seed) {
+                                  unsigned smem, int registers, int cluster, int slots, int dependent, uint64_t seed) {
   static std::string error;
   emu::Launch state;
   emu::launch = &state;
@@ -480,6 +491,7 @@ extern "C" const char* emu_launch(void (*entry)(void**), void** arguments, const
   state.smem = smem;
   state.registers = registers;
   state.cluster = cluster;
+  state.dependent = dependent != 0;
   error.clear();
   try {
     emu::start_global_races(size_t{grid[0]} * grid[1] * grid[2], warps);
