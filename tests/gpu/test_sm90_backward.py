@@ -128,6 +128,8 @@ CASES = (
     ("bwd_bf16_d192", {}),
     ("bwd_bf16_d192", {"dout_stages": 2}),
     ("bwd_bf16_d192", {"fused": True}),
+    ("bwd_bf16_d192", {"dout_stages": 2, "split_tail": True}),
+    ("bwd_fp16_d256", {"split_tail": True}),
     ("bwd_bf16_d192_dv128_causal", {"dout_stages": 1, "fused": True}),
     ("bwd_fp16_d256_causal", {"block_n": 64, "fused": True}),
     ("bwd_bf16_d192_causal", {"dq": "red"}),

@@ -83,6 +83,7 @@ MECHANISMS = {
     f"{SPLIT}, one math warpgroup": {"block_m": 64, "block_n": 32, "num_stages": 3},
     f"{SPLIT}, two CTAs an SM": {"block_m": 64, "block_n": 32, "num_stages": 2, "ctas_per_sm": 2, "q_stages": 2},
     f"{SPLIT}, three Q buffers": {"block_m": 64, "block_n": 32, "num_stages": 2, "ctas_per_sm": 2, "q_stages": 3},
+    f"{SPLIT}, short neighbours share a tile": {"block_m": 64, "block_n": 48, "num_stages": 2, "pack_sequences": True},
     f"{SPLIT}, three math warpgroups": {"block_m": 192, "block_n": 48, "num_stages": 2},
     f"{SPLIT}, warpgroups alternate": {"block_m": 192, "block_n": 48, "num_stages": 2, "alternate": True},
 }
