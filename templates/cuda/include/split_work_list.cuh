@@ -137,7 +137,9 @@ __device__ __forceinline__ void build_split_list(const Params& p) {
                                         [&](const WorkItem& item) { return has_few_rows(p, item); });
   const Limits limits(p, builder.blocks.keys, extra_items, all.cost(), all.longest);
   const bool cuts = limits.cut_any(all);
-  const int together = go_heads_together(all.items, p.batch, p.causal_rows > 0);
+  int together = go_heads_together(all.items, p.batch, p.causal_rows > 0);
+  // Packs leave fewer tiles to a sequence on average, but as many to a long one, which share what they read.
+  if (kPackSequences && p.causal_rows > 0 && together == kDearestFirst) together = kBySequence;
   WorkListHeader* const header = blockIdx.x == 0 && threadIdx.x == 0 ? static_cast<WorkListHeader*>(p.work_list) : nullptr;
   if (header != nullptr) *header = {all.items, all.longest, static_cast<float>(all.cost()), together};
 
