@@ -3,7 +3,7 @@
     PYTHONPATH=.pkg python benchmarks/work_list.py [--most 16384] [--causal]
 
 Batches of 64 sequences and up, 64 tokens each on average. For each of the lists (a forward's, that of a forward which
-splits keys, a backward's, with and without an order of additions) all builders take a turn: one CTA, of up to 1024
+splits keys, of one that packs sequences too, a backward's, with and without an order of additions) all builders take a turn: one CTA, of up to 1024
 sequences, with as many threads as a launch would give it and with 512; a cluster of eight CTAs, with as many threads as
 a launch would give them and with 1024, and one of sixteen, which not every GPU has. That which a launch would choose
 has a star. Offsets are new in every call, so that every call builds its list, and the attention kernel runs in between.
@@ -38,6 +38,7 @@ HEADS, DIM = 4, 64
 LISTS = {  # variants with tiles of 64 queries, or keys
     "persistent": "fwd_bf16_d64{}/persistent_m64_n64_s2_q1_c1",
     "split": "fwd_bf16_d64{}/split_m64_n64_s2_q1_c1",
+    "packed sequences": "fwd_bf16_d64{}/split_m64_n48_s2_q1_c1_k1",
     "backward": "bwd_bf16_d64{}/keyblocks_m64_n64_s2_c1_dbulk_o0_k1_hnone_l0_e1",
 }
 
@@ -100,7 +101,9 @@ class Case:
             heads = list_oracle.Heads(HEADS, HEADS, self.in_order)
             list_oracle.assert_right_keys(data, self.built.max_items, len(self.x), host, host, how, heads)
             return
-        how = list_oracle.Blocking(self.kernel._tilings[HEADS, HEADS].block, launch["block_n"], self.causal)
+        packs = bool(launch.get("pack_sequences"))
+        block = self.kernel._tilings[HEADS, HEADS].block
+        how = list_oracle.Blocking(block, launch["block_n"], self.causal, packs=packs)
         extra_items = self.extra_items if launch.get("partial_bytes") else None
         list_oracle.assert_right_queries(list_oracle.read(data, self.built.max_items), host, host, how, extra_items)
 
