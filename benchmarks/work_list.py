@@ -4,9 +4,10 @@
 
 Batches of 64 sequences and up, 64 tokens each on average. For each of the lists (a forward's, that of a forward which
 splits keys, and of one that packs sequences too, a backward's, with and without an order of additions) all builders
-take a turn: one CTA, of up to 1024 sequences, with as many threads as a launch would give it and with 512; a cluster of eight CTAs, with as many threads as
-a launch would give them and with 1024, and one of sixteen, which not every GPU has. That which a launch would choose
-has a star. Offsets are new in every call, so that every call builds its list, and the attention kernel runs in between.
+take a turn: one CTA, of up to 1024 sequences, with as many threads as a launch would give it and with 512; a cluster
+of eight CTAs, with as many threads as a launch would give them and with 1024, and one of sixteen, which not every GPU
+has. That which a launch would choose has a star. Offsets are new in every call, so that every call builds its list, and
+the attention kernel runs in between.
 Prints the median device time of the builder, as torch's profiler (CUPTI) saw it. With --carveout builders ask for as
 much shared memory as attention kernels have.
 Every list is compared with one that the host built, also where captured graphs build it for offsets that change
