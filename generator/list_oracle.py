@@ -34,7 +34,7 @@ class BuiltList(NamedTuple):
 
     longest: int
     total: float
-    heads_together: int  # 1: dearest blocks first, 2: sequence by sequence
+    heads_together: int  # 0: they don't, 1: dearest blocks first, 2: sequence by sequence
     by_cost: Ints
     by_sequence: Ints
     max_items: int
@@ -127,7 +127,10 @@ def assert_right_queries(
     """A forward's list; ``extra_items``: of a kernel that splits keys."""
     tiles = _query_tiles(offsets_q, offsets_k, how, built.max_items - (extra_items or 0))
     items = _pieces(tiles, how, extra_items) if extra_items else tiles
-    assert (built.heads_together > 0) == (len(tiles) <= 2 * (len(offsets_q) - 1)), "whether heads go together"
+    batch = len(offsets_q) - 1
+    by_sequence = how.causal and (how.packs or 2 * len(tiles) > 3 * batch)
+    together = 0 if len(tiles) > 2 * batch else 2 if by_sequence else 1
+    assert built.heads_together == together, f"heads go together as {built.heads_together}, not as {together}"
     first = np.flatnonzero(tiles[:, 4] <= 0)
     lengths = np.diff(first, append=len(tiles))
     within = np.arange(len(tiles)) - np.repeat(first, lengths)

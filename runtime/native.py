@@ -213,7 +213,7 @@ def _failed(code: int, device_index: int, again: bool) -> None:
     """A launch has. CudaDriverError, unless the thread only had no context, which is tried once more."""
     from jagtile.runtime.cuda import driver
 
-    driver.recover(code, "cuLaunchKernel", device_index, again)
+    driver.recover(code, "cuLaunchKernel or cuLaunchKernelEx", device_index, again)
 
 
 def _told(recipe: Recipe) -> tuple[object, ...]:

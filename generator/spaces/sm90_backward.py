@@ -57,7 +57,7 @@ class Sm90BackwardConfig(TileConfig):
     late_dk: bool = field(default=False, metadata={"short": "t"})  # dK of a step is multiplied in the next one
     row_warps: int = field(default=4, metadata={"short": "w"})  # for rows beside the tiles: a warpgroup's, or 1
     skip_unseen: bool = field(default=False, metadata={"short": "u"})  # no products of keys that none of a step sees
-    split_tail: bool = field(default=False, metadata={"short": "y"})  # last tiles in pieces, if too few for all SMs
+    split_tail: bool = field(default=False, metadata={"short": "y"})  # last tiles in pieces (tail_pieces.cuh)
     in_turn: bool = field(default=False, metadata={"short": "i"})  # two warpgroups multiply dV, dQ and dK in turn
 
     @property
@@ -349,7 +349,7 @@ def _rows_rejection(fused: bool, claim_ahead: int, row_buffers: int, row_warps: 
 
 def _tail_rejection(fused: bool, split_tail: bool) -> str | None:
     if split_tail and not fused:
-        return "split_tail: pieces are claimed beside rows: fused must be on"
+        return "split_tail: up to head_dim 128 it comes with rows beside the tiles: fused must be on"
     return None
 
 

@@ -38,7 +38,7 @@ class _Plan(NamedTuple):
     scratch_floats: int
     delta: int  # bytes of the scratch before it
     turns: int | None  # likewise, where tiles wait for others before they add to dQ's sums
-    progress: int | None  # likewise, where the attention kernel makes the passes over rows
+    progress: int | None  # likewise, where the attention kernel makes the passes over rows or has tiles in pieces
     direct: int  # bytes of the work list's buffer before it
     summed: int  # likewise
 

@@ -70,7 +70,7 @@ def tail_words(tiles: int, block_n: int, columns: int) -> int:
 
 def scratch_bytes(total_q: int, heads: int, head_dim: int, others: int = 0) -> int:
     """Device memory of one backward beside its inputs, gradients and work list; ``others``: 4-byte numbers, one a tile
-    for each that adds to dQ where tiles wait for others, and ``progress_ints`` and ``tail_words`` where a kernel makes
-    all passes.
+    for each that adds to dQ where tiles wait for others, ``progress_ints`` where a kernel makes all passes, and
+    ``tail_words`` where tiles may be in pieces.
     """
     return 4 * (sum_floats(total_q, heads, head_dim) + delta_floats(total_q, heads) + others)

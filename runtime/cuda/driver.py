@@ -105,12 +105,15 @@ class Launcher:
     def __call__(self, kernel: Any, grid: int, threads: int, smem: int, stream: int, arguments: int) -> None:
         """Launch on a raw stream. ``arguments``: address of an array of one pointer to the parameter block."""
         code = self._launch(kernel, grid, 1, 1, threads, 1, 1, smem, stream, arguments, 0)[0]
-        if code == self._success:
-            return
-        if code == self._invalid_context:  # a thread that has not touched CUDA yet
+        if code != self._success:
+            self._recover(code, "cuLaunchKernel", kernel, grid, 1, 1, threads, 1, 1, smem, stream, arguments, 0)
+
+    def _recover(self, code: Any, call: str, *arguments: Any) -> None:
+        """Launch once more where the thread has not touched CUDA yet, else raise CudaDriverError."""
+        if code == self._invalid_context:
             bind_primary_context(self._device_index)
-            code = self._launch(kernel, grid, 1, 1, threads, 1, 1, smem, stream, arguments, 0)[0]
-        _check(bindings(), code, "cuLaunchKernel")
+            code = self._launch(*arguments)[0]
+        _check(bindings(), code, call)
 
 
 class DependentLauncher(Launcher):
@@ -128,12 +131,8 @@ class DependentLauncher(Launcher):
         config = self._own.config
         config.gridDimX, config.blockDimX, config.sharedMemBytes, config.hStream = grid, threads, smem, stream
         code = self._launch(config, kernel, arguments, 0)[0]
-        if code == self._success:
-            return
-        if code == self._invalid_context:
-            bind_primary_context(self._device_index)
-            code = self._launch(config, kernel, arguments, 0)[0]
-        _check(bindings(), code, "cuLaunchKernelEx")
+        if code != self._success:
+            self._recover(code, "cuLaunchKernelEx", config, kernel, arguments, 0)
 
 
 class _Config(threading.local):

@@ -22,6 +22,7 @@ from jagtile.runtime.layouts import Layout
 _LOG2_E = 1.4426950408889634
 _BUILDER = "jagtile_build_work_list"
 _SPLIT_BUILDER = "jagtile_build_split_work_list"
+_MOST_PACKED = 1 << 28  # sequences: what an item has room for (templates/cuda/include/sequence_packs.cuh)
 _SMALLEST_SCALE = 1e-30
 
 
@@ -194,6 +195,8 @@ class CudaForwardKernel:
             params.OUT_ROWS.pack_into(block, params.OUT_ROWS_OFFSET, *rows_of(out))
         work_list.check_tokens(total_q, total_k)
         batch = cu_seqlens_q.shape[0] - 1
+        if self._pack_sequences and batch > _MOST_PACKED:
+            raise UnsupportedError(f"a batch of {batch} sequences; served by a kernel that packs them: {_MOST_PACKED}")
         max_items = work_list.capacity(total_q, batch, tile_queries) + packs.extra_items
         tiles = max_items * total_packs
         if tiles > work_list.MAX_TILES:

@@ -8,7 +8,7 @@ import gradient_checks
 import pytest
 import torch
 from emulator import kernels
-from emulator.backward_checks import assert_right, backward
+from emulator.backward_checks import assert_right, backward, loaded
 from emulator.driver import EmulatorError
 
 from jagtile.generator.oracle import errors
@@ -61,6 +61,62 @@ def test_gradients_match_the_oracle(name: str, change: dict[str, Knob]) -> None:
     assert_right(artifact, Workload("cross", *lengths, 2, 1, *kind))
     if spec.causal:
         assert_right(artifact, Workload("cross", *lengths, 2, 1, *kind, causal_alignment="bottom_right"))
+
+
+TAILS: tuple[tuple[str, dict[str, Knob]], ...] = (
+    ("bwd_bf16_d192", {"block_n": 48, "dout_stages": 2, "split_tail": True}),
+    ("bwd_fp16_d136_dv200", {"block_n": 32, "q_stages": 3, "fused": True, "split_tail": True}),
+)
+
+
+@pytest.mark.parametrize(("name", "change"), TAILS, ids=case_id)
+@pytest.mark.parametrize(
+    ("processors", "queries", "keys", "heads"),
+    [
+        (8, (1100,), (110,), (1, 1)),
+        (4, (700, 20, 0, 600), (90, 130, 30, 70), (2, 1)),
+        (4, (40, 700, 550), (300, 500, 400), (2, 2)),  # more than ten tiles a CTA
+    ],
+)
+def test_last_tiles_in_pieces(
+    name: str,
+    change: dict[str, Knob],
+    processors: int,
+    queries: tuple[int, ...],
+    keys: tuple[int, ...],
+    heads: tuple[int, int],
+) -> None:
+    spec = KernelSpec.parse(name)
+    w = Workload("tails", queries, keys, *heads, spec.head_dim, spec.head_dim_v)
+    with loaded(built(name, tuple(change.items())), processors) as kernel:
+        gradient_checks.assert_right(kernel, w, launches=2)
+
+
+TAIL_MISTAKES = {
+    "dK's sums lie on dV's": ("/*kFirst=*/kOfDv>", "/*kFirst=*/0>"),
+    "dK's last piece is dV's": ("add_piece<Tail, /*kPart=*/1,", "add_piece<Tail, /*kPart=*/0,"),
+    "each piece stores its gradient": ("if (complete) store_gradient(dk", "store_gradient(dk"),
+    "sums of pieces are used as they were": ("  zero_tail_sums<Tail, kTailTiles, kRowThreads>(p);\n", ""),
+    "a piece waits for steps of the piece before": (
+        "control.turns.added = control.turns.passed = TailPiece::of(item).blocks_before * p.gqa_ratio;",
+        "control.turns.added = control.turns.passed = 0;",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", TAIL_MISTAKES.values(), ids=TAIL_MISTAKES)
+def test_mistakes_with_pieces_are_found(mistake: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def new_empty(like: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:  # not zeros by chance
+        return torch.full((size,), float("nan"), dtype=dtype)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    name, change = TAILS[0]
+    spec = KernelSpec.parse(name)
+    tile = config_from_dict("sm_90a", {**Sm90BackwardWideSpace().default(spec).to_dict(), **change})
+    artifact = kernels.artifact(Variant("sm_90a", spec, tile), kernels.substitution(*mistake))
+    w = Workload("tails", (1100,), (110,), 1, 1, spec.head_dim, spec.head_dim_v)
+    with pytest.raises((EmulatorError, AssertionError)), loaded(artifact, 8) as kernel:
+        gradient_checks.assert_right(kernel, w, launches=2)
 
 
 FENCES = {

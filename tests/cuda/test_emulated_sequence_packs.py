@@ -134,12 +134,17 @@ def test_mistakes_are_found(mistake: tuple[str, str, str]) -> None:
     w = workload(CAUSAL, (3, 20, 1, 9, 2, 13, 5, 70) * 3, (5, 17, 3, 11, 2, 10, 6, 70) * 3)
     b = batch_of(CAUSAL, w)
     want, _ = expected(w, b)
-    b.v[0] = float("nan")  # so that each head's first tile is multiplied twice
+    # The first sequence of most packs has NaN, so that their tiles are multiplied twice.
+    spoilt = [0, 3, 8, 11, 16, 19]
+    clean = torch.ones(w.total_q, dtype=torch.bool)
+    for number in spoilt:
+        b.v[b.cu_seqlens_k[number] : b.cu_seqlens_k[number + 1]] = float("nan")
+        clean[b.cu_seqlens_q[number] : b.cu_seqlens_q[number + 1]] = False
     found = "wrong"
     try:
         for _ in range(3):
             out, _ = run(built(CAUSAL, old, new), w, b, processors=1)
-            if errors(out[3:], want[3:]).rel <= tolerance(out.dtype):
+            if errors(out[clean], want[clean]).rel <= tolerance(out.dtype):
                 found = "nothing"
     except EmulatorError as error:
         found = str(error)

@@ -220,8 +220,8 @@ TAIL_MISTAKES: dict[str, tuple[str, str, str]] = {
         "livelock|race on|^wrong$",
     ),
     "sums are read before all pieces are there": (
-        "is_last = atomicAdd(&sums.multiplied, 1) == piece.pieces - 1;",
-        "is_last = atomicAdd(&sums.multiplied, 1) == piece.pieces - 2;",
+        "is_last = atomicAdd(&sums.multiplied[kPart], 1) == piece.pieces - 1;",
+        "is_last = atomicAdd(&sums.multiplied[kPart], 1) == piece.pieces - 2;",
         "race on|^wrong$",
     ),
     "a piece is counted before all of its sums are there": (

@@ -277,6 +277,20 @@ def test_more_than_the_kernel_can_count_is_refused(driver, kernel, monkeypatch, 
     assert not driver.launches
 
 
+def test_more_sequences_than_an_item_can_name_are_refused(driver, load, monkeypatch):
+    monkeypatch.setattr(forward, "_MOST_PACKED", 1)
+    launch(load(partial_bytes=PARTIAL_BYTES), offsets(0, 100, 500), offsets(0, 100, 500))
+    with pytest.raises(UnsupportedError, match="a batch of 2 sequences; served by a kernel that packs them: 1"):
+        launch(load(partial_bytes=PARTIAL_BYTES, pack_sequences=1), offsets(0, 100, 500), offsets(0, 100, 500))
+
+
+def test_lists_with_packed_sequences_are_lists_of_their_own(driver, load):
+    cu = offsets(0, 100, 500)
+    for facts in ({}, {"pack_sequences": 1}, {}, {"pack_sequences": 1}):
+        launch(load(partial_bytes=PARTIAL_BYTES, **facts), cu, cu)
+    assert driver.names == [*("jagtile_build_split_work_list", "attention") * 2, "attention", "attention"]
+
+
 # --- heads packed, keys split
 
 

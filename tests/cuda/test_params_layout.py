@@ -122,7 +122,7 @@ def test_scratch_of_a_backward_is_dq_in_float32_and_delta() -> None:
     assert backward_params.scratch_bytes(total_q, heads, dim, others=60) == 4 * total_q * heads * (dim + 1) + 4 * 60
 
 
-def test_tiles_in_pieces_have_sums_and_two_counters_each() -> None:
+def test_tiles_in_pieces_have_sums_and_counters_each() -> None:
     assert backward_params.tail_words(0, 128, 128) == 0
     assert backward_params.tail_words(5, 128, 96 + 40) == 3 + 5 * (128 * (96 + 40) + 4)
 

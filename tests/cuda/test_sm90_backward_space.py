@@ -87,7 +87,7 @@ def test_the_default_takes_what_there_is_room_for(name: str, tile: str) -> None:
         ({"late_dk": True, "early_dv": False, "block_n": 192}, "late_dk: every warpgroup must have a part of each dQ"),
         ({"skip_unseen": True, "block_n": 64}, "skip_unseen: of several math warpgroups"),
         ({"skip_unseen": True}, "does not meet them in each step: late_dq must be on"),
-        ({"split_tail": True}, "split_tail: pieces are claimed beside rows: fused must be on"),
+        ({"split_tail": True}, "split_tail: up to head_dim 128 it comes with rows beside the tiles: fused must be on"),
         ({"in_turn": True, "block_n": 192, "dq": "red"}, "in_turn: two math warpgroups (block_n 128)"),
         ({"in_turn": True, "late_dq": True}, "late_dq must be on, overlap and early_dv off"),
         ({"polynomial": 3}, "polynomial must be one of 0, 8, 4, 2, got 3"),

@@ -75,6 +75,7 @@ def test_every_wide_head_has_a_legal_default_and_is_served_by_this_backward_alon
         ({"dq": "bulk", "dq_panels": 0, "fused": True}, "shared memory 246784 B > 232448 B"),
         ({"dq": "bulk", "dq_panels": 0, "q_stages": 3}, "shared memory 263168 B > 232448 B"),
         ({"block_n": 96}, "dV and S take 240 registers a thread, dK and dP 240"),
+        ({"split_tail": True}, "split_tail: the warp that adds dQ by bulk copies knows of pieces: dq must be bulk"),
     ],
 )
 def test_an_illegal_tile_is_refused_with_its_arithmetic(change: dict[str, Knob], reason: str) -> None:
@@ -97,6 +98,15 @@ def test_an_illegal_tile_is_refused_with_its_arithmetic(change: dict[str, Knob],
 )
 def test_what_the_template_cannot_compute_is_said(name: str, reason: str) -> None:
     assert reason in str(SPACE.serves(KernelSpec.parse(name)))
+
+
+def test_causal_tiles_are_not_in_pieces() -> None:
+    tile = replace(SPACE.default(D192), split_tail=True)
+    assert SPACE.rejection(D192, tile) is None
+    assert SPACE.launch(D192, tile)["tail_columns"] == 64 * (3 + 3)
+    causal = replace(D192, causal=True)
+    assert SPACE.rejection(causal, tile) == "split_tail: with a causal mask the last tiles are short"
+    assert SPACE.knobs(causal)["split_tail"] == (False,)
 
 
 def test_shared_memory_is_the_sum_of_its_regions() -> None:

@@ -46,6 +46,12 @@ def test_what_is_legal_is_so_for_the_persistent_forward_and_has_its_shared_memor
         assert {**persistent.launch(CAUSAL, config), **more} == facts
 
 
+def test_only_tiles_of_one_warpgroup_hold_packed_sequences() -> None:
+    one, two = (Sm90SplitConfig(rows, 32, 2, 1, 1, pack_sequences=True) for rows in (64, 128))
+    assert SPACE.rejection(CAUSAL, one) is None
+    assert SPACE.rejection(CAUSAL, two) == ("pack_sequences: tiles of one math warpgroup: block_m must be 64, got 128")
+
+
 def test_names_parse_back() -> None:
     for config in legal_configs(SPACE, CAUSAL):
         variant = Variant("sm_90a", CAUSAL, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from functools import cache
 
@@ -235,6 +236,31 @@ def test_pieces_of_keys_give_the_same_bits_whoever_comes_last() -> None:
         out, lse = run(kernel(spec, SPLIT), w, b, 0.1)
         assert torch.equal(out, first)
         assert torch.equal(lse, first_lse)
+
+
+def test_packed_sequences_in_a_replayed_graph_whose_offsets_change() -> None:
+    spec = KernelSpec.parse("fwd_bf16_d128")
+    loaded = kernel(spec, f"{SPLIT}, short neighbours share a tile")
+    w = Workload("before", (1, 2, 300, 5, 7, 0, 1, 40, 9, 3), (1, 2, 300, 5, 7, 0, 1, 40, 9, 3), 4, 4, 128, 128)
+    b = w.make("cuda", "bf16", 16)
+    out = torch.empty_like(b.q)
+
+    def call() -> None:
+        loaded.forward(*b[:5], out, None, 0.1, False)
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for lengths in ((36, 37, 36, 37, 37, 37, 37, 37, 37, 37), (0, 1, 2, 3, 4, 5, 6, 7, 100, 240), w.seqlens_q):
+        offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        b.cu_seqlens_q.copy_(offsets)
+        b.cu_seqlens_k.copy_(offsets)
+        expected, _ = reference(*b[:5], scale=0.1)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert errors(out, expected).rel <= tolerance(torch.bfloat16)
 
 
 def test_split_keys_in_a_replayed_graph_whose_offsets_change() -> None:

@@ -34,7 +34,7 @@ struct alignas(64) BackwardParams {
   float* delta;              // (heads, total_q)
   float* dq_sums;            // heads * total_q * head_dim
   int* turns;                // (heads_kv, max_items, adders), steps that a tile has added to the sums; null where none waits
-  int* progress;             // of a launch's tasks over rows (row_tasks.cuh), or null
+  int* progress;             // of a launch's tasks over rows (row_tasks.cuh); behind it the sums of tiles in pieces; or null
   unsigned* direct;          // a bit a query: dQ is complete in one block of keys
   unsigned* summed;          // a bit a query: dQ has sums; of queries with neither bit it is zero
   long long out_token;       // strides, in elements

@@ -16,7 +16,8 @@ constexpr int kFewRows = 4;       // a part of a tile: 1/4 of its rows
 constexpr unsigned kSmallestPiece = 512, kSmallestOfFewRows = 256;
 constexpr unsigned kWorthCutting = 1024;  // more than twice a CTA's share
 
-// Which piece of a row block's keys an item is. Slots count the pieces of all that is split; this is the first piece's.
+// Which piece of a row block's keys an item is. Slots count the pieces of all that is split; this is the first piece's. Of a
+// pack of sequences the count is negative: it is one piece.
 struct Piece {
   int slot, index, count;
 

@@ -25,7 +25,7 @@ struct alignas(16) WorkItem {  // 32 bytes, read as two int4
   };
   union {
     int turn;   // of keys: a number below max_items; key blocks of a sequence have consecutive ones
-    int piece;  // of queries, where keys are split: which piece it is, packed
+    int piece;  // of queries, where keys are split: which piece it is, packed (Piece); negative: several sequences (SequencePack)
   };
 };
 
