@@ -61,10 +61,10 @@ def searched(records):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_it_finds_records_and_chooses_what_dispatch_then_takes(database, device):
     result = run(database, device=device, trials=len(LEGAL) // 8, regimes=("medium", "decode"))
-    best = min(map(landscape, LEGAL))
     decided = choose_for_regime(SPEC, "medium", DeviceId(**msgspec.structs.asdict(DEVICE)), database)
     assert decided.source == "user"
-    assert landscape(decided.variant.config) <= 1.05 * best
+    better = [config for config in LEGAL if landscape(config) < landscape(decided.variant.config)]
+    assert len(better) < len(LEGAL) / 100  # how far apart the best few are is the landscape's luck
     assert [r.regime for r in result.regimes] == ["medium", "decode"]
     assert decided.variant.config == result.regimes[0].chosen
     assert result.regimes[0].incumbent == DEFAULT
