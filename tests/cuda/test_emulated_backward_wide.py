@@ -8,7 +8,7 @@ import gradient_checks
 import pytest
 import torch
 from emulator import kernels
-from emulator.backward_checks import assert_right, backward, loaded
+from emulator.backward_checks import assert_right, backward, loaded, poison_scratch
 from emulator.driver import EmulatorError
 
 from jagtile.generator.oracle import errors
@@ -44,10 +44,11 @@ def case_id(part: str | dict[str, Knob]) -> str:
 
 
 @cache
-def built(name: str, change: tuple[tuple[str, Knob], ...] = ()) -> Artifact:
+def built(name: str, change: tuple[tuple[str, Knob], ...] = (), edit: tuple[str, str] | None = None) -> Artifact:
     spec = KernelSpec.parse(name)
     base = Sm90BackwardWideSpace().default(spec).to_dict()
-    return kernels.artifact(Variant("sm_90a", spec, config_from_dict("sm_90a", {**base, **dict(change)})))
+    variant = Variant("sm_90a", spec, config_from_dict("sm_90a", {**base, **dict(change)}))
+    return kernels.artifact(variant, kernels.substitution(*edit) if edit else None)
 
 
 @pytest.mark.parametrize(("name", "change"), CASES, ids=case_id)
@@ -86,9 +87,19 @@ def test_last_tiles_in_pieces(
     keys: tuple[int, ...],
     heads: tuple[int, int],
 ) -> None:
-    spec = KernelSpec.parse(name)
+    assert_right_in_pieces(built(name, tuple(change.items())), processors, queries, keys, heads)
+
+
+def assert_right_in_pieces(
+    artifact: Artifact,
+    processors: int,
+    queries: tuple[int, ...],
+    keys: tuple[int, ...],
+    heads: tuple[int, int] = (1, 1),
+) -> None:
+    spec = KernelSpec.parse(artifact.meta.spec)
     w = Workload("tails", queries, keys, *heads, spec.head_dim, spec.head_dim_v)
-    with loaded(built(name, tuple(change.items())), processors) as kernel:
+    with loaded(artifact, processors) as kernel:
         gradient_checks.assert_right(kernel, w, launches=2)
 
 
@@ -106,17 +117,11 @@ TAIL_MISTAKES = {
 
 @pytest.mark.parametrize("mistake", TAIL_MISTAKES.values(), ids=TAIL_MISTAKES)
 def test_mistakes_with_pieces_are_found(mistake: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def new_empty(like: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:  # not zeros by chance
-        return torch.full((size,), float("nan"), dtype=dtype)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    poison_scratch(monkeypatch)
     name, change = TAILS[0]
-    spec = KernelSpec.parse(name)
-    tile = config_from_dict("sm_90a", {**Sm90BackwardWideSpace().default(spec).to_dict(), **change})
-    artifact = kernels.artifact(Variant("sm_90a", spec, tile), kernels.substitution(*mistake))
-    w = Workload("tails", (1100,), (110,), 1, 1, spec.head_dim, spec.head_dim_v)
-    with pytest.raises((EmulatorError, AssertionError)), loaded(artifact, 8) as kernel:
-        gradient_checks.assert_right(kernel, w, launches=2)
+    artifact = built(name, tuple(change.items()), mistake)
+    with pytest.raises((EmulatorError, AssertionError)):
+        assert_right_in_pieces(artifact, 8, (1100,), (110,))
 
 
 FENCES = {

@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import gradient_checks
 import pytest
-import torch
 from emulator import kernels
-from emulator.backward_checks import loaded
+from emulator.backward_checks import loaded, poison_scratch
 from emulator.driver import EmulatorError
 
 from jagtile.generator.spaces.sm90_backward import Sm90BackwardConfig
@@ -250,12 +249,7 @@ TAIL_MISTAKES: dict[str, tuple[str, str, str]] = {
 
 @pytest.fixture(autouse=True)
 def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory is often zeros, which would hide that a sum is used before it is written."""
-
-    def new_empty(like: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.full((size,), float("nan"), dtype=dtype)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    poison_scratch(monkeypatch)
 
 
 def outcome(mistake: tuple[str, str] | None, tile: Sm90BackwardConfig = FUSED) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import gradient_checks
+import pytest
 import torch
 
 from emulator.driver import emulated
@@ -55,3 +56,12 @@ def assert_right(
     """See ``gradient_checks.assert_right``."""
     with loaded(artifact) as kernel:
         gradient_checks.assert_right(kernel, w, seed, scale=scale, with_dlse=with_dlse, launches=launches)
+
+
+def poison_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is often zeros, which would hide that a sum is used before it is written."""
+
+    def new_empty(like: torch.Tensor, size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full((size,), float("nan"), dtype=dtype)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import pytest
@@ -238,11 +239,10 @@ def test_pieces_of_keys_give_the_same_bits_whoever_comes_last() -> None:
         assert torch.equal(lse, first_lse)
 
 
-def test_packed_sequences_in_a_replayed_graph_whose_offsets_change() -> None:
-    spec = KernelSpec.parse("fwd_bf16_d128")
-    loaded = kernel(spec, f"{SPLIT}, short neighbours share a tile")
-    w = Workload("before", (1, 2, 300, 5, 7, 0, 1, 40, 9, 3), (1, 2, 300, 5, 7, 0, 1, 40, 9, 3), 4, 4, 128, 128)
-    b = w.make("cuda", "bf16", 16)
+def assert_right_when_replayed(
+    loaded: CudaForwardKernel, b: JaggedBatch, offsets: Iterable[Sequence[int]], of_queries: bool
+) -> None:
+    """Two calls, captured once and replayed with other offsets of keys, and of queries too."""
     out = torch.empty_like(b.q)
 
     def call() -> None:
@@ -253,38 +253,31 @@ def test_packed_sequences_in_a_replayed_graph_whose_offsets_change() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    for lengths in ((36, 37, 36, 37, 37, 37, 37, 37, 37, 37), (0, 1, 2, 3, 4, 5, 6, 7, 100, 240), w.seqlens_q):
-        offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        b.cu_seqlens_q.copy_(offsets)
-        b.cu_seqlens_k.copy_(offsets)
+        call()
+    for numbers in offsets:
+        new = torch.tensor(numbers, dtype=torch.int32)
+        b.cu_seqlens_k.copy_(new)
+        if of_queries:
+            b.cu_seqlens_q.copy_(new)
         expected, _ = reference(*b[:5], scale=0.1)
         out.fill_(float("nan"))
         graph.replay()
         assert errors(out, expected).rel <= tolerance(torch.bfloat16)
+
+
+def test_packed_sequences_in_a_replayed_graph_whose_offsets_change() -> None:
+    loaded = kernel(KernelSpec.parse("fwd_bf16_d128"), f"{SPLIT}, short neighbours share a tile")
+    lengths = ((1, 2, 300, 5, 7, 0, 1, 40, 9, 3), (36, 36, *(37,) * 8), (0, 1, 2, 3, 4, 5, 6, 7, 100, 240))
+    b = Workload("before", lengths[0], lengths[0], 4, 4, 128, 128).make("cuda", "bf16", 16)
+    offsets = [[0, *itertools.accumulate(some)] for some in (*lengths[1:], lengths[0])]
+    assert_right_when_replayed(loaded, b, offsets, of_queries=True)
 
 
 def test_split_keys_in_a_replayed_graph_whose_offsets_change() -> None:
-    spec = KernelSpec.parse("fwd_bf16_d128")
-    loaded = kernel(spec, SPLIT)
-    w = Workload("before", (1, 1, 2), (8000, 1000, 3000), 8, 2, 128, 128)
-    b = w.make("cuda", "bf16", 15)
-    out = torch.empty_like(b.q)
-
-    def call() -> None:
-        loaded.forward(*b[:5], out, None, 0.1, False)
-
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-        call()
-    for offsets in ([0, 8000, 9000, 12000], [0, 10, 11990, 12000], [0, 4000, 4000, 12000]):
-        b.cu_seqlens_k.copy_(torch.tensor(offsets, dtype=torch.int32))
-        expected, _ = reference(*b[:5], scale=0.1)
-        out.fill_(float("nan"))
-        graph.replay()
-        assert errors(out, expected).rel <= tolerance(torch.bfloat16)
+    loaded = kernel(KernelSpec.parse("fwd_bf16_d128"), SPLIT)
+    b = Workload("before", (1, 1, 2), (8000, 1000, 3000), 8, 2, 128, 128).make("cuda", "bf16", 15)
+    offsets = ([0, 8000, 9000, 12000], [0, 10, 11990, 12000], [0, 4000, 4000, 12000])
+    assert_right_when_replayed(loaded, b, offsets, of_queries=False)
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 3, 4, 5, 7, 8, 16, 48, 64, 128])
